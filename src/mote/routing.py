@@ -1,0 +1,62 @@
+"""Token ids -> step ids: the one function that training, cached decoding, packing and serving share.
+
+The step of a token is a pure function of the token ids up to it, so nothing carries routing state of its own.
+Shapes: B row, T token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUESTION = 0  # the step id of the question; the reasoning steps are 1, 2, ... in the scheme's order
+
+
+@dataclass(frozen=True)
+class Markers:
+    """Token ids that routing looks at.
+
+    Attributes:
+        starts: Start marker of each step, in order: `starts[i]` opens the step with id `i + 1`.
+        ends: End marker of each step. Routing does not need them: an end marker belongs to its own step.
+        turns: Special tokens that stand between two turns and lead back to the question.
+    """
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    turns: tuple[int, ...] = ()
+
+
+def step_ids(ids_B_T: Tensor, markers: Markers, documents_B_T: Tensor | None = None) -> Tensor:
+    """The step of each token: that of the last start marker at or before it in its own document.
+
+    Before any start marker, and again from a turn marker on, a token belongs to the question (section 3.2; the paper
+    leaves the marker's own step open, see docs/decisions/0002).
+
+    Args:
+        ids_B_T: Token ids, from the first token of the sequence.
+        markers: The ids that open a step or a turn.
+        documents_B_T: For packed rows, the number of the document each token is in; non-decreasing in a row.
+
+    Returns:
+        Step ids (B, T), 0 for the question.
+    """
+    event_B_T = torch.full_like(ids_B_T, -1)
+    for turn in markers.turns:
+        event_B_T = torch.where(ids_B_T == turn, QUESTION, event_B_T)
+    for step, start in enumerate(markers.starts, QUESTION + 1):
+        event_B_T = torch.where(ids_B_T == start, step, event_B_T)
+    position_T = torch.arange(ids_B_T.shape[1], device=ids_B_T.device)
+    last_B_T = torch.where(event_B_T >= 0, position_T, -1).cummax(dim=1).values
+    if documents_B_T is not None:
+        last_B_T = torch.where(last_B_T < document_starts(documents_B_T), -1, last_B_T)
+    steps_B_T = event_B_T.gather(1, last_B_T.clamp_min(0))
+    return torch.where(last_B_T >= 0, steps_B_T, QUESTION)
+
+
+def document_starts(documents_B_T: Tensor) -> Tensor:
+    """Position of the first token of each token's document (B, T)."""
+    position_T = torch.arange(documents_B_T.shape[1], device=documents_B_T.device)
+    first_B_T = torch.ones_like(documents_B_T, dtype=torch.bool)
+    first_B_T[:, 1:] = documents_B_T[:, 1:] != documents_B_T[:, :-1]
+    return torch.where(first_B_T, position_T, 0).cummax(dim=1).values

@@ -1,0 +1,141 @@
+"""Text -> token ids: prompts, chains with their labels, and the step markers.
+
+User text can never become a marker: the special tokens of a prompt come from the chat template alone.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mote.errors import UserError
+from mote.records import ChainRow, Message, StepText
+from mote.routing import Markers, step_ids
+from mote.steps import markers as marker_names
+from mote.steps import start_marker
+
+IGNORED = -100  # the label that the loss leaves out
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One training sequence.
+
+    Attributes:
+        ids: Prompt, then each step between its markers, then the end of the turn.
+        labels: The ids from the first start marker on; the prompt is `IGNORED`.
+        steps: Step of each token, 0 for the question.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    steps: list[int]
+
+
+def add_markers(tokenizer: Any, steps: tuple[str, ...]) -> dict[str, list[int]]:
+    """Add the steps' markers to a tokenizer as special tokens (there or not) and return step -> start id, end id."""
+    names = marker_names(steps)
+    known = tokenizer.get_vocab()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [name for name in names if name not in known]},
+        replace_extra_special_tokens=False,
+    )
+    ids = tokenizer.convert_tokens_to_ids(names)
+    return {step: ids[2 * i : 2 * i + 2] for i, step in enumerate(steps)}
+
+
+def turn_ids(tokenizer: Any) -> list[int]:
+    """Special tokens that the chat template puts between an assistant turn and the next user turn."""
+    dialogue = [("user", "first"), ("assistant", "second"), ("user", "third")]
+    text = _render(tokenizer, [Message(role=role, content=content) for role, content in dialogue], False)  # type: ignore[arg-type]
+    between = text[text.index("second") + len("second") : text.index("third")]
+    ids = tokenizer(between, add_special_tokens=False)["input_ids"]
+    return sorted({id_ for id_ in ids if id_ in _special_ids(tokenizer)})
+
+
+def prepare_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Add the markers to a tokenizer and tell a `MoteConfig` their ids; call it before `get_peft_model`."""
+    config.markers = add_markers(tokenizer, config.experts)
+    config.turn_ids = turn_ids(tokenizer)
+    config.vocab_size = len(tokenizer)
+
+
+def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
+    """Ids of a dialogue up to where the assistant's turn begins.
+
+    Text that holds the name of a special token is tokenised by itself, as plain characters; the special tokens of the
+    chat template stay what they are. Other text gives the ids that `apply_chat_template` would.
+    """
+    messages = tuple(message.model_copy(update={"content": message.content.strip()}) for message in messages)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if not any(name in message.content for name in special for message in messages):
+        ids: list[int] = tokenizer(_render(tokenizer, messages, True), add_special_tokens=False)["input_ids"]
+        return ids
+    # A place holder no user can guess marks where each content goes; parts around it are the template's.
+    holders = [f"\x1f{id(messages):x}-{i}\x1f" for i in range(len(messages))]
+    held = [m.model_copy(update={"content": holder}) for m, holder in zip(messages, holders, strict=True)]
+    rest = _render(tokenizer, held, True)
+    ids = []
+    for message, holder in zip(messages, holders, strict=True):
+        before, found, rest = rest.partition(holder)
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        if found:
+            ids += encode_text(tokenizer, message.content)
+    return ids + list(tokenizer(rest, add_special_tokens=False)["input_ids"])
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text: no special token comes out of it, whatever it says."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def encode_chain(tokenizer: Any, chain: ChainRow, markers: Markers, experts: tuple[str, ...]) -> Tokens:
+    """A chain as one training sequence (section 3.2: the loss is on the steps, given the question)."""
+    prompt = encode_prompt(tokenizer, chain.messages)
+    written = []
+    for step in chain.steps:
+        index = experts.index(step.name)
+        written += [markers.starts[index], *encode_text(tokenizer, step.text), markers.ends[index]]
+    written.append(tokenizer.eos_token_id)
+    ids = prompt + written
+    steps = step_ids(torch.tensor([ids]), markers)[0].tolist()
+    # The end of the turn is read by the last step too: it closes the answer and opens no new question.
+    steps[-1] = steps[-2]
+    return Tokens(ids=ids, labels=[IGNORED] * len(prompt) + written, steps=steps)
+
+
+def decode_steps(tokenizer: Any, ids: list[int], markers: Markers, experts: tuple[str, ...]) -> list[StepText]:
+    """Split generated ids at their markers into the text of each step."""
+    names = {start: name for start, name in zip(markers.starts, experts, strict=True)}
+    steps: list[tuple[str, list[int]]] = []
+    for id_ in ids:
+        if id_ in names:
+            steps.append((names[id_], []))
+        elif steps and id_ not in markers.ends:
+            steps[-1][1].append(id_)
+    return [StepText(name=name, text=tokenizer.decode(part, skip_special_tokens=True).strip()) for name, part in steps]
+
+
+def check_markers(tokenizer: Any, markers: dict[str, list[int]]) -> None:
+    """Make sure that a tokenizer has an adapter's markers under their ids.
+
+    Raises:
+        UserError: It does not: the adapter belongs to another tokenizer.
+    """
+    for step, (start, _) in markers.items():
+        if tokenizer.convert_tokens_to_ids(start_marker(step)) != start:
+            raise UserError(
+                f"adapter: its marker {start_marker(step)} has id {start}, the tokenizer gives it another; load the "
+                "tokenizer of the adapter's folder"
+            )
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    return {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _render(tokenizer: Any, messages: Any, generate: bool) -> str:
+    rows = [{"role": message.role, "content": message.content} for message in messages]
+    text: str = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generate)
+    return text

@@ -1,0 +1,95 @@
+"""One adapted linear layer: all experts side by side in one pair of matrices.
+
+`A = [A_share; A_1; ...; A_n]`, `delta = ((x A^T) * gate) B^T`, where the gate holds the weights of the experts of each
+token's step, so there is one pair of products for any number of experts, no gather and no loop (docs/decisions/0003).
+Shapes: B row, T token, D model, E expert, R rank.
+"""
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from mote.tuner.config import MoteConfig
+from mote.tuner.router import Router
+
+
+class MoteLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A linear layer with step experts; the base layer is a black box, so a quantised one works as well."""
+
+    adapter_layer_names = ("mote_A", "mote_B")
+    other_param_names = ("mote_dropout", "ranks")
+
+    def __init__(self, base_layer: nn.Module, router: Router) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.router = router
+        self.in_features, self.out_features = linear_shape(base_layer)
+        self.mote_A = nn.ModuleDict()
+        self.mote_B = nn.ModuleDict()
+        self.mote_dropout = nn.ModuleDict()
+        self.ranks: dict[str, int] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: MoteConfig, rank: int, inference_mode: bool = False) -> None:
+        """Add the experts of an adapter: A of shape (E*R, in), B of shape (out, E*R)."""
+        width = config.total_experts * rank
+        self.ranks[adapter_name] = rank
+        self.mote_A[adapter_name] = nn.Linear(self.in_features, width, bias=False)
+        self.mote_B[adapter_name] = nn.Linear(width, self.out_features, bias=False)
+        self.mote_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        nn.init.kaiming_uniform_(self.mote_A[adapter_name].weight, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.mote_B[adapter_name].weight)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the step experts' (B, T, out)."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name not in self.mote_A:
+                continue
+            # Called as modules, so that FSDP gathers their weights.
+            first, second = self.mote_A[name], self.mote_B[name]
+            hidden = first(self.mote_dropout[name](self._cast_input_dtype(x, first.weight.dtype)))
+            gate = self.router.gate(name, self.ranks[name])
+            if gate.shape[:-1] != hidden.shape[:-1]:
+                gate = gate.reshape(hidden.shape)  # blocks that flatten rows and tokens
+            result = result + second(hidden * gate.to(hidden.device, hidden.dtype)).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Step experts depend on the token and cannot be merged into one weight.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "mote: experts are chosen per token, so they cannot be merged into the base weights; one step alone is a "
+            "plain LoRA, see docs/decisions/0003"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def __repr__(self) -> str:
+        return "mote." + super().__repr__()
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear layer, quantised or GPT-2's transposed one.
+
+    Raises:
+        ValueError: It is not a linear layer.
+    """
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+    if type(layer).__name__ == "Conv1D" and isinstance(weight := layer.weight, torch.Tensor):
+        return weight.shape[0], weight.shape[1]
+    raise ValueError(f"mote: {type(layer).__name__} cannot hold step experts; choose linear layers in target_modules")
