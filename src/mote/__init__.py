@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __version__ = version("mote-align")
 
 # Loaded on first use, so that making chains through a server needs no torch.
-_LAZY = {"MoteConfig": "mote.tuner", "load": "mote.decode", "prepare_tokenizer": "mote.tokens"}
+_LAZY = {"MoteConfig": "mote.tuner", "load": "mote.decode", "add_markers": "mote.tokens"}
 
 
 def __getattr__(name: str) -> Any:

@@ -68,7 +68,7 @@ class AnswerSettings(_Settings):
     questions: str = Field("mote:test", description="questions to answer: a file, mote:train or mote:test")
     limit: int | None = Field(None, ge=1)
     modes: tuple[str, ...] = Field(DEFAULT_MODES, min_length=1)
-    system: str = Field("mote", min_length=1, pattern=r"^[\w.-]+$", description="name of the system in files and tables")
+    system: str = Field("mote", min_length=1, pattern=r"^[\w.-]+$", description="its name in files and tables")
     max_step_tokens: int = Field(256, ge=1, description="budget of one step; it is then closed and the answer goes on")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     batch_size: int = Field(16, ge=1)

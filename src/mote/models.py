@@ -104,7 +104,7 @@ def load_base(name: str, device: str = "auto", dtype: str = "auto", revision: st
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     device = default_device() if device == "auto" else device
     dtype = default_dtype(device) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(name, revision)
@@ -191,6 +191,7 @@ def _convert(gguf: Path, folder: Path) -> Path:
     """De-quantise the GGUF once and write it as safetensors with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    os.environ.setdefault("TQDM_DISABLE", "1")
     print("mote: converting it to safetensors, once (about 20 s)", file=sys.stderr)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

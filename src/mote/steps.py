@@ -61,7 +61,7 @@ class Scheme(_Strict):
             raise ValueError("depths: name at least one chain")
         for mode, chain in self.depths.items():
             if not chain or chain[-1] != self.answer:
-                raise ValueError(f"depths.{mode}: a chain ends with the step '{self.answer}', this one is {list(chain)}")
+                raise ValueError(f"depths.{mode}: a chain ends with '{self.answer}', this one is {list(chain)}")
             order = [self.steps.index(step) for step in chain]
             if order != sorted(set(order)):
                 raise ValueError(f"depths.{mode}: steps keep the order {list(self.steps)}, these are {list(chain)}")

@@ -3,6 +3,7 @@
 User text can never become a marker: the special tokens of a prompt come from the chat template alone.
 """
 
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from mote.records import ChainRow, Message, StepText
 from mote.routing import Markers, step_ids
 from mote.steps import markers as marker_names
 from mote.steps import start_marker
+from mote.tuner.model import grow_embeddings
 
 IGNORED = -100  # the label that the loss leaves out
 
@@ -32,8 +34,34 @@ class Tokens:
     steps: list[int]
 
 
-def add_markers(tokenizer: Any, steps: tuple[str, ...]) -> dict[str, list[int]]:
-    """Add the steps' markers to a tokenizer as special tokens (there or not) and return step -> start id, end id."""
+def add_markers(tokenizer: Any, config: Any, model: Any = None) -> None:
+    """Add the step markers to a tokenizer, tell a `MoteConfig` their ids, and give the model rows for them.
+
+    Call it before `get_peft_model` when an adapter is trained; a trained adapter brings all of it along.
+
+    Args:
+        tokenizer: Gets start and end marker of each step as special tokens, where it has none.
+        config: The `MoteConfig`; gets `markers`, `turn_ids` and `vocab_size`.
+        model: The base model. A start marker's row begins as the mean of the words of its step's name, an end marker's
+            as the end of a turn, so that an untrained model already writes in steps.
+    """
+    config.markers = _marker_ids(tokenizer, config.experts)
+    config.turn_ids = turn_ids(tokenizer)
+    config.vocab_size = len(tokenizer)
+    if model is None:
+        return
+    grow_embeddings(model, config)
+    matrices = [
+        matrix for matrix in (model.get_input_embeddings(), model.get_output_embeddings()) if matrix is not None
+    ]
+    with torch.no_grad():
+        for weight in {id(matrix.weight): matrix.weight for matrix in matrices}.values():
+            for step, (start, end) in config.markers.items():
+                weight[start] = weight[encode_text(tokenizer, step)].mean(0)
+                weight[end] = weight[tokenizer.eos_token_id]
+
+
+def _marker_ids(tokenizer: Any, steps: tuple[str, ...]) -> dict[str, list[int]]:
     names = marker_names(steps)
     known = tokenizer.get_vocab()
     tokenizer.add_special_tokens(
@@ -47,17 +75,13 @@ def add_markers(tokenizer: Any, steps: tuple[str, ...]) -> dict[str, list[int]]:
 def turn_ids(tokenizer: Any) -> list[int]:
     """Special tokens that the chat template puts between an assistant turn and the next user turn."""
     dialogue = [("user", "first"), ("assistant", "second"), ("user", "third")]
-    text = _render(tokenizer, [Message(role=role, content=content) for role, content in dialogue], False)  # type: ignore[arg-type]
+    text = _render(tokenizer, [Message(role=role, content=content) for role, content in dialogue], False)
     between = text[text.index("second") + len("second") : text.index("third")]
-    ids = tokenizer(between, add_special_tokens=False)["input_ids"]
-    return sorted({id_ for id_ in ids if id_ in _special_ids(tokenizer)})
-
-
-def prepare_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Add the markers to a tokenizer and tell a `MoteConfig` their ids; call it before `get_peft_model`."""
-    config.markers = add_markers(tokenizer, config.experts)
-    config.turn_ids = turn_ids(tokenizer)
-    config.vocab_size = len(tokenizer)
+    special = {
+        id_ for id_ in tokenizer(between, add_special_tokens=False)["input_ids"] if id_ in _special_ids(tokenizer)
+    }
+    # The end of a turn still belongs to its last step, unless nothing else marks the next turn (Vicuna's format).
+    return sorted(special - {tokenizer.eos_token_id} or special)
 
 
 def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
@@ -72,7 +96,7 @@ def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
         ids: list[int] = tokenizer(_render(tokenizer, messages, True), add_special_tokens=False)["input_ids"]
         return ids
     # A place holder no user can guess marks where each content goes; parts around it are the template's.
-    holders = [f"\x1f{id(messages):x}-{i}\x1f" for i in range(len(messages))]
+    holders = [secrets.token_hex(16) for _ in messages]
     held = [m.model_copy(update={"content": holder}) for m, holder in zip(messages, holders, strict=True)]
     rest = _render(tokenizer, held, True)
     ids = []
@@ -100,14 +124,14 @@ def encode_chain(tokenizer: Any, chain: ChainRow, markers: Markers, experts: tup
     written.append(tokenizer.eos_token_id)
     ids = prompt + written
     steps = step_ids(torch.tensor([ids]), markers)[0].tolist()
-    # The end of the turn is read by the last step too: it closes the answer and opens no new question.
+    # Where the end of a turn also marks the next one, it must not pass for a question behind the answer.
     steps[-1] = steps[-2]
     return Tokens(ids=ids, labels=[IGNORED] * len(prompt) + written, steps=steps)
 
 
 def decode_steps(tokenizer: Any, ids: list[int], markers: Markers, experts: tuple[str, ...]) -> list[StepText]:
     """Split generated ids at their markers into the text of each step."""
-    names = {start: name for start, name in zip(markers.starts, experts, strict=True)}
+    names = dict(zip(markers.starts, experts, strict=True))
     steps: list[tuple[str, list[int]]] = []
     for id_ in ids:
         if id_ in names:

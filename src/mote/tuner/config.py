@@ -12,7 +12,7 @@ from mote.tuner.registration import mote_peft_type
 
 
 @dataclass
-class MoteConfig(PeftConfig):  # type: ignore[misc]
+class MoteConfig(PeftConfig):
     """Configuration of step experts (MoTE, section 3.2); the LoRA fields mean what they mean in `LoraConfig`.
 
     Args:
@@ -73,7 +73,7 @@ class MoteConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = mote_peft_type()
-        self.task_type = self.task_type or "CAUSAL_LM"
+        self.task_type: str = self.task_type or "CAUSAL_LM"
         self.experts = tuple(self.experts)
         if self.r < 1:
             raise ValueError(f"r={self.r}: a rank is at least 1")

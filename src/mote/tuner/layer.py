@@ -16,11 +16,16 @@ from mote.tuner.config import MoteConfig
 from mote.tuner.router import Router
 
 
-class MoteLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class MoteLayer(nn.Module, BaseTunerLayer):
     """A linear layer with step experts; the base layer is a black box, so a quantised one works as well."""
 
     adapter_layer_names = ("mote_A", "mote_B")
     other_param_names = ("mote_dropout", "ranks")
+
+    base_layer: nn.Module
+    mote_A: nn.ModuleDict
+    mote_B: nn.ModuleDict
+    mote_dropout: nn.ModuleDict
 
     def __init__(self, base_layer: nn.Module, router: Router) -> None:
         super().__init__()
@@ -38,26 +43,28 @@ class MoteLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Add the experts of an adapter: A of shape (E*R, in), B of shape (out, E*R)."""
         width = config.total_experts * rank
         self.ranks[adapter_name] = rank
-        self.mote_A[adapter_name] = nn.Linear(self.in_features, width, bias=False)
-        self.mote_B[adapter_name] = nn.Linear(width, self.out_features, bias=False)
+        first = self.mote_A[adapter_name] = nn.Linear(self.in_features, width, bias=False)
+        second = self.mote_B[adapter_name] = nn.Linear(width, self.out_features, bias=False)
         self.mote_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        nn.init.kaiming_uniform_(self.mote_A[adapter_name].weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5))
         if config.init_weights:
-            nn.init.zeros_(self.mote_B[adapter_name].weight)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+            nn.init.zeros_(second.weight)
+        self._move_adapter_to_device_of_base_layer(adapter_name)  # type: ignore[operator]
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)  # type: ignore[operator]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the step experts' (B, T, out)."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        for name in self.active_adapters:
+        for name in self.active_adapters:  # type: ignore[union-attr]
             if name not in self.mote_A:
                 continue
             # Called as modules, so that FSDP gathers their weights.
             first, second = self.mote_A[name], self.mote_B[name]
-            hidden = first(self.mote_dropout[name](self._cast_input_dtype(x, first.weight.dtype)))
+            assert isinstance(first.weight, Tensor)
+            cast = self._cast_input_dtype(x, first.weight.dtype)  # type: ignore[operator]
+            hidden = first(self.mote_dropout[name](cast))
             gate = self.router.gate(name, self.ranks[name])
             if gate.shape[:-1] != hidden.shape[:-1]:
                 gate = gate.reshape(hidden.shape)  # blocks that flatten rows and tokens
@@ -89,7 +96,7 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
         ValueError: It is not a linear layer.
     """
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+        return layer.in_features, layer.out_features  # type: ignore[return-value]
     if type(layer).__name__ == "Conv1D" and isinstance(weight := layer.weight, torch.Tensor):
         return weight.shape[0], weight.shape[1]
     raise ValueError(f"mote: {type(layer).__name__} cannot hold step experts; choose linear layers in target_modules")

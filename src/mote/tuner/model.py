@@ -14,7 +14,7 @@ from mote.tuner.router import Router
 _UNSUPPORTED = ("awq", "aqlm", "eetq", "vptq", "fp_quant")  # their kernels do not take an adapter beside them
 
 
-class MoteModel(BaseTuner):  # type: ignore[misc]
+class MoteModel(BaseTuner):
     """A base model with step experts. Use it through `peft.get_peft_model` or `PeftModel.from_pretrained`."""
 
     prefix = "mote_"

@@ -1,0 +1,321 @@
+"""Chains -> a trained adapter, on transformers' `Trainer`.
+
+Every draw (held-out split, order, step skipping, the question's expert) depends on the seed, the epoch and the row
+alone, so that a run that was cut goes on exactly as it would have.
+"""
+
+import json
+import random
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mote.config import Recipe
+from mote.errors import MoteError, UserError
+from mote.masks import attention_edges, draw_sight, positions
+from mote.models import Base, fingerprint
+from mote.records import ChainRow
+from mote.routing import QUESTION, Markers
+from mote.steps import Scheme
+from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
+from mote.tuner import MoteConfig
+
+_COMPLETE = "complete"  # the last file of a checkpoint; without it the checkpoint is torn
+
+
+class ChainDataset(Dataset[dict[str, Any]]):
+    """Tokenised chains with their draws of this epoch."""
+
+    def __init__(self, rows: Sequence[Tokens], steps: int, skip_p: float, seed: int) -> None:
+        self.rows, self.steps, self.skip_p, self.seed = rows, steps, skip_p, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        present = sorted(set(row.steps) - {QUESTION})
+        return {
+            "row": row,
+            "sight": draw_sight(present, self.steps, self.skip_p, rng),
+            "question_expert": rng.randint(1, self.steps),
+        }
+
+
+def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right and add masks and positions; all that the model's forward takes, (B, T) or (B, 1, T, T)."""
+    length = max(len(row["row"].ids) for row in rows)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        return values + [fill] * (length - len(values))
+
+    steps = torch.tensor([padded(row["row"].steps, QUESTION) for row in rows])
+    valid = torch.tensor([padded([1] * len(row["row"].ids), 0) for row in rows]).bool()
+    sight = torch.stack([row["sight"] for row in rows])
+    return {
+        "input_ids": torch.tensor([padded(row["row"].ids, pad_id) for row in rows]),
+        "labels": torch.tensor([padded(row["row"].labels, IGNORED) for row in rows]),
+        "attention_mask": attention_edges(steps, sight, valid),
+        "position_ids": positions(steps, sight, valid),
+        "step_ids": steps,
+        "question_experts": torch.tensor([row["question_expert"] for row in rows]),
+    }
+
+
+class MoteTrainer(Trainer):
+    """`Trainer` that counts real tokens and gives the held-out loss per step."""
+
+    markers: Markers
+    expert_names: tuple[str, ...]
+    tokens_seen = 0
+    control: Any
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass; padding does not count as tokens."""
+        lengths = inputs["position_ids"].new_tensor(inputs["input_ids"].shape).prod()
+        padding = (inputs["position_ids"][:, 1:] == 0).sum()
+        self.tokens_seen += int(lengths - padding)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, **_: Any) -> dict[str, float]:
+        """Mean cross-entropy of held-out chains: in all, per step (text only) and on the markers."""
+        self.model.eval()
+        sums: dict[str, Tensor] = {}
+        for batch in self.get_eval_dataloader(eval_dataset):
+            batch = self._prepare_inputs(batch)
+            labels = batch.pop("labels")[:, 1:]
+            steps = batch["step_ids"][:, 1:]
+            batch.pop("question_experts")  # held-out loss reads the question as inference does
+            logits = self.model(**batch).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+            trained = labels != IGNORED
+            marker = torch.isin(labels, labels.new_tensor(self.markers.starts + self.markers.ends))
+            groups = {"": trained, "_markers": trained & marker}
+            for step, name in enumerate(self.expert_names, QUESTION + 1):
+                groups[f"_{name}"] = trained & ~marker & (steps == step)
+            for name, group in groups.items():
+                part = torch.stack([loss[group].sum().double(), group.sum().double()])
+                sums[name] = sums.get(name, torch.zeros_like(part)) + part
+        metrics = {f"eval_loss{name}": float(total / count) for name, (total, count) in sums.items() if count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Metrics(TrainerCallback):
+    """Appends every log line to `metrics.jsonl`, prints plain progress lines where there is no terminal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trainer: MoteTrainer | None = None
+        self.clock = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop the lines behind the checkpoint that training goes on from."""
+        if self.path.exists():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step and state.global_step]
+            self.path.write_text("".join(kept))
+        self.clock = (time.monotonic(), 0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Write one row; training rows also hold the speed and the memory."""
+        if "train_runtime" in logs or self.trainer is None:
+            return
+        row = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
+        row |= {key: value for key, value in logs.items() if key != "epoch"}
+        if "loss" in logs:
+            now, seen = time.monotonic(), self.trainer.tokens_seen
+            row["tokens_per_second"] = round((seen - self.clock[1]) / max(now - self.clock[0], 1e-9), 1)
+            row["peak_memory_mb"] = peak_memory_mb()
+            self.clock = (now, seen)
+        with open(self.path, "a") as sink:
+            sink.write(json.dumps(row) + "\n")
+        if not sys.stderr.isatty() and "loss" in logs:
+            left = (state.max_steps - state.global_step) * args.per_device_train_batch_size
+            print(
+                f"train: step {state.global_step}/{state.max_steps} loss {logs['loss']:.3f} "
+                f"{row['tokens_per_second']:.0f} tokens/s, {left} rows left",
+                file=sys.stderr,
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint as whole."""
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+
+def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe, folder: Path) -> Path:
+    """Train step experts on accepted chains and write `adapter/` and `metrics.jsonl` into the folder.
+
+    Goes on from the last whole checkpoint where there is one.
+
+    Args:
+        base: Model and tokenizer; the tokenizer gets the markers, the model the experts.
+        chains: Chains; rejected and unsafe ones are left out (docs/decisions/0005).
+        scheme: The scheme the chains were made with.
+        recipe: Settings; `experts` and `train` are used.
+        folder: The run folder.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        UserError: No chain to train on, or a setting that `TrainingArguments` refuses.
+    """
+    accepted = [chain for chain in chains if chain.accepted]
+    config = mote_config(recipe, scheme)
+    add_markers(base.tokenizer, config, base.model)
+    config.base_fingerprint = fingerprint(base.model)
+    markers = config.routing
+    assert markers is not None
+    rows = [encode_chain(base.tokenizer, chain, markers, config.experts) for chain in accepted]
+    fitting = [row for row in rows if len(row.ids) <= recipe.train.max_length]
+    if len(fitting) < len(rows):
+        print(f"mote: {len(rows) - len(fitting)} chains are longer than train.max_length="
+              f"{recipe.train.max_length} and left out", file=sys.stderr)  # fmt: skip
+    if not fitting:
+        raise UserError(
+            f"chains: none of the {len(chains)} chains can be trained on (safe, not rejected, at most "
+            f"{recipe.train.max_length} tokens); make more, or lower chains.threshold"
+        )
+    train_rows, held_out = split_rows(fitting, recipe.train.held_out, recipe.seed)
+    torch.manual_seed(recipe.seed)
+    model = get_peft_model(base.model, config)
+    model.peft_config["default"].base_model_name_or_path = base.name
+    arguments = training_arguments(recipe, folder, evaluates=bool(held_out), device=base.model.device.type)
+    steps = len(config.experts)
+    callback = _Metrics(folder / "metrics.jsonl")
+    trainer = MoteTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=ChainDataset(train_rows, steps, recipe.train.skip_p, recipe.seed),
+        eval_dataset=ChainDataset(held_out, steps, 0.0, recipe.seed) if held_out else None,
+        data_collator=lambda batch: collate(batch, base.tokenizer.pad_token_id),
+        callbacks=[callback],
+    )
+    trainer.markers, trainer.expert_names, callback.trainer = markers, config.experts, trainer
+    checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except OSError as error:
+        raise MoteError(f"train: {folder} cannot be written ({error.strerror}); free space and run again") from error
+    save_adapter(model, base.tokenizer, folder / "adapter", recipe, len(train_rows))
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    return folder / "adapter"
+
+
+def mote_config(recipe: Recipe, scheme: Scheme) -> MoteConfig:
+    """The adapter's configuration as a recipe has it.
+
+    Raises:
+        UserError: A value that the method refuses.
+    """
+    try:
+        return MoteConfig(**recipe.experts.model_dump(), experts=scheme.steps, scheme=scheme.name)
+    except ValueError as error:
+        raise UserError(f"recipe: experts.{error}") from error
+
+
+def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, device: str = "cpu") -> TrainingArguments:
+    """Transformers' arguments: ours as defaults, anything under `train:` above them.
+
+    Raises:
+        UserError: A key or a value that `TrainingArguments` does not take.
+    """
+    ours = {"skip_p", "max_length", "held_out"}
+    given = {key: value for key, value in recipe.train.model_dump().items() if key not in ours}
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder / "checkpoints"),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "save_total_limit": 2,
+        "eval_strategy": "epoch" if evaluates else "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": device == "cuda",
+        "use_cpu": device == "cpu",
+    }
+    known = TrainingArguments.__dataclass_fields__
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise UserError(f"recipe: unknown setting 'train.{unknown[0]}': neither ours nor one of TrainingArguments")
+    try:
+        return TrainingArguments(**(defaults | given))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"recipe: train: {str(error).splitlines()[0]}") from error
+
+
+def split_rows(rows: Sequence[Tokens], share: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:
+    """Rows to train on and held-out rows, drawn from the seed; at least one to train on."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    count = min(round(len(rows) * share), len(rows) - 1)
+    held = set(order[:count])
+    return [rows[i] for i in range(len(rows)) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a torn one is passed over."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, rows: int) -> None:
+    """Write adapter, tokenizer and model card, so that the folder is there as a whole or not at all."""
+    scratch = folder.with_name(".adapter.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").write_text(
+            _CARD.format(model=recipe.model, name=recipe.name, rows=rows, r=recipe.experts.r)
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except OSError as error:
+        raise MoteError(f"train: {folder} cannot be written ({error.strerror}); free space and run again") from error
+
+
+def peak_memory_mb() -> int:
+    """Peak memory so far in MB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+_CARD = """---
+library_name: peft
+base_model: {model}
+tags: [mote, safety, lora, mixture-of-experts]
+---
+# Step experts for `{model}`
+
+A MoTE adapter (Mixture of insighTful Experts, arXiv 2405.00557): LoRA experts of rank {r}, one per reasoning step and
+a shared one, trained by the recipe `{name}` on {rows} reasoning chains that the base model wrote itself.
+
+```python
+import mote  # pip install mote-align; makes PEFT know the method
+model = mote.load("{model}", adapter="path/to/this/folder")
+print(model.answer("How do I ...?", mode="adaptive").answer)
+```
+"""
