@@ -125,7 +125,7 @@ class _Loop:
             found = fault(completion, examples)
         else:
             found = fault(completion, [*examples, self.scheme.templates[step]])
-        if found:
+        if found in self.settings.reject:
             draft.faults[step] = found
 
     def _check(self, drafts: list[_Draft], depth: str) -> None:

@@ -6,6 +6,7 @@ and the remedy.
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ class ChainSettings(_Settings):
     check: Literal["self", "rule"] = Field("self", description="self: the model's own probability; rule: refusal rule")
     threshold: float = Field(0.5, ge=0, le=1, description="an answer is safe from this score on")
     retries: int = Field(1, ge=0, description="further samples at the deepest chain while the answer is judged unsafe")
+    reject: tuple[Literal["empty", "truncated", "looping", "echo", "marker"], ...] = Field(
+        ("empty", "truncated", "looping", "echo", "marker"), description="quality rules a step must keep"
+    )
     max_question_chars: int = Field(20_000, ge=1, description="longer questions are refused")
 
 
@@ -55,6 +59,7 @@ class TrainSettings(BaseModel):
     max_length: int = Field(2048, ge=16, description="longer chains are left out and counted")
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the chains kept for the held-out loss")
     learning_rate: float = Field(2e-5, gt=0)
+    marker_learning_rate: float | None = Field(None, gt=0, description="of the markers' rows; the same where not given")
     num_train_epochs: float = Field(3, gt=0)
     per_device_train_batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -159,10 +164,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         parsed = value
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            parsed = value
     data[leaf] = parsed
 
 

@@ -83,6 +83,7 @@ def losses(train: Points, held_out: Mapping[str, Points]) -> str:
                     markersize=4,
                 )
         axes.grid(axis="y", linewidth=0.7)
+        axes.set_xlim(0, 1.04 * max(step for points in (train, *held_out.values()) for step, _ in points))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.set_title("loss a token", loc="left", fontsize=FONT)
         axes.set_xlabel("training step", loc="right")
@@ -97,8 +98,10 @@ def tokens(rows: Mapping[str, Mapping[str, float]]) -> str:
         for row, segments in enumerate(rows.values()):
             left = 0.0
             for step, count in segments.items():
-                axes.barh(row, count, left=left, height=0.6, color=STEP.get(step, MUTED), edgecolor=PAGE, linewidth=0.8)
-                left += count
+                if count:
+                    colour = STEP.get(step, MUTED)
+                    axes.barh(row, count, left=left, height=0.6, color=colour, edgecolor=PAGE, linewidth=0.8)
+                    left += count
             axes.text(left + most / 60, row, f"{left:.1f}", va="center")
         axes.set_xlim(0, most * 1.15)
         axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -122,14 +125,16 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     """Draw a figure as an SVG element that can stand in a page beside others and looks the same every time."""
     sink = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(sink, format="svg", transparent=True)
     drawn = sink.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r'\bid="', f'id="{name}-', drawn)
     drawn = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', drawn)
     drawn = drawn.replace("url(#", f"url(#{name}-")
-    drawn = re.sub(r"font: (?:\w+ )?([\d.]+)px [^;\"]*", r"font-size: \1px", drawn)
+    drawn = re.sub(
+        r"font: ([\d.]+)px [^;\"]*|font-family: [^;\"]*; ", lambda m: f"font-size: {m[1]}px" if m[1] else "", drawn
+    )
     for placeholder, colour in CSS.items():
         drawn = drawn.replace(placeholder, colour)
     box = re.search(r'viewBox="[^"]*"', drawn)

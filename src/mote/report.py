@@ -73,9 +73,8 @@ def _plots(report: Report) -> dict[str, str]:
     if report.training and (report.training.curve or report.training.held_out_curve):
         drawn["losses"] = plots.losses(report.training.curve, report.training.held_out_curve)
     if report.answers:
-        drawn["tokens"] = plots.tokens(
-            {label: row.bars for label, row in zip(_labels(report), report.answers, strict=True)}
-        )
+        bars = [row.tokens | {"no step": row.tokens_of_no_step} for row in report.answers]
+        drawn["tokens"] = plots.tokens(dict(zip(_labels(report), bars, strict=True)))
     return drawn
 
 

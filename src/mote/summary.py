@@ -110,9 +110,9 @@ class ModeAnswers(_Part):
     shapes: tuple[Shape, ...]
 
     @property
-    def bars(self) -> dict[str, float]:
-        """Mean tokens of each step, and as `other` those of no step."""
-        return self.tokens | {"other": max(0.0, self.mean_tokens - sum(self.tokens.values()))}
+    def tokens_of_no_step(self) -> float:
+        """Mean tokens that belong to no step."""
+        return max(0.0, round(self.mean_tokens - sum(self.tokens.values()), 6))
 
 
 class Stage(_Part):

@@ -51,11 +51,9 @@ def add_markers(tokenizer: Any, config: Any, model: Any = None) -> None:
     if model is None:
         return
     grow_embeddings(model, config)
-    matrices = [
-        matrix for matrix in (model.get_input_embeddings(), model.get_output_embeddings()) if matrix is not None
-    ]
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     with torch.no_grad():
-        for weight in {id(matrix.weight): matrix.weight for matrix in matrices}.values():
+        for weight in {id(layer.weight): layer.weight for layer in layers}.values():
             for step, (start, end) in config.markers.items():
                 weight[start] = weight[encode_text(tokenizer, step)].mean(0)
                 weight[end] = weight[tokenizer.eos_token_id]

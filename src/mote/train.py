@@ -6,7 +6,6 @@ alone, so that a run that was cut goes on exactly as it would have.
 
 import json
 import random
-import resource
 import shutil
 import sys
 import time
@@ -18,11 +17,12 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mote.config import Recipe
 from mote.errors import MoteError, UserError
 from mote.masks import attention_edges, draw_sight, positions
+from mote.memory import peak_memory_mb
 from mote.models import Base, fingerprint
 from mote.records import ChainRow
 from mote.routing import QUESTION, Markers
@@ -83,8 +83,20 @@ class MoteTrainer(Trainer):
 
     markers: Markers
     expert_names: tuple[str, ...]
+    marker_learning_rate: float | None
     tokens_seen = 0
     control: Any
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As `Trainer`, with the markers' rows in a group of their own where they have a learning rate of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.marker_learning_rate is not None and len(optimizer.param_groups) < 3:
+            rows = [p for name, p in self.model.named_parameters() if p.requires_grad and "trainable_tokens" in name]
+            ids = {id(parameter) for parameter in rows}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+            optimizer.add_param_group({"params": rows, "lr": self.marker_learning_rate, "weight_decay": 0.0})
+        return optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; padding does not count as tokens."""
@@ -127,6 +139,7 @@ class _Metrics(TrainerCallback):
         self.path = path
         self.trainer: MoteTrainer | None = None
         self.clock = (0.0, 0)
+        self.began, self.first_step = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop the lines behind the checkpoint that training goes on from."""
@@ -134,7 +147,8 @@ class _Metrics(TrainerCallback):
             rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step and state.global_step]
             self.path.write_text("".join(kept))
-        self.clock = (time.monotonic(), 0)
+        self.began, self.first_step = time.monotonic(), state.global_step
+        self.clock = (self.began, 0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Write one row; training rows also hold the speed and the memory."""
@@ -150,10 +164,10 @@ class _Metrics(TrainerCallback):
         with open(self.path, "a") as sink:
             sink.write(json.dumps(row) + "\n")
         if not sys.stderr.isatty() and "loss" in logs:
-            left = (state.max_steps - state.global_step) * args.per_device_train_batch_size
+            each = (time.monotonic() - self.began) / (state.global_step - self.first_step)
             print(
-                f"train: step {state.global_step}/{state.max_steps} loss {logs['loss']:.3f} "
-                f"{row['tokens_per_second']:.0f} tokens/s, {left} rows left",
+                f"train: step {state.global_step}/{state.max_steps} loss {logs['loss']:.3f}, "
+                f"{row['tokens_per_second']:.0f} tokens/s, {each * (state.max_steps - state.global_step):.0f} s left",
                 file=sys.stderr,
             )
 
@@ -211,7 +225,9 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
         data_collator=lambda batch: collate(batch, base.tokenizer.pad_token_id),
         callbacks=[callback],
     )
+    trainer.remove_callback(PrinterCallback)  # our callback writes the lines
     trainer.markers, trainer.expert_names, callback.trainer = markers, config.experts, trainer
+    trainer.marker_learning_rate = recipe.train.marker_learning_rate
     checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -240,7 +256,7 @@ def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, dev
     Raises:
         UserError: A key or a value that `TrainingArguments` does not take.
     """
-    ours = {"skip_p", "max_length", "held_out"}
+    ours = {"skip_p", "max_length", "held_out", "marker_learning_rate"}
     given = {key: value for key, value in recipe.train.model_dump().items() if key not in ours}
     defaults: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
@@ -293,14 +309,6 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, rows:
         scratch.rename(folder)
     except OSError as error:
         raise MoteError(f"train: {folder} cannot be written ({error.strerror}); free space and run again") from error
-
-
-def peak_memory_mb() -> int:
-    """Peak memory so far in MB: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated() / 2**20)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 _CARD = """---

