@@ -267,7 +267,7 @@ def test_table() -> None:
     text = planned(name="mine", limit=20).table()
     assert "plan of 'mine'" in text and "rough estimate" in text
     assert "19,541,376 trained parameters, 78.2 MB on disk" in text
-    assert "100 GFLOP/s in float32" in text and "10.0 GB/s" in text
+    assert "100.0 GFLOP/s in float32" in text and "10.0 GB/s" in text
     lines = [line.split()[0] for line in text.splitlines() if line]
     assert [name for name in lines if name in ("questions", "chains", "train", "answer", "report")] == [
         "questions",

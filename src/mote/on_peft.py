@@ -18,7 +18,6 @@ class _AfterPeft(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "peft":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return spec
@@ -26,6 +25,7 @@ class _AfterPeft(MetaPathFinder):
         run: Any = loader.exec_module
 
         def run_then_register(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
             run(module)
             import_module("mote.tuner")
 

@@ -85,11 +85,11 @@ class Plan(_Part):
                 f"model    {self.model}: {_count(self.parameters)} parameters in {self.dtype}",
                 f"shape    {shape.layers} layers, hidden {shape.hidden}, intermediate {shape.intermediate}, vocabulary "
                 f"{shape.vocab} ({self.shape_source})",
-                f"machine  {machine.device} with {_size(machine.memory)}; measured now: {machine.flops / 1e9:.0f} "
-                f"GFLOP/s in {machine.dtype} matrix products, {machine.bandwidth / 1e9:.1f} GB/s copying memory",
+                f"machine  {machine.device} with {_size(machine.memory)}; measured now: {_count(machine.flops)}"
+                f"FLOP/s in {machine.dtype} matrix products, {machine.bandwidth / 1e9:.1f} GB/s copying memory",
                 "",
-                f"{'stage':<10}{'tokens':>9}{'time':>10}  what",
-                *(f"{name:<10}{tokens:>9}{spent:>10}  {what}" for name, tokens, spent, what in rows),
+                f"{'stage':<10}{'tokens':>9}{'time':>12}  what",
+                *(f"{name:<10}{tokens:>9}{spent:>12}  {what}" for name, tokens, spent, what in rows),
                 "",
                 f"adapter  {self.trainable:,} trained parameters, {_size(self.adapter_bytes)} on disk",
                 f"memory   {_size(self.generation_bytes)} to generate, {_size(self.training_bytes)} to train (peaks)",
@@ -371,7 +371,7 @@ def _rate(work: Callable[[], object], wait: Callable[[], object], seconds: float
 
 
 def _count(number: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number:.0f}"

@@ -16,8 +16,11 @@ from mote.tuner.config import MoteConfig
 from mote.tuner.router import Router
 
 
-class MoteLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with step experts; the base layer is a black box, so a quantised one works as well."""
+class MoteLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with step experts; the base layer is a black box, so a quantised one works as well.
+
+    PEFT finds the layers of a second adapter by the word Linear in this name.
+    """
 
     adapter_layer_names = ("mote_A", "mote_B")
     other_param_names = ("mote_dropout", "ranks")

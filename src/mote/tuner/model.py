@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from mote.tuner.config import MoteConfig
-from mote.tuner.layer import MoteLayer
+from mote.tuner.layer import MoteLinear
 from mote.tuner.router import Router
 
 _UNSUPPORTED = ("awq", "aqlm", "eetq", "vptq", "fp_quant")  # their kernels do not take an adapter beside them
@@ -18,7 +18,7 @@ class MoteModel(BaseTuner):
     """A base model with step experts. Use it through `peft.get_peft_model` or `PeftModel.from_pretrained`."""
 
     prefix = "mote_"
-    tuner_layer_cls = MoteLayer
+    tuner_layer_cls = MoteLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own attribute)
 
     def _pre_injection_hook(self, model: nn.Module, config: MoteConfig, adapter_name: str) -> None:
@@ -58,10 +58,10 @@ class MoteModel(BaseTuner):
         )
         router = self._router(self.model)
         router.add(adapter_name, peft_config, rank)
-        if isinstance(target, MoteLayer):
+        if isinstance(target, MoteLinear):
             target.update_layer(adapter_name, peft_config, rank, inference_mode=peft_config.inference_mode)
             return
-        layer = MoteLayer(target, router)
+        layer = MoteLinear(target, router)
         layer.update_layer(adapter_name, peft_config, rank, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -1,0 +1,317 @@
+"""Step experts against the paper's equation, PEFT's own LoRA and PEFT's life cycle."""
+
+import copy
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import mote
+from mote.routing import step_ids
+from mote.tokens import add_markers
+from mote.tuner import MoteConfig
+from mote.tuner.layer import MoteLinear
+from mote.tuner.registration import mote_peft_type
+
+MARKERS = {"analysis": [64, 65], "guidance": [66, 67], "response": [68, 69]}
+
+
+def tiny_llama(tied: bool = True, vocab: int = 64) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def config(**changes: Any) -> MoteConfig:
+    given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "markers": MARKERS, "turn_ids": [2], "vocab_size": 70}
+    return MoteConfig(**{**given, "init_weights": False, **changes})
+
+
+def adapted(tied: bool = True, **changes: Any) -> Any:
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_llama(tied), config(**changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model.eval()
+
+
+def some_ids(rows: int = 3, length: int = 24) -> Tensor:
+    """Rows whose steps begin at different places; the last has no step at all, one goes back to the question."""
+    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(2))
+    ids[0, 5], ids[0, 12], ids[0, 17] = 64, 66, 68
+    ids[1, 9], ids[1, 15] = 68, 2
+    return ids
+
+
+def slow_layer(layer: MoteLinear, conf: MoteConfig, x: Tensor, steps: Tensor) -> Tensor:
+    """The equation of section 3.2, written out token by token and expert by expert."""
+    r, scaling = conf.r, conf.lora_alpha / conf.r
+    a, b = layer.mote_A["default"].weight, layer.mote_B["default"].weight
+
+    def expert(index: int, token: Tensor) -> Tensor:
+        part = slice(index * r, (index + 1) * r)
+        return scaling * (b[:, part] @ (a[part] @ token))
+
+    out = layer.base_layer(x).clone()
+    shared = int(conf.shared)
+    for row in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            step = int(steps[row, t])
+            names = list(conf.experts)
+            if step:
+                own = expert(shared + step - 1, x[row, t])
+            elif conf.question_expert == "mean":
+                own = sum(expert(shared + i, x[row, t]) for i in range(len(names))) / len(names)
+            else:
+                own = expert(shared + names.index(conf.question_expert), x[row, t])
+            out[row, t] += conf.mix * own
+            if shared:
+                out[row, t] += (1 - conf.mix) * expert(0, x[row, t])
+    return out
+
+
+@pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"mix": 0.3}, {"question_expert": "guidance"}])
+def test_layer_equals_the_equation(changes: dict[str, Any]) -> None:
+    model = adapted(**changes)
+    conf = model.peft_config["default"]
+    layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    ids = some_ids()
+    model(input_ids=ids)
+    expected = slow_layer(layer, conf, seen["x"], step_ids(ids, conf.routing))
+    torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_expert_is_plain_lora() -> None:
+    conf = MoteConfig(
+        r=4, lora_alpha=8, experts=("response",), mix=1.0, markers={"response": [60, 61]}, vocab_size=64,
+        trainable_token_indices=[60], init_weights=False,
+    )  # fmt: skip
+    ours = get_peft_model(tiny_llama(), conf).eval()
+    theirs = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
+    state = ours.state_dict()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(state[name.replace("lora_", "mote_")])
+    ids = some_ids().clamp_max(63)
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-6, rtol=0)
+
+
+def test_untrained_adapter_changes_nothing() -> None:
+    ids, base = some_ids(), tiny_llama()
+    before = base(input_ids=ids.clamp_max(63)).logits
+    model = get_peft_model(base, config(init_weights=True)).eval()
+    torch.testing.assert_close(model(input_ids=ids.clamp_max(63)).logits[..., :64], before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_is_exact_and_small(tied: bool, tmp_path: Path) -> None:
+    model, ids = adapted(tied), some_ids()
+    before = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    experts = sum(p.numel() for name, p in model.named_parameters() if "mote_" in name)
+    rows = 6 * 32 * (1 if tied else 2)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < (experts + rows) * 4 + 12_000
+    again = PeftModel.from_pretrained(tiny_llama(tied), tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, before)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MOTE"
+
+
+def test_auto_model_and_load_adapter_read_it(tiny: Path, tmp_path: Path) -> None:
+    conf, tokenizer = MoteConfig(r=4, init_weights=False), AutoTokenizer.from_pretrained(tiny)
+    base = LlamaForCausalLM.from_pretrained(tiny)
+    add_markers(tokenizer, conf, base)
+    model = get_peft_model(base, conf).eval()
+    ids = torch.tensor([tokenizer("how do I<|analysis|>safe<|/analysis|><|response|>answer")["input_ids"]])
+    before = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(auto(input_ids=ids).logits, before)
+    plain = LlamaForCausalLM.from_pretrained(tiny)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(plain.eval()(input_ids=ids).logits, before)
+
+
+def test_disabling_several_adapters_and_deleting() -> None:
+    model, ids = adapted(), some_ids()
+    first = model(input_ids=ids).logits
+    with model.disable_adapter():
+        off = model(input_ids=ids).logits
+    assert (off - first).abs().max() > 0.1
+    torch.manual_seed(3)
+    model.add_adapter("second", config())
+    model.set_adapter("second")
+    second = model.eval()(input_ids=ids).logits
+    assert (second - first).abs().max() > 0.1
+    model.set_adapter("default")
+    assert torch.equal(model(input_ids=ids).logits, first)
+    model.delete_adapter("second")
+    assert torch.equal(model(input_ids=ids).logits, first)
+    unloaded = model.unload()
+    assert not any(isinstance(module, MoteLinear) for module in unloaded.modules())
+
+
+def test_merging_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="chosen per token"):
+        adapted().merge_and_unload()
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"left_padded": True}])
+def test_cached_generation_equals_uncached(how: dict[str, Any]) -> None:
+    model, ids = adapted(), some_ids()
+    mask = torch.ones_like(ids)
+    if how.pop("left_padded", False):
+        ids[1, :4], mask[1, :4] = 0, 0
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **how}
+    cached = model.generate(**given)
+    uncached = model.generate(**{**given, "use_cache": False, "cache_implementation": None})
+    assert torch.equal(cached, uncached)
+
+
+def test_no_token_is_computed_twice_at_a_switch() -> None:
+    model, ids = adapted(), some_ids()
+    counted: list[int] = []
+    decoder = model.get_base_model()
+    decoder.register_forward_pre_hook(
+        lambda _, __, kwargs: counted.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    out = model.generate(input_ids=ids, max_new_tokens=10, do_sample=False)
+    assert sum(counted) == out.shape[1] - 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_gradients_are_equal_with_two_forwards_before_one_backward(reentrant: bool) -> None:
+    model, ids = adapted().train(), some_ids()
+    model.enable_input_require_grads()
+    experts = torch.tensor([1, 2, 3])
+
+    def gradients() -> Tensor:
+        model.zero_grad()
+        first = model(input_ids=ids, labels=ids, question_experts=experts).loss
+        second = model(input_ids=ids.flip(0), labels=ids.flip(0), question_experts=experts).loss
+        (first + 2 * second).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(), plain, atol=1e-6, rtol=0)
+
+
+def test_threads_do_not_mix_their_gates() -> None:
+    model = adapted()
+    batches = [torch.roll(some_ids(), shift, dims=1) for shift in range(6)]
+    with torch.no_grad():
+        expected = [model(input_ids=ids).logits for ids in batches]
+        found: dict[int, list[Tensor]] = {i: [] for i in range(6)}
+
+        def work(i: int) -> None:
+            with torch.no_grad():
+                for _ in range(10):
+                    found[i].append(model(input_ids=batches[i]).logits)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for i in range(6):
+        assert len(found[i]) == 10
+        for logits in found[i]:
+            torch.testing.assert_close(logits, expected[i], atol=1e-5, rtol=0)
+
+
+def test_question_expert_is_drawn_in_training_only() -> None:
+    model = adapted()
+    ids = torch.randint(3, 60, (1, 8))
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    model.train()
+    seen = {round(float(model(input_ids=ids).logits.detach().sum()), 3) for _ in range(30)}
+    assert len(seen) == 3
+    drawn = {round(float(model(input_ids=ids, question_experts=torch.tensor([i])).logits.sum()), 3) for i in (1, 2, 3)}
+    assert drawn == seen
+
+
+def test_without_ids_the_call_fails_loudly() -> None:
+    model = adapted()
+    embeds = torch.randn(1, 4, 32)
+    with pytest.raises(RuntimeError, match="step of each token is unknown"):
+        model(inputs_embeds=embeds)
+    steps = torch.tensor([[0, 1, 1, 2]])
+    assert model(inputs_embeds=embeds, step_ids=steps).logits.shape == (1, 4, 70)
+
+
+def test_a_copied_model_routes_by_itself() -> None:
+    model, ids = adapted(), some_ids()
+    assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"mix": 0.0}, "mix=0.0"),
+        ({"mix": 1.5}, "mix=1.5"),
+        ({"r": 0}, "r=0"),
+        ({"experts": ("a", "a")}, "each expert once"),
+        ({"question_expert": "nobody"}, "question_expert='nobody'"),
+        ({"experts": ("other",)}, "markers name the steps"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        config(**changes)
+
+
+def test_registration_is_a_real_member() -> None:
+    assert mote_peft_type() is PeftType.MOTE is PeftType("MOTE") is PeftType["MOTE"]
+    assert PeftType.MOTE.value == "MOTE" and PeftType.MOTE in list(PeftType)
+    assert mote.MoteConfig is MoteConfig
+
+
+def test_layers_are_chosen_as_in_lora() -> None:
+    model = get_peft_model(tiny_llama(), config(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]))
+    names = [name for name, module in model.named_modules() if isinstance(module, MoteLinear)]
+    assert [name.split("layers.")[1] for name in names] == ["1.self_attn.q_proj", "1.mlp.down_proj"]
+    ranked = get_peft_model(tiny_llama(), config(rank_pattern={"q_proj": 2}))
+    widths = {name.split(".")[-1]: m.mote_A["default"].weight.shape[0] for name, m in ranked.named_modules()
+              if isinstance(m, MoteLinear)}  # fmt: skip
+    assert widths["q_proj"] == 8 and widths["k_proj"] == 16
+    assert ranked.eval()(input_ids=some_ids()).logits.isfinite().all()
+
+
+def test_only_linear_layers_take_experts() -> None:
+    with pytest.raises(ValueError, match="cannot hold step experts"):
+        get_peft_model(tiny_llama(), config(target_modules=["input_layernorm"]))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import mote; import peft; peft.PeftType.MOTE",
+        "import peft; import mote; peft.PeftType.MOTE",
+        "import mote; from transformers.utils import is_peft_available as f; f(); from peft import PeftType as P; P.MOTE",
+        "import importlib.util as u; import mote; u.find_spec('peft'); u.find_spec('peft'); import peft; "
+        "assert 'MOTE' in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING",
+        "import mote, sys; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)",
+    ],
+)
+def test_import_mote_is_enough_and_brings_no_torch(program: str) -> None:
+    subprocess.run([sys.executable, "-c", program], check=True)
