@@ -246,7 +246,10 @@ def test_question_expert_is_drawn_in_training_only() -> None:
     model.train()
     seen = {round(float(model(input_ids=ids).logits.detach().sum()), 3) for _ in range(30)}
     assert len(seen) == 3
-    drawn = {round(float(model(input_ids=ids, question_experts=torch.tensor([i])).logits.sum()), 3) for i in (1, 2, 3)}
+    drawn = {
+        round(float(model(input_ids=ids, question_experts=torch.tensor([i])).logits.detach().sum()), 3)
+        for i in (1, 2, 3)
+    }
     assert drawn == seen
 
 
@@ -307,7 +310,7 @@ def test_only_linear_layers_take_experts() -> None:
     [
         "import mote; import peft; peft.PeftType.MOTE",
         "import peft; import mote; peft.PeftType.MOTE",
-        "import mote; from transformers.utils import is_peft_available as f; f(); from peft import PeftType as P; P.MOTE",
+        "import mote; from transformers.utils import is_peft_available as f; f(); import peft; peft.PeftType.MOTE",
         "import importlib.util as u; import mote; u.find_spec('peft'); u.find_spec('peft'); import peft; "
         "assert 'MOTE' in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING",
         "import mote, sys; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)",
