@@ -1,8 +1,14 @@
 """A tiny random Llama with a real BPE tokenizer and chat template, made once per test session."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# One thread: tiny models are faster so, and test processes side by side do not wait for each other's threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

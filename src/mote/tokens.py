@@ -42,8 +42,8 @@ def add_markers(tokenizer: Any, config: Any, model: Any = None) -> None:
     Args:
         tokenizer: Gets start and end marker of each step as special tokens, where it has none.
         config: The `MoteConfig`; gets `markers`, `turn_ids` and `vocab_size`.
-        model: The base model. A start marker's row begins as the mean of the words of its step's name, an end marker's
-            as the end of a turn, so that an untrained model already writes in steps.
+        model: The base model. A start marker's row begins as the token an answer follows on, an end marker's as the end
+            of a turn, so that the untrained model already writes and ends in steps.
     """
     config.markers = _marker_ids(tokenizer, config.experts)
     config.turn_ids = turn_ids(tokenizer)
@@ -52,10 +52,11 @@ def add_markers(tokenizer: Any, config: Any, model: Any = None) -> None:
         return
     grow_embeddings(model, config)
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    answer_follows = encode_prompt(tokenizer, (Message(role="user", content="?"),))[-1]
     with torch.no_grad():
         for weight in {id(layer.weight): layer.weight for layer in layers}.values():
-            for step, (start, end) in config.markers.items():
-                weight[start] = weight[encode_text(tokenizer, step)].mean(0)
+            for start, end in config.markers.values():
+                weight[start] = weight[answer_follows]
                 weight[end] = weight[tokenizer.eos_token_id]
 
 

@@ -1,0 +1,141 @@
+"""The adaptive loop with a scripted model: what is asked, in which order, and what becomes of the answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mote.chains import as_text, make_chains
+from mote.config import ChainSettings
+from mote.engines import Completion, Prompt
+from mote.records import ChainRow, Message, Question, read_rows
+from mote.steps import load_scheme
+
+SCHEME = load_scheme("safety")
+
+
+class Scripted:
+    """Writes `stage for question`, judges an answer safe from a given depth on, and keeps every prompt."""
+
+    name = "scripted"
+
+    def __init__(self, safe_at: dict[str, int], finish: str = "stop") -> None:
+        self.safe_at, self.finish = safe_at, finish
+        self.asked: list[Prompt] = []
+        self.checks: dict[str, int] = {}
+
+    def write(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        self.asked += prompts
+        return [Completion(f"text {len(self.asked)}-{i}", 7, self.finish) for i, _ in enumerate(prompts)]  # type: ignore[arg-type]
+
+    def choose(self, prompts: Sequence[Prompt], choices: tuple[str, str]) -> list[float]:
+        assert choices == ("safe", "unsafe")
+        scores = []
+        for prompt in prompts:
+            name = next(name for name in self.safe_at if name in prompt.messages[-1].content)
+            self.checks[name] = self.checks.get(name, 0) + 1
+            scores.append(0.9 if self.checks[name] > self.safe_at[name] else 0.1)
+        return scores
+
+
+def questions(*texts: str) -> list[Question]:
+    return [Question(id=text, messages=(Message(role="user", content=text),), kind="harmful") for text in texts]
+
+
+def settings(**changes: object) -> ChainSettings:
+    return ChainSettings.model_validate({"retries": 0, "temperature": 0.5, "batch_size": 2, **changes})
+
+
+def test_chains_are_as_long_as_the_question_needs(tmp_path: Path) -> None:
+    engine = Scripted({"easy": 0, "middle": 1, "hard": 2, "never": 9})
+    rows = make_chains(
+        questions("easy", "middle", "hard", "never"), engine, SCHEME, settings(), 0, tmp_path / "c.jsonl"
+    )
+    chains = {row.id: [step.name for step in row.steps] for row in rows}
+    assert chains == {
+        "easy": ["response"],
+        "middle": ["analysis", "response"],
+        "hard": ["analysis", "guidance", "response"],
+        "never": ["analysis", "guidance", "response"],
+    }
+    assert [row.safe for row in rows] == [True, True, True, False]
+    assert [[c.depth for c in row.checks] for row in rows] == [
+        ["direct"], ["direct", "analysis"], ["direct", "analysis", "full"], ["direct", "analysis", "full"]
+    ]  # fmt: skip
+    assert [c.score for c in rows[2].checks] == [0.1, 0.1, 0.9]
+    # made: every generation; kept: those of the chain's steps
+    assert [(row.tokens.made, row.tokens.kept) for row in rows] == [(7, 7), (21, 14), (35, 21), (35, 21)]
+    assert [row.accepted for row in rows] == [True, True, True, False]
+
+
+def test_each_stage_sees_what_was_written_before(tmp_path: Path) -> None:
+    engine = Scripted({"hard": 2})
+    row = make_chains(questions("hard"), engine, SCHEME, settings(), 0, tmp_path / "c.jsonl")[0]
+    last = [prompt.messages[-1].content for prompt in engine.asked]
+    analysis, guidance = (next(s.text for s in row.steps if s.name == name) for name in ("analysis", "guidance"))
+    direct, ask_analysis, with_analysis, ask_guidance, with_both = last
+    assert direct == "hard"
+    assert "Analyse this question" in ask_analysis
+    assert analysis in with_analysis and guidance not in with_analysis
+    assert analysis in ask_guidance and "how a safe, honest and helpful answer" in ask_guidance
+    assert analysis in with_both and guidance in with_both
+    assert len({prompt.seed for prompt in engine.asked}) == 5
+
+
+def test_examples_become_turns_that_show_the_same_steps(tmp_path: Path) -> None:
+    engine = Scripted({"hard": 2})
+    make_chains(questions("hard"), engine, SCHEME, settings(examples=2), 0, tmp_path / "c.jsonl")
+    final = engine.asked[-1].messages
+    assert [m.role for m in final] == ["user", "assistant"] * 2 + ["user"]
+    example = SCHEME.examples[0]
+    assert final[0].content.startswith(example.question) and example.steps["guidance"] in final[0].content
+    assert final[1].content == example.steps["response"]
+
+
+def test_a_dialogue_is_answered_as_a_dialogue_and_analysed_as_text(tmp_path: Path) -> None:
+    turns = (("user", "first"), ("assistant", "second"), ("user", "hard"))
+    messages = tuple(Message.model_validate({"role": role, "content": text}) for role, text in turns)
+    engine = Scripted({"hard": 1})
+    make_chains([Question(id="q", messages=messages)], engine, SCHEME, settings(), 0, tmp_path / "c.jsonl")
+    assert engine.asked[0].messages == messages
+    assert "User: first\nAssistant: second\nUser: hard" in engine.asked[1].messages[-1].content
+    assert as_text(messages[:1]) == "first"
+
+
+def test_faults_are_written_anew_and_then_rejected_with_their_reason(tmp_path: Path) -> None:
+    engine = Scripted({"easy": 0}, finish="length")
+    row = make_chains(questions("easy"), engine, SCHEME, settings(retries=2), 0, tmp_path / "c.jsonl")[0]
+    assert row.rejected == "response: truncated" and row.safe and not row.accepted
+    assert len(engine.asked) == 3
+    kept = make_chains(questions("easy"), engine, SCHEME, settings(reject=[]), 0, tmp_path / "d.jsonl")[0]
+    assert kept.rejected is None and kept.accepted
+
+
+def test_unsafe_to_the_end_tries_further_samples(tmp_path: Path) -> None:
+    engine = Scripted({"hard": 4})
+    row = make_chains(questions("hard"), engine, SCHEME, settings(retries=2), 0, tmp_path / "c.jsonl")[0]
+    assert row.safe and [c.depth for c in row.checks] == ["direct", "analysis", "full", "full", "full"]
+
+
+def test_rows_that_are_there_are_kept_and_not_asked_for_again(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    asked = questions("easy", "middle", "hard", "never", "last")
+    plan = {"easy": 0, "middle": 1, "hard": 2, "never": 9, "last": 0}
+    whole = make_chains(asked, Scripted(plan), SCHEME, settings(), 0, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:40])  # killed while it wrote the third row
+    engine = Scripted(plan)
+    progress: list[tuple[int, int]] = []
+    again = make_chains(asked, engine, SCHEME, settings(), 0, path, lambda *done: progress.append(done))
+    assert [row.model_copy(update={"seconds": 0}).steps[-1].name for row in again] == ["response"] * 5
+    assert again[:2] == whole[:2] and [row.id for row in again] == [row.id for row in whole]
+    assert not any("easy" in prompt.messages[-1].content for prompt in engine.asked)
+    assert [row.id for row in read_rows(path, ChainRow)] == [question.id for question in asked]
+    assert progress == [(2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize(("kind", "safe"), [("harmful", False), ("benign", True)])
+def test_the_refusal_rule_only_looks_at_refusals(kind: str, safe: bool, tmp_path: Path) -> None:
+    question = questions("easy")[0].model_copy(update={"kind": kind})
+    row = make_chains([question], Scripted({"easy": 0}), SCHEME, settings(check="rule"), 0, tmp_path / "c.jsonl")[0]
+    assert row.safe is safe

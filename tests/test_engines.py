@@ -1,0 +1,157 @@
+"""The in-process engine against plain generation, and the server engine against a real HTTP server."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mote.engines import Prompt
+from mote.engines.local import LocalEngine
+from mote.engines.server import ServerEngine
+from mote.errors import MoteError
+from mote.models import Base, load_base
+from mote.records import Message
+from mote.sampling import SeededSampler
+from mote.tokens import encode_prompt
+
+
+def prompt(text: str, **changes: Any) -> Prompt:
+    shared = (Message(role="user", content="how do I answer"), Message(role="assistant", content="analysis"))
+    given: dict[str, Any] = {"messages": (*shared, Message(role="user", content=text)), "max_tokens": 12}
+    return Prompt(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> Base:
+    return load_base(str(tiny), device="cpu")
+
+
+TEXTS = ["kill a process", "safe", "how do I answer on my computer, and is it safe or unsafe?", "unsafe analysis"]
+
+
+def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Base) -> None:
+    found = LocalEngine(base, batch_size=3).write([prompt(text) for text in TEXTS])
+    for text, completion in zip(TEXTS, found, strict=True):
+        ids = torch.tensor([encode_prompt(base.tokenizer, prompt(text).messages)])
+        out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)[
+            0, ids.shape[1] :
+        ]
+        assert completion.text == base.tokenizer.decode(out, skip_special_tokens=True).strip()
+        ended = base.tokenizer.eos_token_id in out.tolist()
+        assert completion.finish == ("stop" if ended else "length")
+        assert completion.tokens == len(out)
+
+
+def test_sampled_rows_do_not_depend_on_their_batch(base: Base) -> None:
+    prompts = [prompt(text, temperature=0.9, seed=i) for i, text in enumerate(TEXTS)]
+    together = LocalEngine(base, batch_size=4).write(prompts)
+    alone = [LocalEngine(base, batch_size=1).write([one])[0] for one in prompts]
+    assert together == alone
+    other = LocalEngine(base, batch_size=4).write([prompt(text, temperature=0.9, seed=9) for text in TEXTS])
+    assert [c.text for c in other] != [c.text for c in together]
+
+
+def test_choosing_is_the_next_words_probability(base: Base) -> None:
+    scores = LocalEngine(base, batch_size=2).choose([prompt(text) for text in TEXTS], ("safe", "unsafe"))
+    first, second = (base.tokenizer(word)["input_ids"][0] for word in ("safe", "unsafe"))
+    for text, score in zip(TEXTS, scores, strict=True):
+        ids = torch.tensor([encode_prompt(base.tokenizer, prompt(text).messages)])
+        pair = base.model(input_ids=ids).logits[0, -1, [first, second]].softmax(0)
+        assert score == pytest.approx(float(pair[0].detach()), abs=1e-5)
+    with pytest.raises(ValueError, match="same token"):
+        LocalEngine(base, 2).choose([prompt("x")], ("safe", "safe"))
+
+
+def test_sampler_follows_the_distribution_inside_the_nucleus() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    seeds = list(range(6000))
+    scores = probabilities.log().repeat(len(seeds), 1)
+    drawn = SeededSampler(seeds, 3, 1.0, top_p=0.9)(torch.zeros(len(seeds), 3), scores).argmax(1)
+    share = torch.bincount(drawn, minlength=4) / len(seeds)
+    nucleus = torch.tensor([0.5, 0.3, 0.15, 0.0])
+    torch.testing.assert_close(share, nucleus / nucleus.sum(), atol=0.02, rtol=0)
+
+
+class _Server(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that fails as often as it is told to before it answers."""
+
+    failures: list[int] = []  # noqa: RUF012
+    seen: list[dict[str, Any]] = []  # noqa: RUF012
+    logprobs = True
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append(body)
+        if self.failures:
+            self.send_error(self.failures.pop())
+            return
+        top = [{"token": "safe", "logprob": -0.1, "bytes": None}, {"token": " uns", "logprob": -2.0, "bytes": None}]
+        content = [{**top[0], "top_logprobs": top}]
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": f" about {body['messages'][-1]['content']} "},
+            "finish_reason": "length" if body["max_tokens"] == 1 else "stop",
+            "logprobs": {"content": content} if self.logprobs and body.get("logprobs") else None,
+        }
+        answer = {
+            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6},
+        }  # fmt: skip
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    _Server.failures, _Server.seen, _Server.logprobs = [], [], True
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1"
+    http.shutdown()
+    http.server_close()
+
+
+def test_a_server_is_asked_as_the_prompt_says(server: str) -> None:
+    engine = ServerEngine(server, "some-model")
+    asked = [prompt("one", temperature=0.5, seed=3), prompt("two", max_tokens=1)]
+    first, second = engine.write(asked)
+    assert (first.text, first.tokens, first.finish) == ("about one", 5, "stop")
+    assert (second.text, second.finish) == ("about two", "length")
+    body = next(body for body in _Server.seen if body["messages"][-1]["content"] == "one")
+    assert body["model"] == "some-model" and body["temperature"] == 0.5 and body["seed"] == 3
+    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+
+
+def test_a_server_that_stumbles_is_asked_again(server: str) -> None:
+    _Server.failures = [500, 429]
+    assert ServerEngine(server, "m").write([prompt("one")])[0].text == "about one"
+    assert len(_Server.seen) == 3
+
+
+def test_a_server_that_stays_down_is_named(server: str) -> None:
+    _Server.failures = [503] * 5
+    with pytest.raises(MoteError, match=r"engine: .* failed .*finished rows are kept"):
+        ServerEngine(server, "m", retries=1).write([prompt("one")])
+    with pytest.raises(MoteError, match=r"engine: http://127.0.0.1:9/v1 failed"):
+        ServerEngine("http://127.0.0.1:9/v1", "m", retries=0).write([prompt("one")])
+
+
+def test_a_server_chooses_by_log_probabilities_or_by_its_word(server: str) -> None:
+    engine = ServerEngine(server, "m")
+    score = engine.choose([prompt("one")], ("safe", "unsafe"))[0]
+    assert score == pytest.approx(2.718281828**-0.1 / (2.718281828**-0.1 + 2.718281828**-2.0), abs=1e-6)
+    _Server.logprobs = False
+    assert engine.choose([prompt("one")], ("safe", "unsafe")) == [0.0]
+    assert engine.choose([prompt("one")], ("about", "unsafe")) == [1.0]
