@@ -1,0 +1,320 @@
+"""The pages say what the code does: settings, fields, commands, links and examples are compared with it."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+
+from mote import summary
+from mote.cli import mote
+from mote.config import Recipe, Shape, known_keys, load_recipe
+from mote.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, Message, Question, StepText
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+FENCE = re.compile(r"^(<!-- runs -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PLACEHOLDER = re.compile(r"^\{\{[A-Z_]+\}\}$", re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[tuple[bool, str]]:
+    """Fenced blocks of a language, and whether they are marked to be run."""
+    return [(bool(m[1]), m[3]) for m in FENCE.finditer(page.read_text(encoding="utf-8")) if m[2] == language]
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under a heading, up to the next one."""
+    _, found, rest = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    assert found, f"{name_of(page)} has no section '## {heading}'"
+    return re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def table(text: str) -> list[list[str]]:
+    """Cells of the first table's rows, without its head."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[2:]]
+
+
+# --- what the pages should say of a pydantic model
+
+
+def type_text(kind: Any) -> str:
+    """A type as the pages write it."""
+    if get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join("none" if part is type(None) else type_text(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    if get_origin(kind) in (tuple, list):
+        return f"list of {type_text(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return f"object of {type_text(get_args(kind)[1])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"`{kind.__name__}`"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
+
+
+def limits_text(metadata: list[Any]) -> str:
+    signs = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
+    return "".join(f", {sign} {getattr(m, name):g}" for kind, name, sign in signs for m in metadata if type(m) is kind)
+
+
+def settings(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
+    """Name, type and default of every setting, in the order of the models."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield from settings(type(field.default), f"{prefix}{name}.")
+            continue
+        default = "" if field.is_required() else f"`{json.dumps(field.default, ensure_ascii=False)}`"
+        yield [f"`{prefix}{name}`", type_text(field.annotation) + limits_text(field.metadata), default]
+
+
+def fields(model: type[BaseModel]) -> list[list[str]]:
+    """Name and type of every field of a row, its own as well as those it inherits."""
+    return [[f"`{name}`", type_text(field.annotation)] for name, field in model.model_fields.items()]
+
+
+# --- docs/recipes.md
+
+
+def test_every_setting_has_its_line_with_type_and_default() -> None:
+    page = ROOT / "docs" / "recipes.md"
+    rows = [row for part in ("Run", "Chains", "Experts", "Training", "Answers") for row in table(section(page, part))]
+    assert [row[:3] for row in rows] == list(settings(Recipe))
+    assert [row[:2] for row in table(section(page, "Shape"))] == [row[:2] for row in settings(Shape, "shape.")]
+    for row in rows:
+        assert len(row) == 5 and all(row[3:]), f"{row[0]} needs a meaning and a cost"
+
+
+def test_a_setting_without_a_line_would_be_seen() -> None:
+    class More(Recipe):
+        unheard_of: int = 1
+
+    assert [row for row in settings(More) if row not in list(settings(Recipe))] == [
+        ["`unheard_of`", "whole number", "`1`"]
+    ]
+    keys = {row[0].strip("`") for row in settings(Recipe)}
+    assert keys | {"chains", "experts", "train", "answer"} == {key for key in known_keys() if "shape." not in key}
+
+
+def test_defaults_of_training_arguments_are_those_of_the_page() -> None:
+    from mote.train import training_arguments
+
+    arguments = training_arguments(Recipe(seed=7), Path("runs"))
+    named = table(section(ROOT / "docs" / "recipes.md", "Anything else under `train`"))
+    assert named
+    for key, value, *_ in named:
+        found = getattr(arguments, key.strip("`"))
+        assert getattr(found, "value", found) == {"`seed`": 7}.get(value, json.loads(value.strip("`"))) if (
+            value != "`seed`"
+        ) else found == 7
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_opens_with_its_command_and_is_in_the_page(recipe: Path) -> None:
+    first = recipe.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    command = re.search(rf"mote run recipes/{recipe.name}[^)]*", first)
+    assert command, f"{recipe.name}: its first line is a comment with the command that runs it"
+    parse(command[0].strip())
+    assert f"recipes/{recipe.name}" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+# --- docs/files.md
+
+
+@pytest.mark.parametrize(
+    "model", [Question, Message, ChainRow, StepText, Check, ChainTokens, Answer, AnswerTokens], ids=lambda m: m.__name__
+)
+def test_every_field_of_a_row_has_its_line(model: type[BaseModel]) -> None:
+    rows = table(section(ROOT / "docs" / "files.md", f"`{model.__name__}`"))
+    inherited = fields(Question) if issubclass(model, Question) and model is not Question else []
+    assert [row[:2] for row in rows] == [row for row in fields(model) if row not in inherited]
+    assert all(row[2] for row in rows)
+
+
+def test_every_key_of_the_report_has_its_line() -> None:
+    def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            if field.exclude:
+                continue
+            yield f"`{prefix}{name}`"
+            inner = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
+            for part in inner:
+                if issubclass(part, BaseModel):
+                    yield from keys(part, f"{prefix}{name}.")
+
+    rows = table(section(ROOT / "docs" / "files.md", "`report.json`"))
+    assert [row[0] for row in rows] == list(keys(summary.Report))
+
+
+# --- docs/cli.md and the command lines of all pages
+
+
+@pytest.mark.parametrize("name", sorted(mote.commands))
+def test_every_command_and_option_has_its_line(name: str) -> None:
+    command = mote.commands[name]
+    text = section(ROOT / "docs" / "cli.md", f"`mote {name}`")
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    spelt = [", ".join(f"`{o}`" for o in (*option.opts, *option.secondary_opts)) for option in options]
+    assert [row[0] for row in table(text)] == spelt
+    for argument in (p for p in command.params if isinstance(p, click.Argument)):
+        assert str(argument.make_metavar(click.Context(command))) in text
+
+
+def parse(line: str) -> None:
+    """Parse a `mote` command line as the program would, up to where the command begins its work."""
+    program, *words = shlex.split(line, comments=True)
+    assert program == "mote"
+    words = [word for word in words if word != "--debug"]
+    context = mote.make_context("mote", words, resilient_parsing=not words or words[0].startswith("-"))
+    if not context._protected_args and not context.args:
+        return
+    name, *rest = [*context._protected_args, *context.args]
+    command = mote.get_command(context, name)
+    assert command is not None, f"no command '{name}'"
+    if {"-h", "--help"} & set(rest):
+        return
+    parsed = command.make_context(name, rest, parent=context)
+    recipe = parsed.params.get("recipe")
+    load_recipe(ROOT / recipe if recipe else None, parsed.params.get("overrides", ()))
+
+
+def command_lines() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for _, block in blocks(page, "bash"):
+            joined = block.replace("\\\n", " ")
+            found += [(name_of(page), line) for line in joined.splitlines() if line.startswith("mote ")]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines())
+def test_command_line_is_one_that_mote_takes(page: str, line: str) -> None:
+    parse(line)
+
+
+def test_there_are_command_lines_of_every_command() -> None:
+    assert {line.split()[1] for _, line in command_lines()} >= set(mote.commands)
+
+
+@pytest.mark.parametrize("line", ["mote fly", "mote run", "mote train --speed 3", "mote run recipes/quickstart.yaml a=1"])
+def test_a_wrong_command_line_would_be_seen(line: str) -> None:
+    with pytest.raises((AssertionError, click.ClickException, ValueError, Exception)):
+        parse(line)
+
+
+def test_make_targets_are_there() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        named = set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+        assert named <= targets, f"{name_of(page)} names {named - targets}"
+
+
+# --- links, names and files
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if there.suffix == ".png" and PLACEHOLDER.search(README.read_text(encoding="utf-8")):
+            continue  # the picture comes with the measured numbers
+        assert there.exists(), f"{name_of(page)} links to {target}"
+        assert not anchor or anchor in anchors(there), f"{name_of(page)} links to {target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_and_names_of_the_code_are_there(page: Path) -> None:
+    text = prose(page)
+    for path in re.findall(r"`((?:src|tests|recipes|docs|benchmarks)/[\w./-]+\.\w+)", text):
+        assert (ROOT / path).exists(), f"{name_of(page)} names {path}"
+    for path, test in re.findall(r"`(tests/\w+\.py)::(\w+)", text):
+        assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{name_of(page)} names {path}::{test}"
+    for dotted in re.findall(r"`(mote(?:\.\w+)+)(?:\(\))?`", text):
+        assert resolve(dotted) is not None, f"{name_of(page)} names {dotted}"
+
+
+def resolve(dotted: str) -> Any:
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    return None
+
+
+def test_the_tree_of_the_readme_has_a_line_for_each_file() -> None:
+    tree = section(README, "Where things are")
+    files = [path for path in (ROOT / "src" / "mote").rglob("*.py") if path.name != "__init__.py"]
+    missing = [str(path.relative_to(ROOT)) for path in files if not re.search(rf"^ *{path.name}  +\S", tree, re.M)]
+    assert not missing
+    named = set(re.findall(r"^ *(\w+\.py)  ", tree, re.MULTILINE))
+    assert named <= {path.name for path in files}
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda path: path.stem)
+def test_decision_has_its_parts(page: Path) -> None:
+    titles = re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert titles == ["Context", "Decision", "Consequence", "How it is tested"]
+
+
+def test_decisions_are_numbered_listed_and_those_the_code_names() -> None:
+    numbers = [page.name[:4] for page in DECISIONS]
+    assert numbers == [f"{n:04}" for n in range(1, len(numbers) + 1)]
+    index = (ROOT / "docs" / "decisions" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((.*?\.md)\)", index) == [page.name for page in DECISIONS]
+    for path in (ROOT / "src").rglob("*.py"):
+        for number in re.findall(r"decisions/(\d{4})", path.read_text(encoding="utf-8")):
+            assert number in numbers, f"{path.name} names decision {number}"
+
+
+# --- Python
+
+
+def test_python_blocks_compile() -> None:
+    for page in PAGES:
+        for _, block in blocks(page, "python"):
+            ast.parse(block, filename=name_of(page))
+
+
+def test_python_blocks_that_are_marked_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a reader would type them, on the tiny model."""
+    code = [block for runs, block in blocks(README, "python") if runs]
+    assert len(code) >= 2
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in code:
+        exec(block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny)), namespace)
