@@ -67,7 +67,7 @@ def _command(arguments: list[str], log: Path, prepare: Callable[[], None] | None
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = ["mote", *arguments]
     if prepare is not None:
         prepare()

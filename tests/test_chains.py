@@ -75,9 +75,9 @@ def test_each_stage_sees_what_was_written_before(tmp_path: Path) -> None:
     analysis, guidance = (next(s.text for s in row.steps if s.name == name) for name in ("analysis", "guidance"))
     direct, ask_analysis, with_analysis, ask_guidance, with_both = last
     assert direct == "hard"
-    assert "Analyse this question" in ask_analysis
+    assert "what does the person want" in ask_analysis
     assert analysis in with_analysis and guidance not in with_analysis
-    assert analysis in ask_guidance and "how a safe, honest and helpful answer" in ask_guidance
+    assert analysis in ask_guidance and "how should a safe, honest and helpful answer" in ask_guidance
     assert analysis in with_both and guidance in with_both
     assert len({prompt.seed for prompt in engine.asked}) == 5
 

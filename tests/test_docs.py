@@ -19,7 +19,9 @@ from pydantic import BaseModel
 from mote import summary
 from mote.cli import mote
 from mote.config import Recipe, Shape, known_keys, load_recipe
+from mote.errors import UserError
 from mote.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, Message, Question, StepText
+from mote.train import training_arguments
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -118,16 +120,12 @@ def test_a_setting_without_a_line_would_be_seen() -> None:
 
 
 def test_defaults_of_training_arguments_are_those_of_the_page() -> None:
-    from mote.train import training_arguments
-
     arguments = training_arguments(Recipe(seed=7), Path("runs"))
-    named = table(section(ROOT / "docs" / "recipes.md", "Anything else under `train`"))
-    assert named
-    for key, value, *_ in named:
-        found = getattr(arguments, key.strip("`"))
-        assert getattr(found, "value", found) == {"`seed`": 7}.get(value, json.loads(value.strip("`"))) if (
-            value != "`seed`"
-        ) else found == 7
+    rows = table(section(ROOT / "docs" / "recipes.md", "Anything else under `train`"))
+    assert len(rows) > 3
+    for argument, value, _ in rows:
+        found = getattr(arguments, argument.strip("`"))
+        assert found == (7 if value == "`seed`" else json.loads(value.strip("`"))), argument
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -197,7 +195,8 @@ def parse(line: str) -> None:
         return
     parsed = command.make_context(name, rest, parent=context)
     recipe = parsed.params.get("recipe")
-    load_recipe(ROOT / recipe if recipe else None, parsed.params.get("overrides", ()))
+    settings = load_recipe(ROOT / recipe if recipe else None, parsed.params.get("overrides", ()))
+    training_arguments(settings, Path("runs"))
 
 
 def command_lines() -> list[tuple[str, str]]:
@@ -218,10 +217,22 @@ def test_there_are_command_lines_of_every_command() -> None:
     assert {line.split()[1] for _, line in command_lines()} >= set(mote.commands)
 
 
-@pytest.mark.parametrize("line", ["mote fly", "mote run", "mote train --speed 3", "mote run recipes/quickstart.yaml a=1"])
-def test_a_wrong_command_line_would_be_seen(line: str) -> None:
-    with pytest.raises((AssertionError, click.ClickException, ValueError, Exception)):
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("mote fly", "fly"),
+        ("mote run", "RECIPE"),
+        ("mote train --speed 3", "--speed"),
+        ("mote run recipes/quickstart.yaml train.skip=0", "unknown setting 'train.skip'"),
+        ("mote run recipes/quickstart.yaml limti=3", "did you mean 'limit'"),
+    ],
+)
+def test_a_wrong_command_line_would_be_seen(line: str, complaint: str) -> None:
+    with pytest.raises((AssertionError, click.UsageError, UserError)) as found:
         parse(line)
+    error = found.value
+    said = error.format_message() if isinstance(error, click.UsageError) else str(error)
+    assert complaint in said
 
 
 def test_make_targets_are_there() -> None:

@@ -178,8 +178,11 @@ def test_killed_with_the_newest_checkpoint_torn(recipe: Path, reference: Folder,
 
 def test_killed_before_any_checkpoint(recipe: Path, reference: Folder, tmp_path: Path) -> None:
     folder = killed(
-        recipe, tmp_path, lambda f: lines(f / "metrics.jsonl") > 0, lambda f: last_whole_checkpoint(f / "checkpoints") is None
-    )  # fmt: skip
+        recipe,
+        tmp_path,
+        lambda f: lines(f / "metrics.jsonl") > 0,
+        lambda f: last_whole_checkpoint(f / "checkpoints") is None,
+    )
     printed = again(recipe, folder)
     assert trained_steps(printed) == list(range(1, total_steps(reference) + 1))
     assert_same(folder, reference)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     fail = functools.partial(_fail, debug)
     try:
-        mote.main(args=arguments, standalone_mode=False)
+        mote.main(args=arguments or ["--help"], prog_name="mote", standalone_mode=False)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "mote"
+        fail(error, f"{error.format_message().rstrip('.')} (see `{command} --help`)", 2)
     except click.ClickException as error:
         fail(error, error.format_message(), 2)
     except MoteError as error:
@@ -211,6 +215,6 @@ def main() -> None:
 
 def _fail(debug: bool, error: BaseException, message: str, code: int) -> None:
     if debug:
-        raise error
+        traceback.print_exception(error)
     print(f"mote: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

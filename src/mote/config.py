@@ -163,7 +163,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         parsed = value
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as text
+    if parsed == value:  # YAML 1.1 reads 1e-4 as text; in quotes it is meant as one
         with suppress(ValueError):
             parsed = float(parsed)
     data[leaf] = parsed
@@ -175,7 +175,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, known_keys(), n=1)
         return f"recipe: unknown setting '{where}'" + (f"; did you mean '{near[0]}'?" if near else "; remove it")
-    return f"recipe: {where}={first.get('input')!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"recipe: {where}={first.get('input')!r}: {message[:1].lower()}{message[1:]}"
 
 
 def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

@@ -8,10 +8,11 @@ import platform
 import shutil
 import sys
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from mote.cache import cache_folder
 
 DISTRIBUTION = "mote-align"
 MODEL_PACKAGES = ("torch", "transformers", "peft", "safetensors", "jinja2")
@@ -158,17 +159,9 @@ def _devices(torch: Any) -> list[Finding]:
     return [*findings, Finding(level="ok", topic="device", detail=detail)]
 
 
-def _cache_folder() -> Path:
-    try:
-        from mote.models import cache_folder
-    except Exception:  # the same rule, where torch is missing
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mote"
-    return cache_folder()
-
-
 def _cache() -> list[Finding]:
     """The cache folder, room on its disk, and the embedded model in it."""
-    folder = _cache_folder()
+    folder = cache_folder()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     remedy = "set XDG_CACHE_HOME to another folder"
     free = shutil.disk_usage(there).free

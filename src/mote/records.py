@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -131,6 +131,8 @@ def append_rows(path: Path, rows: Sequence[BaseModel]) -> None:
                 view = view[sink.write(view) or 0 :]
             os.fsync(sink.fileno())
     except OSError as error:
+        with suppress(OSError):  # a row that only half of went in
+            cut_torn_line(path)
         raise MoteError(f"{path}: cannot be written ({error.strerror}); free space there, then run the same command "
                         "again: finished rows are kept") from error  # fmt: skip
 
@@ -166,6 +168,8 @@ def iter_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
     """`read_rows`, one row at a time."""
     if not path.exists():
         return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a JSONL file of {kind.__name__} rows")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from mote.progress import Progress
 from mote.questions import load_questions
 from mote.records import Answer, ChainRow, Question, append_rows, read_rows, rewrite_rows, write_atomic, write_json
 from mote.report import write_report
-from mote.steps import load_scheme
+from mote.steps import BASE, load_scheme
 
 if TYPE_CHECKING:
     from mote.decode import Model
@@ -51,9 +52,7 @@ class Run:
         Raises:
             UserError: It holds another recipe's run, a setting cannot work, or the questions cannot be read.
         """
-        for mode in self.recipe.answer.modes:
-            if mode != "base":
-                self.scheme.chains_of(mode)
+        self._check_modes()
         text, path = dump_recipe(self.recipe), self.folder / "recipe.yaml"
         if path.exists() and path.read_text(encoding="utf-8") != text:
             changed = _difference(load_recipe(path), self.recipe)
@@ -62,7 +61,7 @@ class Run:
                 "with --out, or remove that one"
             )
         load_questions(self.recipe.answer.questions, self.recipe.answer.limit, self.recipe.chains.max_question_chars)
-        self.questions()
+        self._wanted_questions()
         from mote.train import mote_config, training_arguments  # a wrong setting must not wait for the chains
 
         mote_config(self.recipe, self.scheme)
@@ -71,12 +70,9 @@ class Run:
 
     def questions(self) -> list[Question]:
         """The questions to make chains for; read once, then kept in the folder."""
-        path = self.folder / "questions.jsonl"
-        if path.exists():
-            return read_rows(path, Question)
-        recipe = self.recipe
-        questions = load_questions(recipe.questions, recipe.limit, recipe.chains.max_question_chars)
-        rewrite_rows(path, questions)
+        questions, path = self._wanted_questions(), self.folder / "questions.jsonl"
+        if not path.exists():
+            rewrite_rows(path, questions)
         return questions
 
     def chains(self) -> list[ChainRow]:
@@ -112,10 +108,12 @@ class Run:
             return f"trained into {adapter}"
 
         self._stage("train", (adapter / "adapter_config.json").exists(), f"{adapter} is there", work)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # a run killed once it was trained leaves them
         return adapter
 
     def answer(self, adapter: Path) -> None:
         """Held-out questions -> `answers/<system>-<mode>.jsonl`, one file a mode."""
+        self._check_modes()
         settings = self.recipe.answer
         questions = load_questions(settings.questions, settings.limit, self.recipe.chains.max_question_chars)
         paths = {mode: self.folder / "answers" / f"{settings.system}-{mode}.jsonl" for mode in settings.modes}
@@ -149,6 +147,25 @@ class Run:
             recipe = self.recipe
             self._base = load_base(recipe.model, recipe.device, recipe.dtype, recipe.revision)
         return self._base
+
+    def _check_modes(self) -> None:
+        for mode in self.recipe.answer.modes:
+            if mode != BASE:
+                self.scheme.chains_of(mode)
+
+    def _wanted_questions(self) -> list[Question]:
+        """What the folder holds where it is this recipe's; else what the recipe names, if no others are there."""
+        recipe, path, claimed = self.recipe, self.folder / "questions.jsonl", self.folder / "recipe.yaml"
+        there = read_rows(path, Question)
+        if there and claimed.exists() and claimed.read_text(encoding="utf-8") == dump_recipe(recipe):
+            return there
+        questions = load_questions(recipe.questions, recipe.limit, recipe.chains.max_question_chars)
+        if path.exists() and there != questions:
+            raise UserError(
+                f"questions: {path} holds {len(there)} questions, and not those of questions={recipe.questions} "
+                f"limit={recipe.limit}; use another --out or remove it"
+            )
+        return questions
 
     def _engine(self) -> Engine:
         if self.recipe.engine != "transformers":
