@@ -243,7 +243,7 @@ def test_values_in_quotes_stay_text(fails: Fails, tmp_path: Path) -> None:
     [
         ("train.learning_rat=1e-4", "recipe: unknown setting 'train.learning_rat'"),
         ("train.optim=best", "recipe: train: best is not a valid OptimizerNames, please select one of "),
-        ("experts.mix=0", "recipe: experts.mix=0.0: use more than 0"),
+        ("experts.question_expert=nobody", "recipe: experts.question_expert='nobody'"),
         ("experts.question_expert=check", "recipe: experts.question_expert='check': use 'mean' or one of the experts"),
         (
             "answer.modes=[direct, ful]",
@@ -504,7 +504,7 @@ def test_disk_that_fills_up_within_a_row(tmp_path: Path, recipe: Path, done: Pat
     assert message.startswith(f"{out}/chains.jsonl: cannot be written (")
     there = (out / "chains.jsonl").read_bytes()
     assert there.endswith(b"\n") and there.count(b"\n") == 7  # 6 of the groups before, 1 of the last one
-    assert files(out) == [".lock", "chains.jsonl", "questions.jsonl", "recipe.yaml"]
+    assert files(out) == [".lock", "chains.jsonl", "environment.json", "questions.jsonl", "recipe.yaml"]
     assert_finishes(tmp_path, command(recipe, out))
     assert (out / "chains.jsonl").read_bytes().startswith(there)
 

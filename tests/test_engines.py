@@ -13,7 +13,7 @@ import torch
 from mote.engines import Prompt
 from mote.engines.local import LocalEngine
 from mote.engines.server import ServerEngine
-from mote.errors import MoteError
+from mote.errors import MoteError, UserError
 from mote.models import Base, load_base
 from mote.records import Message
 from mote.sampling import SeededSampler
@@ -63,7 +63,7 @@ def test_choosing_is_the_next_words_probability(base: Base) -> None:
         ids = torch.tensor([encode_prompt(base.tokenizer, prompt(text).messages)])
         pair = base.model(input_ids=ids).logits[0, -1, [first, second]].softmax(0)
         assert score == pytest.approx(float(pair[0].detach()), abs=1e-5)
-    with pytest.raises(ValueError, match="same token"):
+    with pytest.raises(UserError, match="same token"):
         LocalEngine(base, 2).choose([prompt("x")], ("safe", "safe"))
 
 

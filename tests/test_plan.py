@@ -228,7 +228,7 @@ def test_questions_that_are_bad_are_an_error(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"train": {"learning_rat": 1}}, "train.learning_rat"),
-        ({"experts": {"mix": 0}}, "experts.mix=0"),
+        ({"experts": {"question_expert": "nobody"}}, "experts.question_expert='nobody'"),
         ({"answer": {"modes": ["deep"]}}, "'deep' is not a mode"),
         ({"questions": "mote:dev"}, "'mote:dev' is not a set"),
     ],

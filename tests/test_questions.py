@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from mote.errors import UserError
 from mote.questions import load_questions, near_duplicates, normalised, tidy
 from mote.records import Message, Question
 
-UPSTREAM = Path("/work/shared/data")  # on the machines this is developed on
+UPSTREAM = Path(os.environ.get("MOTE_UPSTREAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 upstream = pytest.mark.skipif(not UPSTREAM.is_dir(), reason="the upstream files are not here")
 
 HH = {

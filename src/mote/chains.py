@@ -66,12 +66,14 @@ def make_chains(
     Returns:
         All rows of the file that belong to the questions, in the questions' order.
     """
-    there = {row.id for row in read_rows(path, ChainRow)}
+    there = {row.id for row in read_rows(path, ChainRow)} & {question.id for question in questions}
+    done = len(there)
     for start in range(0, len(questions), settings.batch_size):
         group = [question for question in questions[start : start + settings.batch_size] if question.id not in there]
         if group:
             append_rows(path, _Loop(engine, scheme, settings, seed).run(group))
-        progress(min(start + settings.batch_size, len(questions)), len(questions))
+            done += len(group)
+            progress(done, len(questions))
     rows = {row.id: row for row in read_rows(path, ChainRow)}
     return [rows[question.id] for question in questions]
 

@@ -29,6 +29,7 @@ def talk(model: Model, mode: str, settings: AnswerSettings, seed: int, show_step
             mode,
             max_step_tokens=settings.max_step_tokens,
             temperature=settings.temperature,
+            top_p=settings.top_p,
             seed=seed,
             on_event=lambda event: _show(event, model.scheme.answer, show_steps),
         )

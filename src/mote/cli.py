@@ -126,7 +126,7 @@ def chat(
     from mote.chat import talk
     from mote.decode import load
 
-    model = load(settings.model, adapter, device=settings.device, dtype=settings.dtype)
+    model = load(settings.model, adapter, device=settings.device, dtype=settings.dtype, revision=settings.revision)
     talk(model, modes[0] if modes else "adaptive", settings.answer, settings.seed, show_steps)
 
 

@@ -32,7 +32,11 @@ class ChainSettings(_Settings):
     examples: int = Field(0, ge=0, description="worked examples in a prompt; small models need three, a 7B model none")
     check: Literal["self", "rule"] = Field("self", description="self: the model's own probability; rule: refusal rule")
     threshold: float = Field(0.5, ge=0, le=1, description="an answer is safe from this score on")
-    retries: int = Field(1, ge=0, description="further samples at the deepest chain while the answer is judged unsafe")
+    retries: int = Field(
+        1,
+        ge=0,
+        description="further samples of a step that breaks a rule, and of a last answer that is unsafe",
+    )
     reject: tuple[Literal["empty", "truncated", "looping", "echo", "marker"], ...] = Field(
         ("empty", "truncated", "looping", "echo", "marker"), description="quality rules a step must keep"
     )
@@ -46,7 +50,7 @@ class ExpertSettings(_Settings):
     lora_alpha: float = Field(32, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
-    mix: float = Field(0.5, ge=0, le=1, description="weight of the step's expert; the shared expert has 1 - mix")
+    mix: float = Field(0.5, gt=0, le=1, description="weight of the step's expert; the shared expert has 1 - mix")
     question_expert: str = Field("mean", description="who reads the question at inference: mean, or a step's name")
 
 
@@ -76,6 +80,7 @@ class AnswerSettings(_Settings):
     system: str = Field("mote", min_length=1, pattern=r"^[\w.-]+$", description="its name in files and tables")
     max_step_tokens: int = Field(256, ge=1, description="budget of one step; it is then closed and the answer goes on")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="nucleus, where the temperature is above 0")
     batch_size: int = Field(16, ge=1)
 
 

@@ -113,6 +113,7 @@ class Model:
         *,
         max_step_tokens: int = 256,
         temperature: float = 0.0,
+        top_p: float = 0.95,
         seed: int = 0,
         system: str = "mote",
         on_event: Callable[[Event], None] | None = None,
@@ -123,7 +124,8 @@ class Model:
             asked: A text, a message list, a `Question`, or a list of these.
             mode: `direct`, `analysis`, `full`, `adaptive` (the model chooses its steps) or `base` (adapter off).
             max_step_tokens: Budget of one step; it is then closed and the answer goes on.
-            temperature: 0 is greedy; sampling draws from `seed` and the question, whatever the batch.
+            temperature: 0 is greedy.
+            top_p: Nucleus to sample from; sampling draws from `seed` and the question, whatever the batch.
             seed: Seed of the sampling.
             system: Name of the system in the answers.
             on_event: Called with every `Event` while a single question is answered.
@@ -139,10 +141,12 @@ class Model:
         questions = [as_question(item) for item in batch]
         if on_event is not None and len(questions) != 1:
             raise UserError("answer: events are given for one question at a time")
+        if not questions:
+            return []
         began = time.monotonic()
         prompts = [encode_prompt(self.tokenizer, question.messages) for question in questions]
         seeds = [_seed(seed, question.id) for question in questions]
-        written = self._generate(prompts, seeds, mode, max_step_tokens, temperature, on_event)
+        written = self._generate(prompts, seeds, mode, max_step_tokens, temperature, top_p, on_event)
         seconds = round((time.monotonic() - began) / max(len(questions), 1), 3)
         answers = [
             self._read(question, ids, mode, max_step_tokens, system, seconds)
@@ -158,6 +162,7 @@ class Model:
         mode: str,
         budget: int,
         temperature: float,
+        top_p: float,
         on_event: Callable[[Event], None] | None,
     ) -> list[list[int]]:
         tokenizer, longest = self.tokenizer, max(map(len, prompts))
@@ -179,7 +184,7 @@ class Model:
             special = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
             processors.append(StepGrammar(chains, self.markers, special, tokenizer.eos_token_id, longest, budget))
         if temperature > 0:
-            processors.append(SeededSampler(seeds, longest, temperature, top_p=0.95))
+            processors.append(SeededSampler(seeds, longest, temperature, top_p))
         with self.model.disable_adapter() if mode == BASE else nullcontext():
             out = self.model.generate(
                 input_ids=ids,

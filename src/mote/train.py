@@ -4,6 +4,7 @@ Every draw (held-out split, order, step skipping, the question's expert) depends
 alone, so that a run that was cut goes on exactly as it would have.
 """
 
+import difflib
 import json
 import random
 import shutil
@@ -11,10 +12,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from peft import get_peft_model
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -24,12 +26,19 @@ from mote.errors import MoteError, UserError
 from mote.masks import attention_edges, draw_sight, positions
 from mote.memory import peak_memory_mb
 from mote.models import Base, fingerprint
-from mote.records import ChainRow
+from mote.records import ChainRow, write_atomic
 from mote.routing import QUESTION, Markers
-from mote.steps import Scheme
+from mote.steps import Scheme, first_line
 from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
 from mote.tuner import MoteConfig
 
+# Settings of TrainingArguments that a run gives itself.
+_FIXED = {
+    "output_dir": "checkpoints live in the run folder, give that with --out",
+    "seed": "it is the recipe's own seed",
+    "data_seed": "it is the recipe's own seed",
+    "remove_unused_columns": "masks and steps are not columns that transformers knows",
+}
 _COMPLETE = "complete"  # the last file of a checkpoint; without it the checkpoint is torn
 
 
@@ -146,7 +155,7 @@ class _Metrics(TrainerCallback):
         if self.path.exists():
             rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step and state.global_step]
-            self.path.write_text("".join(kept))
+            write_atomic(self.path, "".join(kept))
         self.began, self.first_step = time.monotonic(), state.global_step
         self.clock = (self.began, 0)
 
@@ -195,6 +204,9 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
         UserError: No chain to train on, or a setting that `TrainingArguments` refuses.
     """
     accepted = [chain for chain in chains if chain.accepted]
+    strange = next((step.name for chain in accepted for step in chain.steps if step.name not in scheme.steps), None)
+    if strange:
+        raise UserError(f"chains: a chain has a step '{strange}', the scheme '{scheme.name}' has {list(scheme.steps)}")
     config = mote_config(recipe, scheme)
     add_markers(base.tokenizer, config, base.model)
     config.base_fingerprint = fingerprint(base.model)
@@ -212,7 +224,12 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
         )
     train_rows, held_out = split_rows(fitting, recipe.train.held_out, recipe.seed)
     torch.manual_seed(recipe.seed)
-    model = get_peft_model(base.model, config)
+    try:
+        model = get_peft_model(base.model, config)
+    except ValueError as error:
+        raise UserError(
+            f"recipe: experts.target_modules={recipe.experts.target_modules}: {first_line(error)}"
+        ) from error
     model.peft_config["default"].base_model_name_or_path = base.name
     arguments = training_arguments(recipe, folder, evaluates=bool(held_out), device=base.model.device.type)
     steps = len(config.experts)
@@ -234,7 +251,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     except OSError as error:
         raise MoteError(f"train: {folder} cannot be written ({error.strerror}); free space and run again") from error
     save_adapter(model, base.tokenizer, folder / "adapter", recipe, len(train_rows))
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder / "adapter"
 
 
@@ -258,6 +275,9 @@ def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, dev
     """
     ours = {"skip_p", "max_length", "held_out", "marker_learning_rate"}
     given = {key: value for key, value in recipe.train.model_dump().items() if key not in ours}
+    for key, instead in _FIXED.items():
+        if key in given:
+            raise UserError(f"recipe: train.{key} cannot be set: {instead}")
     defaults: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
         "seed": recipe.seed,
@@ -270,12 +290,21 @@ def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, dev
         "dataloader_pin_memory": device == "cuda",
         "use_cpu": device == "cpu",
     }
-    known = TrainingArguments.__dataclass_fields__
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise UserError(f"recipe: unknown setting 'train.{unknown[0]}': neither ours nor one of TrainingArguments")
+    known = get_type_hints(TrainingArguments)
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, [*known, *ours], n=1)
+            hint = f"; did you mean 'train.{near[0]}'?" if near else ": neither ours nor one of TrainingArguments"
+            raise UserError(f"recipe: unknown setting 'train.{key}'{hint}")
+        try:
+            given[key] = TypeAdapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"recipe: train.{key}={value!r}: {first_line(error)}") from error
+    arguments = defaults | given
+    if 0 < (arguments["save_total_limit"] or 2) < 2:
+        raise UserError("recipe: train.save_total_limit=1: use 2 or more; one is kept while the next is written")
     try:
-        return TrainingArguments(**(defaults | given))
+        return TrainingArguments(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"recipe: train: {str(error).splitlines()[0]}") from error
 

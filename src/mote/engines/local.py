@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 
 from mote.engines.protocol import Completion, Prompt
+from mote.errors import UserError
 from mote.models import Base
 from mote.sampling import SeededSampler
 from mote.tokens import encode_prompt
@@ -46,11 +47,11 @@ class LocalEngine:
         """See `Engine.choose`; compares the first tokens of the two words.
 
         Raises:
-            ValueError: The words begin with the same token.
+            UserError: The words begin with the same token.
         """
         first, second = (self.base.tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in choices)
         if first == second:
-            raise ValueError(f"choices {choices} begin with the same token of {self.name}; use other words")
+            raise UserError(f"check: {choices} begin with the same token of {self.name}; use chains.check=rule")
         encoded = [encode_prompt(self.base.tokenizer, prompt.messages) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         scores: dict[int, float] = {}
