@@ -71,7 +71,8 @@ def model_folder(name: str) -> str:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(
-                f"model: the folder '{name}' holds no model (it has no config.json); give another one, a hub id or {EMBEDDED}"
+                f"model: the folder '{name}' holds no model (it has no config.json); give another one, a hub id or "
+                f"{EMBEDDED}"
             )
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
