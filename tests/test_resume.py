@@ -346,3 +346,19 @@ def test_stages_alone_make_the_same_rows(recipe: Path, reference: Folder, tmp_pa
         assert code == 0, printed
     shutil.copy(reference / "recipe.yaml", folder)  # only `mote run` writes it
     assert_same(folder, reference)
+
+
+def test_stages_refuse_what_other_settings_made(tmp_path: Path, recipe: Path, reference: Folder) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    own = ["--recipe", str(recipe), "--out", str(folder)]
+    for arguments, differing in (
+        (["chains", *own, "chains.temperature=0.1"], "chains.temperature"),
+        (["train", *own, "experts.mix=0.4"], "experts.mix"),
+        (["answer", *own, "answer.max_step_tokens=5"], "answer.max_step_tokens"),
+    ):
+        code, printed = forked.finish(arguments, tmp_path / "log")
+        assert code == 2 and f"of other settings (they differ in {differing})" in printed
+    code, printed = forked.finish(["answer", *own, "answer.max_step_tokens=5", "answer.system=short"], tmp_path / "log")
+    assert code == 0, printed
+    assert (folder / "answers" / "short-direct.jsonl").exists()

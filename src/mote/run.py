@@ -153,21 +153,22 @@ class Run:
             "adapter": _sha256(adapter / "adapter_model.safetensors"),
             "answer": settings.model_dump(mode="json", exclude={"questions", "limit", "modes", "batch_size"}),
         }  # fmt: skip
-        self._stage("answer", self.folder / "answers", made_by, done == total, f"{total} answers are there", work)
+        name = (
+            "answer" if settings.system == "mote" else f"answer {settings.system}"
+        )  # a folder may hold several systems
+        self._stage(name, self.folder / "answers", made_by, done == total, f"{total} answers are there", work)
 
     def report(self) -> None:
         """Everything in the folder -> `report.json` and `report.html`; quick, so always made anew."""
         from mote.report import write_report
 
-        self._stage(
-            "report",
-            self.folder / "report.html",
-            {},
-            False,
-            "",
-            lambda: f"{self.folder / 'report.html'}",
-            after=write_report,
-        )
+        page = self.folder / "report.html"
+
+        def work() -> str:
+            write_report(self.folder)
+            return str(page)
+
+        self._stage("report", page, {}, False, "", work)
 
     def base(self) -> "Base":
         """The base model, loaded on the first call."""
@@ -214,7 +215,6 @@ class Run:
         reused: bool,
         reuse_note: str,
         work: Callable[[], str],
-        after: Callable[[Path], Any] = lambda folder: None,
     ) -> None:
         """Do a stage unless its result is there, say what happened, and keep its time and memory.
 
@@ -224,13 +224,15 @@ class Run:
         path = self.folder / "environment.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment()
         stages = {stage["stage"]: stage for stage in known.get("stages", [])}
-        entry = stages.setdefault(name, {"stage": name, "seconds": 0.0, "reused": False, "peak_memory_mb": 0})
+        entry = stages.get(name) or {"stage": name, "seconds": 0.0, "reused": False, "peak_memory_mb": 0}
         if changed := _changes(entry.get("made_by", made_by), made_by):
             raise UserError(
                 f"out: {self.folder} holds the {name} stage of other settings (they differ in {changed}); give another "
                 "folder with --out, or remove that one"
             )
         entry["made_by"] = made_by
+        if made_by:  # the report of an unfinished stage would not know of itself
+            stages[name] = entry
         began = time.monotonic()
         if reused:
             print(f"{name}: reused, {reuse_note}", file=sys.stderr)
@@ -248,9 +250,9 @@ class Run:
 
             seconds = round(time.monotonic() - began, 1)
             entry |= {"seconds": seconds, "reused": False, "peak_memory_mb": peak_memory_mb()}
+            stages[name] = entry
             print(f"{name}: {note} ({seconds:.1f} s)", file=sys.stderr)
         write_json(path, known | {"stages": list(stages.values())})
-        after(self.folder)
 
 
 def environment() -> dict[str, Any]:
