@@ -514,7 +514,8 @@ def test_disk_that_fills_up_within_a_checkpoint(tmp_path: Path, recipe: Path, do
     assert len(adapter) > 2 * (done / "chains.jsonl").stat().st_size
     out = tmp_path / "out"
     small = functools.partial(limit_files, len(adapter) - 1000)
-    fails_apart(tmp_path, *command(recipe, out), code=1, prepare=small)
+    message = fails_apart(tmp_path, *command(recipe, out), code=1, prepare=small)
+    assert message.startswith(f"train: {out} cannot be written (") and "run the same command again" in message
     assert not (out / "adapter").exists() and not list(out.glob("checkpoints/*/complete"))
     assert_finishes(tmp_path, command(recipe, out))
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == adapter

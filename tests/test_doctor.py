@@ -46,10 +46,12 @@ def test_this_machine_can_run_everything() -> None:
         assert found(findings, f"mote {command}").detail == "ready"
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
-def test_device_goes_with_its_dtype(monkeypatch: pytest.MonkeyPatch, device: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "dtype", "attention"), [("cpu", "float32", "grouped_sdpa"), ("cuda", "bfloat16", "sdpa")]
+)
+def test_device_goes_with_its_dtype(monkeypatch: pytest.MonkeyPatch, device: str, dtype: str, attention: str) -> None:
     monkeypatch.setattr("mote.models.default_device", lambda: device)
-    assert found(diagnose(), "device").detail.startswith(f"{device} in {dtype} with sdpa attention")
+    assert found(diagnose(), "device").detail.startswith(f"{device} in {dtype} with {attention} attention")
 
 
 def test_without_torch(without) -> None:  # type: ignore[no-untyped-def]

