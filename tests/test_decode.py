@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import mote
+from mote.config import Recipe
 from mote.decode import Event, Model, StepGrammar, as_question
 from mote.errors import UserError
 from mote.models import fingerprint, load_base
-from mote.records import Answer
+from mote.records import Answer, read_rows
 from mote.routing import Markers
+from mote.run import _answer_mode
 from mote.tokens import add_markers, encode_prompt
 from mote.tuner import MoteConfig
 
@@ -155,3 +157,16 @@ def test_other_adapters_are_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "NOTHING"}))
     with pytest.raises(UserError, match="holds no adapter that can be read"):
         mote.load(str(tiny), tmp_path, device="cpu")
+
+
+def test_the_answer_stage_samples_as_its_recipe_says(model: Model, tmp_path: Path) -> None:
+    questions = [as_question(text) for text in QUESTIONS]
+
+    def answered(name: str, **settings: float) -> list[Any]:
+        recipe = Recipe.model_validate({"answer": {"max_step_tokens": 6, **settings}})
+        _answer_mode(model, questions, "full", recipe, tmp_path / name, set())
+        return [row.steps for row in read_rows(tmp_path / name, Answer)]
+
+    greedy = answered("greedy")
+    assert answered("nucleus-of-one", temperature=1.0, top_p=1e-6) == greedy
+    assert answered("whole", temperature=1.0, top_p=1.0) != greedy

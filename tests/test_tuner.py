@@ -318,3 +318,19 @@ def test_only_linear_layers_take_experts() -> None:
 )
 def test_import_mote_is_enough_and_brings_no_torch(program: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_layers_of_every_rank_read_the_question_with_the_same_drawn_expert() -> None:
+    model = adapted(rank_pattern={"q_proj": 2}, mix=1.0, experts=("analysis", "guidance", "response")).train()
+    layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
+    router = layers[0].router
+    chosen: list[set[int]] = []
+
+    def look(*_: Any) -> None:
+        gates = {rank: router.gate("default", rank)[0, 0].view(3, rank)[:, 0] for rank in (2, 4)}
+        chosen.append({int(gate.argmax()) for gate in gates.values()})
+
+    layers[0].register_forward_pre_hook(look)
+    for _ in range(20):
+        model(input_ids=torch.randint(3, 60, (1, 5)))
+    assert all(len(experts) == 1 for experts in chosen) and len(set.union(*chosen)) > 1

@@ -4,7 +4,6 @@ Before each stage the model answers with what it has so far and the answer is ch
 remaining stages are skipped. This module knows nothing of how the model is run.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from mote.engines import Completion, Engine, Prompt
 from mote.quality import fault
 from mote.records import ChainRow, ChainTokens, Check, Message, Question, StepText, append_rows, read_rows
 from mote.refusal import refuses
+from mote.seeds import seed_of
 from mote.steps import Scheme
 
 SAFE, UNSAFE = "safe", "unsafe"
@@ -159,7 +159,7 @@ class _Loop:
             max_tokens=self.settings.max_tokens,
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
-            seed=_seed(self.seed, question.id, step, where),
+            seed=seed_of(self.seed, question.id, step, where),
         )
 
     def _check_prompt(self, draft: _Draft, answer: str) -> Prompt:
@@ -211,7 +211,3 @@ def as_text(messages: Sequence[Message]) -> str:
     if len(messages) == 1:
         return messages[0].content
     return "\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
-
-
-def _seed(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

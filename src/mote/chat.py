@@ -5,15 +5,13 @@ import sys
 from mote.config import AnswerSettings
 from mote.decode import Event, Model
 from mote.errors import UserError
-from mote.steps import BASE
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def talk(model: Model, mode: str, settings: AnswerSettings, seed: int, show_steps: bool) -> None:
     """Read questions from stdin until its end or /quit; earlier reasoning is left out of the history."""
-    if mode != BASE:
-        model.scheme.chains_of(mode)
+    model.scheme.check_mode(mode)
     history: list[dict[str, str]] = []
     while (line := _read(mode)) is not None:
         if line == "/quit":
@@ -45,8 +43,7 @@ def _read(mode: str) -> str | None:
 
 def _changed(model: Model, mode: str, wanted: str) -> str:
     try:
-        if wanted != BASE:
-            model.scheme.chains_of(wanted)
+        model.scheme.check_mode(wanted)
         return wanted
     except UserError as error:
         print(f"mote: {error}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,9 @@ from mote.models import Base, fingerprint, load_base
 from mote.records import Answer, AnswerTokens, Finish, Message, Question, StepText
 from mote.routing import Markers
 from mote.sampling import SeededSampler
+from mote.seeds import seed_of
 from mote.steps import BASE, Chain, Scheme, load_scheme
-from mote.tokens import check_markers, decode_steps, encode_prompt
+from mote.tokens import check_markers, decode_steps, encode_prompt, special_ids
 from mote.tuner import MoteConfig
 
 Asked = str | Sequence[dict[str, str]] | Question
@@ -58,7 +59,7 @@ class StepGrammar(LogitsProcessor):
         self,
         chains: Sequence[tuple[int, ...]],
         markers: Markers,
-        special_ids: Sequence[int],
+        special_ids: Collection[int],
         eos_id: int,
         prompt_length: int,
         max_step_tokens: int,
@@ -145,9 +146,9 @@ class Model:
             return []
         began = time.monotonic()
         prompts = [encode_prompt(self.tokenizer, question.messages) for question in questions]
-        seeds = [_seed(seed, question.id) for question in questions]
+        seeds = [seed_of(seed, question.id) for question in questions]
         written = self._generate(prompts, seeds, mode, max_step_tokens, temperature, top_p, on_event)
-        seconds = round((time.monotonic() - began) / max(len(questions), 1), 3)
+        seconds = round((time.monotonic() - began) / len(questions), 3)
         answers = [
             self._read(question, ids, mode, max_step_tokens, system, seconds)
             for question, ids in zip(questions, written, strict=True)
@@ -181,8 +182,9 @@ class Model:
             chains = [tuple(self.config.experts.index(step) for step in c) for c in self.scheme.chains_of(mode)]
             eos = self.markers.ends[self.config.experts.index(self.scheme.answer)]
             limit = max(map(len, chains)) * (budget + 2)
-            special = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]
-            processors.append(StepGrammar(chains, self.markers, special, tokenizer.eos_token_id, longest, budget))
+            processors.append(
+                StepGrammar(chains, self.markers, special_ids(tokenizer), tokenizer.eos_token_id, longest, budget)
+            )
         if temperature > 0:
             processors.append(SeededSampler(seeds, longest, temperature, top_p))
         with self.model.disable_adapter() if mode == BASE else nullcontext():
@@ -351,7 +353,3 @@ def _adapter_config(adapter: str) -> MoteConfig:
     if not isinstance(config, MoteConfig) or not config.markers:
         raise UserError(f"adapter: '{adapter}' is a {config.peft_type} adapter, not one of step experts with markers")
     return config
-
-
-def _seed(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

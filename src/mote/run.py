@@ -19,7 +19,7 @@ from mote.errors import UserError
 from mote.progress import Progress
 from mote.questions import load_questions
 from mote.records import Answer, ChainRow, Question, append_rows, read_rows, rewrite_rows, write_atomic, write_json
-from mote.steps import BASE, load_scheme
+from mote.steps import load_scheme
 
 if TYPE_CHECKING:
     from mote.decode import Model
@@ -181,8 +181,7 @@ class Run:
 
     def _check_modes(self) -> None:
         for mode in self.recipe.answer.modes:
-            if mode != BASE:
-                self.scheme.chains_of(mode)
+            self.scheme.check_mode(mode)
 
     def _wanted_questions(self) -> list[Question]:
         """What the folder holds where it is this recipe's; else what the recipe names, if no others are there."""
@@ -289,6 +288,7 @@ def _answer_mode(
                 mode,
                 max_step_tokens=settings.max_step_tokens,
                 temperature=settings.temperature,
+                top_p=settings.top_p,
                 seed=recipe.seed,
                 system=settings.system,
             )

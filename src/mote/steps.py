@@ -80,6 +80,15 @@ class Scheme(_Strict):
         """The modes a trained model can answer in."""
         return (BASE, *self.depths, ADAPTIVE)
 
+    def check_mode(self, mode: str) -> None:
+        """Make sure that a mode is one of the scheme's.
+
+        Raises:
+            UserError: It is not.
+        """
+        if mode != BASE:
+            self.chains_of(mode)
+
     def chains_of(self, mode: str) -> tuple[Chain, ...]:
         """The chains a mode allows: one where the mode forces it, all of them in adaptive mode.
 

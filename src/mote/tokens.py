@@ -77,7 +77,7 @@ def turn_ids(tokenizer: Any) -> list[int]:
     text = _render(tokenizer, [Message(role=role, content=content) for role, content in dialogue], False)
     between = text[text.index("second") + len("second") : text.index("third")]
     special = {
-        id_ for id_ in tokenizer(between, add_special_tokens=False)["input_ids"] if id_ in _special_ids(tokenizer)
+        id_ for id_ in tokenizer(between, add_special_tokens=False)["input_ids"] if id_ in special_ids(tokenizer)
     }
     # The end of a turn still belongs to its last step, unless nothing else marks the next turn (Vicuna's format).
     return sorted(special - {tokenizer.eos_token_id} or special)
@@ -154,7 +154,8 @@ def check_markers(tokenizer: Any, markers: dict[str, list[int]]) -> None:
             )
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that only a template or a marker may give."""
     return {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 

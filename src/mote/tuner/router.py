@@ -95,9 +95,10 @@ class Router:
         ids = kwargs.get("input_ids")
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             ids = args[0]
-        gates: Gates = {}
-        for (adapter, rank), table in self._tables.items():
-            config = self._configs[adapter]
+        steps_of: dict[
+            str, Tensor
+        ] = {}  # once an adapter: layers of another rank read the question with the same expert
+        for adapter, config in self._configs.items():
             markers = config.routing
             if given is not None:
                 steps = given
@@ -107,6 +108,12 @@ class Router:
                 continue
             if drawn is not None or (model.training and config.draw_question_expert):
                 steps = _with_question_experts(steps, drawn, documents, len(config.experts))
+            steps_of[adapter] = steps
+        gates: Gates = {}
+        for (adapter, rank), table in self._tables.items():
+            if adapter not in steps_of:
+                continue
+            steps = steps_of[adapter]
             if table.device != steps.device:
                 table = self._tables[adapter, rank] = table.to(steps.device)
             gates[adapter, rank] = table[steps]
