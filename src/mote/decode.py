@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -105,7 +104,6 @@ class Model:
         assert markers is not None
         self.base, self.model, self.config, self.scheme, self.markers = base, model, config, scheme, markers
         self.tokenizer = base.tokenizer
-        self._marker_rows = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
 
     def answer(
         self,
@@ -176,9 +174,6 @@ class Model:
             eos, limit = tokenizer.eos_token_id, budget
             processors.append(_Forbid(all_markers))
         else:
-            for rows in self._marker_rows:
-                if not rows.merged:  # else every token copies the whole embedding; base mode takes it back
-                    rows.merge()
             chains = [tuple(self.config.experts.index(step) for step in c) for c in self.scheme.chains_of(mode)]
             eos = self.markers.ends[self.config.experts.index(self.scheme.answer)]
             limit = max(map(len, chains)) * (budget + 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig
 
@@ -25,8 +25,8 @@ class MoteConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt, all of them by default.
         layers_pattern: Name of the list of blocks, where it is not a common one.
         rank_pattern: Module name or regex -> rank, where it differs from `r`.
-        init_weights: `True`: A as in LoRA, B zero, so that the untrained adapter changes nothing. `False`: B random
-            too, for tests.
+        init_weights: `True`: A as in LoRA, B zero, so that the untrained adapter changes nothing. `gaussian`: A normal
+            with deviation 1 / r, B zero. `False`: B random too, for tests.
         experts: Names of the step experts in the order of their step ids.
         mix: Weight of a token's step expert; the shared expert has `1 - mix` (alpha in the paper). 1 drops the shared
             expert.
@@ -54,7 +54,7 @@ class MoteConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "blocks to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "module -> rank"})
-    init_weights: bool = field(default=True, metadata={"help": "start as the base model"})
+    init_weights: bool | Literal["gaussian"] = field(default=True, metadata={"help": "start as the base model"})
     experts: tuple[str, ...] = field(
         default=("analysis", "guidance", "response"), metadata={"help": "step experts in the order of the steps"}
     )
@@ -85,6 +85,8 @@ class MoteConfig(PeftConfig):
             raise ValueError(
                 f"question_expert='{self.question_expert}': use 'mean' or one of the experts {list(self.experts)}"
             )
+        if self.init_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_weights={self.init_weights!r}: use true, false or 'gaussian'")
         if self.markers and set(self.markers) != set(self.experts):
             raise ValueError(f"markers name the steps {sorted(self.markers)}, the experts are {list(self.experts)}")
 

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mote.tuner.config import MoteConfig
+from mote.tuner.experts import add_experts
 from mote.tuner.router import Router
 
 
@@ -39,6 +40,7 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         self.mote_B = nn.ModuleDict()
         self.mote_dropout = nn.ModuleDict()
         self.ranks: dict[str, int] = {}
+        self.owns_output = type(base_layer) is nn.Linear  # of other layers it may be a view
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -48,8 +50,13 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         self.ranks[adapter_name] = rank
         first = self.mote_A[adapter_name] = nn.Linear(self.in_features, width, bias=False)
         second = self.mote_B[adapter_name] = nn.Linear(width, self.out_features, bias=False)
-        self.mote_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5))
+        if config.lora_dropout:
+            self.mote_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        if config.init_weights == "gaussian":
+            nn.init.normal_(first.weight, std=1 / rank)
+        else:
+            for part in first.weight.split(rank):  # each expert as a LoRA of its own
+                nn.init.kaiming_uniform_(part, a=math.sqrt(5))
         if config.init_weights:
             nn.init.zeros_(second.weight)
         self._move_adapter_to_device_of_base_layer(adapter_name)  # type: ignore[operator]
@@ -58,20 +65,14 @@ class MoteLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the step experts' (B, T, out)."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self._disable_adapters:
             return result
         for name in self.active_adapters:  # type: ignore[union-attr]
-            if name not in self.mote_A:
+            if name not in self.ranks:
                 continue
-            # Called as modules, so that FSDP gathers their weights.
-            first, second = self.mote_A[name], self.mote_B[name]
-            assert isinstance(first.weight, Tensor)
-            cast = self._cast_input_dtype(x, first.weight.dtype)  # type: ignore[operator]
-            hidden = first(self.mote_dropout[name](cast))
-            gate = self.router.gate(name, self.ranks[name])
-            if gate.shape[:-1] != hidden.shape[:-1]:
-                gate = gate.reshape(hidden.shape)  # blocks that flatten rows and tokens
-            result = result + second(hidden * gate.to(hidden.device, hidden.dtype)).to(result.dtype)
+            given = self.mote_dropout[name](x) if self.training and name in self.mote_dropout else x
+            route = self.router.route(name, self.ranks[name])
+            result = add_experts(given, result, self.mote_A[name], self.mote_B[name], route, self.owns_output)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

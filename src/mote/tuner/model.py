@@ -11,6 +11,7 @@ from torch import nn
 from mote.tuner.config import MoteConfig
 from mote.tuner.layer import MoteLinear
 from mote.tuner.router import Router
+from mote.tuner.rows import train_rows
 
 _UNSUPPORTED = ("awq", "aqlm", "eetq", "vptq", "fp_quant")  # their kernels do not take an adapter beside them
 
@@ -30,6 +31,11 @@ class MoteModel(BaseTuner):
         if config.markers:
             grow_embeddings(model, config)
         self._router(model)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter's experts and marker rows on the model."""
+        super().inject_adapter(model, *args, **kwargs)
+        train_rows(model)
 
     def _router(self, model: nn.Module) -> Router:
         """The model's one router, made and hooked up for its first adapter."""

@@ -1,0 +1,98 @@
+"""Trained rows of the embedding and of the output head: the markers', a few rows of a matrix that is frozen.
+
+PEFT's trainable tokens hold, save and tie the rows, but copy the whole matrix in every forward pass and compute the
+gradient of all of it. Here the frozen matrix is used as it is, and only the markers' own rows are put in.
+Shapes: B row, T token, D model, V vocabulary, K trained rows.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+class TrainedRows(TrainableTokensLayer):
+    """PEFT's layer with a forward pass that never copies the matrix."""
+
+    def forward_adapters(self, x: Tensor, active_adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Embeddings (B, T, D) of ids x (B, T), or logits (..., V) of hidden states x (..., D)."""
+        if self.disable_adapters or self.merged or not active_adapters:
+            out: Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
+            return out
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in active_adapters:
+            rows = self.trainable_tokens_delta[name].to(result.device, result.dtype)
+            ids = _index(tuple(self.token_indices[name]), result.device)
+            if isinstance(self.base_layer, nn.Embedding):
+                scale = self._get_embed_scale()
+                result = put_embeddings(result, x, rows if scale is None else rows * scale.to(rows.dtype), ids)
+            elif torch.compiler.is_compiling():
+                result = put_logits(result, x, rows, self._bias(ids), ids)
+            else:
+                original = self.trainable_tokens_original[name].to(rows)
+                result = PutLogits.apply(  # type: ignore[no-untyped-call]
+                    result, x, rows, original, self._bias(ids), ids
+                )
+        return result
+
+    def _bias(self, ids: Tensor) -> Tensor | None:
+        bias = getattr(self.base_layer, "bias", None)
+        return None if bias is None else bias[ids]
+
+
+def put_embeddings(result: Tensor, x: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """Embeddings (B, T, D) of token ids x (B, T), with `rows` (K, D) in the places of `ids` (K)."""
+    is_row = x[..., None] == ids
+    return torch.where(is_row.any(-1, keepdim=True), is_row.to(rows.dtype) @ rows, result)
+
+
+def put_logits(result: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """Logits (..., V) of hidden states x (..., D), with those of `ids` (K) computed from `rows` (K, D).
+
+    The reference of `PutLogits`.
+    """
+    return result.index_copy(-1, ids, linear(x.to(rows.dtype), rows, bias).to(result.dtype))
+
+
+class PutLogits(torch.autograd.Function):
+    """`put_logits` in place, without a copy of the logits or of their gradient.
+
+    The frozen head's own backward pass multiplies the gradient of all logits with its own rows, `original` among them;
+    what it gets wrong by that is added here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, rows: Tensor, original: Tensor, bias: Tensor | None, ids: Tensor
+    ) -> Tensor:
+        """Result (..., V), x (..., D), rows and original (K, D), bias (K), ids (K)."""
+        result.index_copy_(-1, ids, linear(x.to(rows.dtype), rows, bias))
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(x, rows, original, ids)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """D rows = (d logits at ids)^T x; dx = (d logits at ids) (rows - original), on top of the head's own."""
+        x, rows, original, ids = ctx.saved_tensors
+        own = grad.index_select(-1, ids).to(rows.dtype)
+        own_N, x_N = own.reshape(-1, own.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grad, (own @ (rows - original)).to(x.dtype), own_N.t() @ x_N.to(rows.dtype), None, None, None
+
+
+@lru_cache(maxsize=64)
+def _index(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be saved for a backward pass later
+        return torch.tensor(ids, device=device)
+
+
+def train_rows(model: nn.Module) -> None:
+    """Give the model's trainable tokens this forward pass."""
+    for module in model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = TrainedRows
