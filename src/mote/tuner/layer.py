@@ -55,8 +55,7 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         if config.init_weights == "gaussian":
             nn.init.normal_(first.weight, std=1 / rank)
         else:
-            for part in first.weight.split(rank):  # each expert as a LoRA of its own
-                nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5))  # of the input's size alone, so as each by itself
         if config.init_weights:
             nn.init.zeros_(second.weight)
         self._move_adapter_to_device_of_base_layer(adapter_name)  # type: ignore[operator]

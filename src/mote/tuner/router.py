@@ -112,8 +112,8 @@ class Router:
             ids = args[0]
         if given is None and context is None and _has_content(kwargs.get("past_key_values")):
             raise RuntimeError(
-                "mote: behind a cache the step of the new tokens is unknown: give `context_ids`, all ids of the rows so "
-                "far, or `step_ids` of the new tokens (`generate` does so by itself)"
+                "mote: behind a cache the step of the new tokens is unknown: give `context_ids`, all ids of the rows "
+                "so far, or `step_ids` of the new tokens (`generate` does so by itself)"
             )
         device, dtype = _device_and_dtype(model)
         writes = ids is not None and ids.shape[1] == 1 and device == "cpu" and not torch.is_grad_enabled()
