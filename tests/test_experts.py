@@ -1,0 +1,155 @@
+"""The fast forms of the experts' product and of the marker rows against their plain forms."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from mote.tuner.experts import Fused, Route, add_experts, fold, plain
+from mote.tuner.rows import PutLogits, put_embeddings, put_logits
+
+WIDTH = 12  # three experts of rank 4
+
+
+def tensors(dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (2, 5)) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=make, dtype=torch.float64).to(dtype)
+
+    gate = random(*shape, WIDTH) * (torch.rand(*shape, WIDTH, generator=make) > 0.5)
+    return {
+        "x": random(*shape, 6), "result": random(*shape, 7), "first": random(WIDTH, 6), "second": random(7, WIDTH),
+        "gate": gate.to(dtype),
+    }  # fmt: skip
+
+
+def with_gradients(function: Any, given: dict[str, Tensor], *more: Any) -> list[Tensor]:
+    """Output and gradients, with `result` as the output of an operation, as a base layer's is."""
+    leaves = {key: value.clone().requires_grad_(key != "gate") for key, value in given.items()}
+    out = function(leaves["x"], leaves["result"] * 1.0, leaves["first"], leaves["second"], leaves["gate"], *more)
+    grads = torch.autograd.grad(out.sin().sum(), [leaves[key] for key in ("x", "result", "first", "second")])
+    return [out, *grads]
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (7,), (1, 1)])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_fused_equals_plain(shape: tuple[int, ...], in_place: bool) -> None:
+    given = tensors(shape=shape)
+    for fast, slow in zip(
+        with_gradients(Fused.apply, given, in_place), with_gradients(plain, given), strict=True
+    ):  # fmt: skip
+        torch.testing.assert_close(fast, slow, atol=1e-12, rtol=1e-12)
+
+
+def test_fused_gradients_are_the_numeric_ones() -> None:
+    given = {key: value.requires_grad_(key != "gate") for key, value in tensors().items()}
+    assert torch.autograd.gradcheck(
+        lambda x, result, first, second, gate: Fused.apply(x, result * 1.0, first, second, gate, True),
+        tuple(given.values()),
+    )
+
+
+def test_fused_computes_in_the_dtype_of_the_base_layer() -> None:
+    given = {**(given := tensors(torch.float32)), "x": given["x"] * 0.05}  # sin must not magnify what is rounded
+    low = {key: value.bfloat16() if key in ("x", "result", "gate") else value for key, value in given.items()}
+    out, grad_x, grad_result, grad_first, grad_second = with_gradients(Fused.apply, low, True)
+    assert out.dtype == grad_x.dtype == grad_result.dtype == torch.bfloat16
+    assert grad_first.dtype == grad_second.dtype == torch.float32
+    exact = with_gradients(plain, given)
+    for found, wanted in zip([out, grad_x, grad_result, grad_first, grad_second], exact, strict=True):
+        assert (found.float() - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = {key: value.requires_grad_(key != "gate") for key, value in tensors().items()}
+    out = Fused.apply(*given.values(), False)
+    (grad,) = torch.autograd.grad(out.sin().sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_only_what_the_gradients_need_is_saved() -> None:
+    """The input, the gate and one hidden layer: no copy of the output, none of the gated hidden layer."""
+    given = {key: value.requires_grad_(key != "gate") for key, value in tensors().items()}
+    base = given["result"] * 1.0
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = Fused.apply(given["x"], base, given["first"], given["second"], given["gate"], True)
+    assert out.data_ptr() == base.data_ptr()
+    known = {given[key].data_ptr() for key in given}
+    (hidden,) = [tensor for tensor in saved if tensor.data_ptr() not in known]
+    assert hidden.shape == (10, WIDTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_equals_plain(dtype: torch.dtype) -> None:
+    given = tensors(torch.float32, (3, 1))
+    first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
+    first.weight.data, second.weight.data = given["first"], given["second"]
+    weights = torch.tensor([0.5] * 4 + [0.0] * 4 + [1.5] * 4).to(dtype)
+    x, result = given["x"].to(dtype), given["result"].to(dtype)
+    gate = weights.expand(3, 1, WIDTH)
+    a, b = fold(first.weight, second.weight, weights)
+    assert a.shape == (8, 6) and b.shape == (7, 8) and a.dtype == b.dtype == dtype
+    expected = plain(x.float(), result.float(), given["first"], given["second"], gate.float())
+    with torch.no_grad():
+        found = add_experts(x, result.clone(), first, second, Route(gate, 2, weights), True)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+class Gathered(nn.Parameter):
+    """Stands for a weight that is whole only while its module is called."""
+
+
+def test_sharded_weights_are_used_through_their_modules() -> None:
+    given = tensors(torch.float32)
+    first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
+    first.weight, second.weight = Gathered(given["first"]), Gathered(given["second"])
+    called: list[nn.Module] = []
+    for module in (first, second):
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    found = add_experts(given["x"], given["result"].clone(), first, second, Route(given["gate"]), True)
+    assert called == [first, second]
+    torch.testing.assert_close(found, plain(*given.values()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_of_trained_rows_equal_a_head_with_these_rows(bias: bool) -> None:
+    make = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(9, 4, generator=make).double(), torch.randn(2, 5, 4, generator=make).double())
+    ids, rows = torch.tensor([7, 2]), torch.randn(2, 4, generator=make).double()
+    offset = torch.randn(9, generator=make).double() if bias else None
+    found = []
+    for form in ("whole", "plain", "fast"):
+        own_x, own_rows = x.clone().requires_grad_(), rows.clone().requires_grad_()
+        part = None if offset is None else offset[ids]
+        if form == "whole":
+            out = linear(own_x, weight.index_copy(0, ids, own_rows), offset)
+        elif form == "plain":
+            out = put_logits(linear(own_x, weight, offset), own_x, own_rows, part, ids)
+        else:
+            out = PutLogits.apply(linear(own_x, weight, offset), own_x, own_rows, weight[ids], part, ids)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), [own_x, own_rows])])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
+
+
+def test_embeddings_of_trained_rows_equal_a_matrix_with_these_rows() -> None:
+    make = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(9, 4, generator=make), torch.randint(0, 9, (3, 20), generator=make)
+    ids, rows = torch.tensor([7, 2]), torch.randn(2, 4, generator=make).requires_grad_()
+    whole = embedding(x, weight.index_copy(0, ids, rows))
+    found = put_embeddings(embedding(x, weight), x, rows, ids)
+    assert torch.equal(found, whole)
+    (one,), (two,) = (torch.autograd.grad(out.sin().sum(), rows) for out in (found, whole))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
