@@ -16,8 +16,8 @@ import torch
 from transformers import StaticCache
 
 from mote.attention import GROUPED_SDPA
+from mote.machine import environment
 from mote.models import EMBEDDED, load_base
-from mote.run import environment
 
 ROWS, PROMPT, NEW, ROUNDS = 16, 300, 24, 7
 VARIANTS = {"reference": ("sdpa", False), "again": ("sdpa", False), "grouped": (GROUPED_SDPA, False),
@@ -68,7 +68,7 @@ def main() -> None:
             if name != "reference"
         },
         "same_tokens": {name: bool(torch.equal(out, tokens["reference"])) for name, out in tokens.items()},
-        **{key: value for key, value in environment().items() if key != "stages"},
+        **environment(),
     }  # fmt: skip
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -444,7 +444,7 @@ def test_report_of_no_run(fails: Fails, tmp_path: Path) -> None:
 
 def fill_disk(name: str, after: int) -> None:
     """From now on this file takes `after` writes, then the kernel says that the disk is full."""
-    from mote import records, train
+    from mote import files, records, train
 
     written = 0
 
@@ -455,7 +455,7 @@ def fill_disk(name: str, after: int) -> None:
             path = path if written <= after else Path("/dev/full")
         return open(path, mode, **more)  # type: ignore[call-overload]
 
-    records.open = train.open = opened  # type: ignore[attr-defined]
+    files.open = records.open = train.open = opened  # type: ignore[attr-defined]
 
 
 def limit_files(size: int) -> None:
@@ -576,10 +576,16 @@ OPTIONS = {
     "train": {"--recipe", "--model", "--chains", "--seed", "--limit", "--out"},
     "answer": {"--recipe", "--model", "--adapter", "--questions", "--mode", "--seed", "--limit", "--out"},
     "chat": {"--model", "--adapter", "--mode", "--seed", "--show-steps", "--answer-only"},
+    "export": {"--adapter", "--model", "--mode", "--out", "--format", "--dtype"},
     "report": set(),
+    "bench": set(),
+    "bench experts": {
+        *("--model", "--shape", "--device", "--dtype", "--rows", "--length", "--rounds", "--compile", "--eager"),
+        *("--checkpointing", "--only", "--measures", "--out"),
+    },
     "doctor": set(),
 }
-ARGUMENTS = {"run": ["recipe", "overrides"], "report": ["folder"], "doctor": []}
+ARGUMENTS = {"run": ["recipe", "overrides"], "report": ["folder"], "bench": [], "bench experts": [], "doctor": []}
 
 
 def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -596,20 +602,31 @@ def test_help_lists_every_command(
 ) -> None:
     text = help_of(monkeypatch, capsys, *flag)
     listed = re.findall(r"^  (\w+)  +\S", text.partition("Commands:")[2], re.M)
-    assert listed == sorted(cli.mote.commands) == sorted(OPTIONS)
+    assert listed == sorted(cli.mote.commands) == sorted({name.split()[0] for name in OPTIONS})
     assert set(re.findall(r"--[\w-]+", text.partition("Options:")[2].partition("Commands:")[0])) == {
         *("--version", "--debug", "--help")
     }
 
 
+def test_help_of_a_group_lists_its_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(monkeypatch, capsys, "bench")
+    assert re.findall(r"^  (\w+)  +\S", text.partition("Commands:")[2], re.M) == ["experts"]
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_help_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    text = help_of(monkeypatch, capsys, name, "--help")
+    text = help_of(monkeypatch, capsys, *name.split(), "--help")
     listed = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)(?: / (--[\w-]+))?", text, re.M))
     assert {option for pair in listed for option in pair if option} == OPTIONS[name] | {"--help"}
     for option, explained in re.findall(r"^  (--[\w-]+).*?  +(\S.*)$", text, re.M):
         assert len(explained) > 10, f"{option} is not explained"
-    arguments = [param.name for param in cli.mote.commands[name].params if isinstance(param, click.Argument)]
+    command: click.Command = cli.mote
+    for word in name.split():
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    arguments = [param.name for param in command.params if isinstance(param, click.Argument)]
     assert arguments == ARGUMENTS.get(name, ["overrides"])
     summary = text.split("\n\n")[1].strip()
     assert summary.endswith(".") and len(summary) > 30

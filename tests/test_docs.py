@@ -169,9 +169,18 @@ def test_every_key_of_the_report_has_its_line() -> None:
 # --- docs/cli.md and the command lines of all pages
 
 
-@pytest.mark.parametrize("name", sorted(mote.commands))
+def commands(group: click.Group = mote, prefix: str = "") -> dict[str, click.Command]:
+    """All commands by the words they are called with; a group stands for those in it."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        words = f"{prefix}{name}"
+        found |= commands(command, f"{words} ") if isinstance(command, click.Group) else {words: command}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
 def test_every_command_and_option_has_its_line(name: str) -> None:
-    command = mote.commands[name]
+    command = commands()[name]
     text = section(ROOT / "docs" / "cli.md", f"`mote {name}`")
     options = [p for p in command.params if isinstance(p, click.Option)]
     spelt = [", ".join(f"`{o}`" for o in (*option.opts, *option.secondary_opts)) for option in options]
@@ -193,6 +202,9 @@ def parse(line: str) -> None:
     assert command is not None, f"no command '{name}'"
     if {"-h", "--help"} & set(rest):
         return
+    while isinstance(command, click.Group) and rest:
+        name, *rest = rest
+        command = command.commands[name]
     parsed = command.make_context(name, rest, parent=context)
     recipe = parsed.params.get("recipe")
     settings = load_recipe(ROOT / recipe if recipe else None, parsed.params.get("overrides", ()))
@@ -214,7 +226,8 @@ def test_command_line_is_one_that_mote_takes(page: str, line: str) -> None:
 
 
 def test_there_are_command_lines_of_every_command() -> None:
-    assert {line.split()[1] for _, line in command_lines()} >= set(mote.commands)
+    lines = [line.split() for _, line in command_lines()]
+    assert not [name for name in commands() if not any(line[1:][: len(name.split())] == name.split() for line in lines)]
 
 
 @pytest.mark.parametrize(
@@ -321,9 +334,12 @@ def test_python_blocks_compile() -> None:
             ast.parse(block, filename=name_of(page))
 
 
-def test_python_blocks_that_are_marked_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "peft.md"], ids=name_of)
+def test_python_blocks_that_are_marked_run(
+    page: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One after the other, as a reader would type them, on the tiny model."""
-    code = [block for runs, block in blocks(README, "python") if runs]
+    code = [block for runs, block in blocks(page, "python") if runs]
     assert len(code) >= 2
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}

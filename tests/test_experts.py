@@ -153,3 +153,28 @@ def test_embeddings_of_trained_rows_equal_a_matrix_with_these_rows() -> None:
     assert torch.equal(found, whole)
     (one,), (two,) = (torch.autograd.grad(out.sin().sum(), rows) for out in (found, whole))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_an_idle_expert_moves_by_momentum_alone_and_an_unseen_one_never() -> None:
+    """The experts share their matrices, so also the optimiser's step (docs/decisions/0003)."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
+    optimizer = torch.optim.AdamW([first.weight, second.weight], lr=1e-2, weight_decay=0.0)
+    start = first.weight.detach().clone()
+
+    def step(expert: int) -> None:
+        gate = torch.zeros(8, WIDTH)
+        gate[:, expert * 4 : expert * 4 + 4] = 1.0
+        x = torch.randn(8, 6)
+        add_experts(x, torch.zeros(8, 7), first, second, Route(gate), True).sub(1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):
+        step(0)
+    seen = first.weight.detach().clone()
+    for _ in range(50):
+        step(1)
+    idle = (first.weight.detach() - seen)[:4].abs()
+    assert 0 < idle.max() < 10 * 1e-2  # beta1 = 0.9: no more than lr * 0.9 / (1 - 0.9) in all
+    assert torch.equal(first.weight[8:], start[8:])

@@ -194,6 +194,9 @@ def test_estimates_move_the_right_way() -> None:
     plain = planned()
     assert planned(train={"gradient_checkpointing": True}).training_bytes < plain.training_bytes
     assert planned(train={"per_device_train_batch_size": 1}).training_bytes < plain.training_bytes
+    packed = planned(train={"packing": True})  # whole rows, and fewer of them
+    assert packed.training_bytes > plain.training_bytes
+    assert int(packed.stages[2].what.split()[0]) < int(plain.stages[2].what.split()[0])
     assert planned(chains={"batch_size": 64}).generation_bytes > plain.generation_bytes
     assert planned(dtype="bfloat16").generation_bytes < plain.generation_bytes
     fast = plan(recipe(), MACHINE.model_copy(update={"flops": 1e12, "bandwidth": 100e9}))

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,6 @@ from mote.records import (
     folder_lock,
     read_rows,
     rewrite_rows,
-    write_atomic,
-    write_json,
 )
 
 
@@ -66,19 +63,6 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").symlink_to("/dev/full")
     with pytest.raises(MoteError, match="No space left on device"):
         append_rows(tmp_path / "rows.jsonl", [question("1")])
-
-
-def test_whole_files_appear_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "report.json"
-    write_json(path, {"a": 1})
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(MoteError, match="No space left"):
-        write_atomic(path, "something else")
-    assert path.read_text() == '{\n  "a": 1\n}\n' and [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_rewriting_replaces_all_rows(tmp_path: Path) -> None:

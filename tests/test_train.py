@@ -12,10 +12,19 @@ import mote
 from mote.config import Recipe
 from mote.errors import UserError
 from mote.models import load_base
+from mote.packing import ChainDataset
 from mote.records import ChainRow
 from mote.steps import load_scheme
 from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
-from mote.train import ChainDataset, collate, last_whole_checkpoint, mote_config, split_rows, train, training_arguments
+from mote.train import (
+    MoteTrainer,
+    check_settings,
+    last_whole_checkpoint,
+    mote_config,
+    split_rows,
+    train,
+    training_arguments,
+)
 
 SCHEME = load_scheme("safety")
 TEXTS = {"analysis": "is it safe", "guidance": "answer how", "response": "kill a process on my computer"}
@@ -48,32 +57,6 @@ def recipe(tiny: Path, **train_changes: Any) -> Recipe:
 
 def tokens(ids: list[int], steps: list[int]) -> Tokens:
     return Tokens(ids=ids, labels=[IGNORED, *ids[1:]], steps=steps)
-
-
-def test_a_batch_is_padded_and_masked() -> None:
-    rows = [tokens([5, 6, 7, 8], [0, 0, 1, 3]), tokens([5, 6], [0, 3])]
-    batch = collate([ChainDataset(rows, 3, 0.0, 0)[i] for i in range(2)], pad_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 9, 9]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7, 8], [IGNORED, 6, IGNORED, IGNORED]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
-    assert batch["step_ids"].tolist() == [[0, 0, 1, 3], [0, 3, 0, 0]]
-    assert batch["attention_mask"].shape == (2, 1, 4, 4)
-    assert batch["attention_mask"][1, 0].tolist() == [
-        [True, False, False, False], [True, True, False, False], [True, True, True, False], [True, True, False, True]
-    ]  # fmt: skip
-
-
-def test_draws_change_with_the_epoch_and_are_the_same_again() -> None:
-    data = ChainDataset([tokens([1, 2, 3, 4], [0, 1, 2, 3])] * 64, 3, 0.5, seed=1)
-
-    def draws() -> list[Any]:
-        return [(item["sight"].tolist(), item["question_expert"]) for item in (data[i] for i in range(64))]
-
-    first = draws()
-    assert draws() == first
-    assert {expert for _, expert in first} == {1, 2, 3}
-    data.set_epoch(1)
-    assert draws() != first
 
 
 def test_training_learns_keeps_the_base_and_says_what_it_did(tiny: Path, tmp_path: Path) -> None:
@@ -133,6 +116,131 @@ def test_marker_rows_may_have_a_learning_rate_of_their_own(tiny: Path, tmp_path:
         return float((rows - fresh.model.get_input_embeddings().weight[ids].detach()).abs().max())
 
     assert moved("same") < 0.02 < moved("own", marker_learning_rate=0.1)
+
+
+def rows_of(folder: Path, key: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if key in row]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return weights
+
+
+def trained(tiny: Path, folder: Path, count: int = 12, **changes: Any) -> Path:
+    """A folder trained with all chains in one update, unless the changes say otherwise."""
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "skip_p": 0.5, **changes}
+    train(load_base(str(tiny), device="cpu"), chains(count), SCHEME, recipe(tiny, **settings), folder)
+    return folder
+
+
+def test_packing_changes_rows_and_nothing_else(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One update from the same chains and draws: loss, gradient, tokens and held-out losses are those without it."""
+    made: list[MoteTrainer] = []
+
+    class Kept(MoteTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr("mote.train.MoteTrainer", Kept)
+    single = trained(tiny, tmp_path / "single")
+    packed = trained(tiny, tmp_path / "packed", packing=True, max_length=256)
+    assert len(made[1].train_dataset) < len(made[0].train_dataset) / 3  # type: ignore[arg-type]
+    assert made[0].tokens_seen == made[1].tokens_seen == sum(len(row.ids) for row in made[0].train_dataset.chains)  # type: ignore[union-attr]
+    [before], [after] = rows_of(single, "loss"), rows_of(packed, "loss")
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
+    [before], [after] = rows_of(single, "eval_loss"), rows_of(packed, "eval_loss")
+    for name, value in before.items():
+        assert after[name] == pytest.approx(value, abs=1e-3), name
+
+    rows: Any = made[0].train_dataset
+    none = torch.zeros_like(rows.chances_S_S)
+    wanted = made[0].evaluate(ChainDataset(rows.chains, none, 0))
+    found = made[0].evaluate(ChainDataset(rows.chains, none, 0, row_length=256))
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_packed_training_goes_on_where_it_was_cut(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {
+        "packing": True, "max_length": 64, "num_train_epochs": 4, "save_steps": 1, "per_device_train_batch_size": 2,
+        "step_weights": {"analysis": 0.5},
+    }  # fmt: skip
+    whole = trained(tiny, tmp_path / "whole", **changes)
+    total = rows_of(whole, "loss")[-1]["step"]
+    assert total > 6
+    step = MoteTrainer.training_step
+
+    def cut(trainer: MoteTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if trainer.state.global_step == total // 2:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MoteTrainer, "training_step", cut)
+        trained(tiny, tmp_path / "cut", **changes)
+    assert last_whole_checkpoint(tmp_path / "cut" / "checkpoints") is not None
+    again = trained(tiny, tmp_path / "cut", **changes)
+    assert [row["loss"] for row in rows_of(again, "loss")] == [row["loss"] for row in rows_of(whole, "loss")]
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weights_of(again)[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"analysis": 0, "guidance": 0, "response": 1}, {"analysis": 0.5, "guidance": 0, "response": 2}],
+    ids=["response only", "weights"],
+)
+def test_step_weights_weigh_the_loss(tiny: Path, tmp_path: Path, given: dict[str, float]) -> None:
+    """The logged loss is sum(weight * cross-entropy) / sum(weight) over all tokens of an update."""
+    base, settings = load_base(str(tiny), device="cpu"), recipe(tiny)
+    config = mote_config(settings, SCHEME)
+    add_markers(base.tokenizer, config, base.model)
+    accepted = [chain for chain in chains(12) if chain.accepted]
+    total = count = 0.0
+    for chain in accepted:
+        assert config.routing is not None
+        row = encode_chain(base.tokenizer, chain, config.routing, config.experts)
+        with torch.no_grad():  # experts begin at zero
+            logits = base.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        for t, label in enumerate(row.labels):
+            if label != IGNORED:
+                weight = given[config.experts[row.steps[t] - 1]]
+                total, count = total - weight * float(logits[t - 1, label]), count + weight
+    changes = {"step_weights": given, "held_out": 0, "skip_p": 0, "learning_rate": 1e-9}
+    wholly = trained(tiny, tmp_path / "wholly", **changes)
+    assert rows_of(wholly, "loss")[0]["loss"] == pytest.approx(total / count, abs=1e-5)
+    parts = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 8}
+    in_parts = trained(tiny, tmp_path / "parts", **changes, **parts)
+    [before], [after] = rows_of(wholly, "loss"), rows_of(in_parts, "loss")
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
+    plainly = trained(tiny, tmp_path / "plainly", **{**changes, "step_weights": {"analysis": 1}})
+    assert rows_of(plainly, "loss")[0]["loss"] != pytest.approx(total / count, abs=1e-2)
+
+
+def test_chains_without_a_weight_are_left_out(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained(tiny, tmp_path, step_weights={"response": 0})  # three of the chains are a response alone
+    assert "3 chains have only steps whose train.step_weights are 0 and are left out" in capsys.readouterr().err
+    assert rows_of(folder, "loss")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"skip_pairs": {"analysis": {"response": 0.5}}}, r"train\.skip_pairs\.analysis\.response=0\.5: name a later"),
+        ({"step_weights": {"answer": 1}}, r"train\.step_weights\.answer=1\.0: name one of analysis, guidance, resp"),
+        ({"step_weights": {"response": -1}}, r"train\.step_weights\.response=-1\.0: a weight is 0 or above"),
+        ({"step_weights": dict.fromkeys(SCHEME.steps, 0)}, "leave one step a weight above 0"),
+        ({"step_weights": {"response": 2}, "label_smoothing_factor": 0.1}, r"train\.label_smoothing_factor=0\.1"),
+        ({"attention": "flex_attention"}, r"train\.attention=flex_attention: .* use sdpa"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tiny: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        check_settings(recipe(tiny, **changes), SCHEME, Path("runs"))
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model
+from reference import slow_layer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -55,33 +56,6 @@ def some_ids(rows: int = 3, length: int = 24) -> Tensor:
     ids[0, 5], ids[0, 12], ids[0, 17] = 64, 66, 68
     ids[1, 9], ids[1, 15] = 68, 2
     return ids
-
-
-def slow_layer(layer: MoteLinear, conf: MoteConfig, x: Tensor, steps: Tensor) -> Tensor:
-    """The equation of section 3.2, written out token by token and expert by expert."""
-    r, scaling = conf.r, conf.lora_alpha / conf.r
-    a, b = layer.mote_A["default"].weight, layer.mote_B["default"].weight
-
-    def expert(index: int, token: Tensor) -> Tensor:
-        part = slice(index * r, (index + 1) * r)
-        return scaling * (b[:, part] @ (a[part] @ token))
-
-    out = layer.base_layer(x).clone()
-    shared = int(conf.shared)
-    for row in range(x.shape[0]):
-        for t in range(x.shape[1]):
-            step = int(steps[row, t])
-            names = list(conf.experts)
-            if step:
-                own = expert(shared + step - 1, x[row, t])
-            elif conf.question_expert == "mean":
-                own = sum(expert(shared + i, x[row, t]) for i in range(len(names))) / len(names)
-            else:
-                own = expert(shared + names.index(conf.question_expert), x[row, t])
-            out[row, t] += conf.mix * own
-            if shared:
-                out[row, t] += (1 - conf.mix) * expert(0, x[row, t])
-    return out
 
 
 @pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"mix": 0.3}, {"question_expert": "guidance"}])
@@ -334,3 +308,63 @@ def test_layers_of_every_rank_read_the_question_with_the_same_drawn_expert() -> 
     for _ in range(20):
         model(input_ids=torch.randint(3, 60, (1, 5)))
     assert all(len(experts) == 1 for experts in chosen) and len(set.union(*chosen)) > 1
+
+
+LORA_CHOICES: dict[str, dict[str, Any]] = {
+    "all linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*layers\.1\..*(q_proj|up_proj)"},
+    "one layer": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    "one layer by its list": {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "without names": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "up_proj"]},
+    "without a regex": {"target_modules": ["q_proj", "o_proj"], "exclude_modules": r".*layers\.0\..*"},
+    "ranks by name": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "down_proj": 8}},
+    "ranks by regex": {"target_modules": "all-linear", "rank_pattern": {r"layers\.1\.mlp\..*": 2, "q_proj": 8}},
+    "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"v_proj": 16}},
+    "dropout": {"target_modules": "all-linear", "lora_dropout": 0.4},
+}
+
+
+def both_loras(choice: dict[str, Any], **weights: Any) -> tuple[Any, Any]:
+    """The same LoRA by one step expert and by PEFT, from the same seed."""
+    ours = MoteConfig(
+        r=4, lora_alpha=8, experts=("response",), mix=1.0, markers={"response": [60, 61]}, draw_question_expert=False,
+        init_weights=weights.get("ours", True), **choice,
+    )  # fmt: skip
+    theirs = LoraConfig(r=4, lora_alpha=8, init_lora_weights=weights.get("theirs", True), **choice)
+    models = []
+    for conf in (ours, theirs):
+        base = tiny_llama().double()
+        torch.manual_seed(5)
+        models.append(get_peft_model(base, conf).eval())
+    return models[0], models[1]
+
+
+@pytest.mark.parametrize("choice", LORA_CHOICES.values(), ids=LORA_CHOICES)
+def test_choices_of_layers_and_ranks_are_those_of_lora(choice: dict[str, Any]) -> None:
+    ours, theirs = both_loras(choice, ours=False, theirs=False)
+    state, copied = ours.state_dict(), 0
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(state[name.replace("lora_", "mote_")])
+            copied += 1
+    assert copied == len([name for name in state if "mote_" in name]) > 0
+    ids = some_ids().clamp_max(63)
+    logits = ours(input_ids=ids).logits
+    torch.testing.assert_close(logits, theirs(input_ids=ids).logits, atol=1e-9, rtol=0)
+    drawn = []
+    for model in (ours.train(), theirs.train()):
+        torch.manual_seed(6)
+        drawn.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(*drawn, atol=1e-9, rtol=0)
+    dropped = float((drawn[0] - logits).abs().max().detach())
+    assert dropped > 0.01 if "lora_dropout" in choice else dropped < 1e-9
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_weights_begin_as_those_of_lora(init: Any) -> None:
+    ours, theirs = both_loras({"target_modules": "all-linear"}, ours=init, theirs=init)
+    state = ours.state_dict()
+    loras = {name: parameter for name, parameter in theirs.named_parameters() if "lora_" in name}
+    for name, parameter in loras.items():
+        assert torch.equal(state[name.replace("lora_", "mote_")], parameter)
+        assert ("lora_B" in name) == (parameter.abs().sum() == 0)

@@ -1,7 +1,6 @@
 """Safety self-alignment of open language models: reasoning chains and step experts (MoTE, ACL 2025)."""
 
-from importlib import import_module
-from importlib.metadata import version
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from mote.on_peft import register_with_peft
@@ -9,13 +8,13 @@ from mote.on_peft import register_with_peft
 if TYPE_CHECKING:
     from mote.tuner import MoteConfig as MoteConfig
 
-__version__ = version("mote-align")
-
 # Loaded on first use, so that making chains through a server needs no torch.
 _LAZY = {"MoteConfig": "mote.tuner", "load": "mote.decode", "add_markers": "mote.tokens"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("mote-align")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'mote' has no attribute '{name}'")

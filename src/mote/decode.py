@@ -233,7 +233,7 @@ def load(
     Raises:
         UserError: The adapter is not there, is no MoTE adapter, or was trained on another base model.
     """
-    config = _adapter_config(str(adapter))
+    config = adapter_config(str(adapter))
     base = load_base(model, device, dtype, revision)
     if config.base_fingerprint not in (None, fingerprint(base.model)):
         raise UserError(
@@ -245,10 +245,7 @@ def load(
 
 def attach(base: Base, adapter: str, config: MoteConfig) -> Model:
     """Put an adapter on a base model that is loaded already."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    check_markers(tokenizer, config.markers)
+    tokenizer = adapter_tokenizer(adapter, config)
     model = PeftModel.from_pretrained(base.model, adapter).eval()
     return Model(Base(base.name, base.model, tokenizer), model, config, load_scheme(config.scheme))
 
@@ -338,7 +335,12 @@ class _Events(BaseStreamer):
             self.shown = text
 
 
-def _adapter_config(adapter: str) -> MoteConfig:
+def adapter_config(adapter: str) -> MoteConfig:
+    """The configuration of an adapter, from its folder or hub id.
+
+    Raises:
+        UserError: There is none, or it is not one of step experts with markers.
+    """
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -348,3 +350,21 @@ def _adapter_config(adapter: str) -> MoteConfig:
     if not isinstance(config, MoteConfig) or not config.markers:
         raise UserError(f"adapter: '{adapter}' is a {config.peft_type} adapter, not one of step experts with markers")
     return config
+
+
+def adapter_tokenizer(adapter: str, config: MoteConfig) -> Any:
+    """The tokenizer of an adapter, with its markers.
+
+    Raises:
+        UserError: There is none, or it has other markers.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"adapter: '{adapter}' holds no tokenizer; save the one with the markers there, as `mote train` does"
+        ) from error
+    check_markers(tokenizer, config.markers)
+    return tokenizer

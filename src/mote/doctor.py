@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "answer": MODEL_PACKAGES,
     "chat": MODEL_PACKAGES,
     "report": ("jinja2", "matplotlib"),
+    "bench": (*MODEL_PACKAGES, "psutil"),
     "run": (*MODEL_PACKAGES, "accelerate", "matplotlib"),
 }
 SERVER_PACKAGES = ("openai", "jinja2", "psutil", "tqdm")  # `mote chains --engine http://...` needs no more

@@ -2,69 +2,116 @@
 
 With probability p a later step may not attend to an earlier one, so one pass over (x, a, g, y) also trains the shorter
 chains. A step's positions start right after the last token it can see, so a response that skips everything is computed
-exactly as a direct answer is (docs/decisions/0004).
+exactly as a direct answer is (docs/decisions/0004). A row may hold several chains, its documents; none sees another.
 Shapes: B row, T token, S step (the question counts as step 0).
 """
 
 import random
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from mote.routing import QUESTION
+from mote.errors import UserError
+
+PADDING = -1  # the document of padding
+Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> may the query attend to the key
 
 
-def draw_sight(present: list[int], steps: int, skip_p: float, rng: random.Random) -> Tensor:
-    """Draw which steps see which for one row.
+def skip_chances(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps: tuple[str, ...]) -> Tensor:
+    """Chance that one step loses sight of another.
 
     Args:
-        present: Step ids of the row's reasoning steps, in order.
-        steps: Number of reasoning steps of the scheme.
-        skip_p: Chance that a later step loses sight of an earlier one, for each ordered pair on its own.
+        skip_p: The chance of every ordered pair of reasoning steps that is not in `pairs`.
+        pairs: Chances of single pairs, `{later: {earlier: chance}}`.
+        steps: The scheme's steps in order.
+
+    Returns:
+        (S, S), `[later, earlier]`; 0 on the question, the step itself and what comes after it.
+
+    Raises:
+        UserError: A name that is no step, a pair in the wrong order, or a chance outside 0 to 1.
+    """
+    chances_S_S = torch.full((len(steps) + 1, len(steps) + 1), skip_p).tril(-1)
+    chances_S_S[:, 0] = 0
+    for later, chances in pairs.items():
+        for earlier, chance in chances.items():
+            setting = f"recipe: train.skip_pairs.{later}.{earlier}={chance}"
+            if later not in steps or earlier not in steps or steps.index(earlier) >= steps.index(later):
+                raise UserError(f"{setting}: name a later step, then an earlier one, of {', '.join(steps)}")
+            if not 0 <= chance <= 1:
+                raise UserError(f"{setting}: a chance is between 0 and 1")
+            chances_S_S[steps.index(later) + 1, steps.index(earlier) + 1] = chance
+    return chances_S_S
+
+
+def draw_sight(present: list[int], chances_S_S: Tensor, rng: random.Random) -> Tensor:
+    """Draw which steps of one chain see which.
+
+    Args:
+        present: Step ids of the chain's reasoning steps, in order.
+        chances_S_S: `skip_chances`; each ordered pair has its own draw.
         rng: Source of the draw.
 
     Returns:
         (S, S) bool, `[later, earlier]`; the question and a step itself are always seen.
     """
-    sight = torch.ones(steps + 1, steps + 1, dtype=torch.bool)
+    sight_S_S = torch.ones_like(chances_S_S, dtype=torch.bool)
     for i, earlier in enumerate(present):
         for later in present[i + 1 :]:
-            sight[later, earlier] = rng.random() >= skip_p
-    return sight
+            sight_S_S[later, earlier] = rng.random() >= chances_S_S[later, earlier].item()
+    return sight_S_S
 
 
-def attention_edges(steps_B_T: Tensor, sight_B_S_S: Tensor, valid_B_T: Tensor) -> Tensor:
-    """Which query may attend to which key, as SDPA takes it.
+def positions(steps_T: Tensor, sight_S_S: Tensor) -> Tensor:
+    """Position of each token (T) of one chain: its step starts right after the last token that the step can see.
+
+    Args:
+        steps_T: Step of each token.
+        sight_S_S: `draw_sight` of the chain.
+    """
+    position_T = torch.zeros_like(steps_T)
+    for step, sight_S in enumerate(sight_S_S):
+        own_T = steps_T == step
+        before_T = position_T[sight_S[steps_T] & (steps_T < step)]
+        start = int(before_T.max()) + 1 if len(before_T) else 0
+        position_T[own_T] = start + torch.arange(int(own_T.sum()))
+    return position_T
+
+
+def edge(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> Edge:
+    """The rule that both forms of the mask are made of; takes numbers or tensors of them.
 
     Args:
         steps_B_T: Step of each token.
-        sight_B_S_S: `draw_sight` of each row.
-        valid_B_T: False for padding.
+        sight_B_T_S: Which steps of its chain each token sees.
+        documents_B_T: Which chain of its row each token is in; `PADDING` for padding.
 
     Returns:
-        (B, 1, T, T) bool, `[query, key]`. A token always sees itself, padding too, so that no softmax is empty.
+        The rule. A token always sees itself, padding too, so that no softmax is empty.
     """
+
+    def may_see(row: Any, head: Any, query: Any, key: Any) -> Tensor:
+        document = documents_B_T[row, query]
+        same = (document == documents_B_T[row, key]) & (document != PADDING)
+        seen: Tensor = same & (key <= query) & sight_B_T_S[row, query, steps_B_T[row, key]] | (query == key)
+        return seen
+
+    return may_see
+
+
+def sdpa_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> Tensor:
+    """The edges as SDPA takes them: (B, 1, T, T) bool, `[query, key]`. Arguments as in `edge`."""
     rows, length = steps_B_T.shape
-    row = torch.arange(rows, device=steps_B_T.device)[:, None, None]
-    seen = sight_B_S_S[row, steps_B_T[:, :, None], steps_B_T[:, None, :]]
-    causal = torch.ones(length, length, dtype=torch.bool, device=steps_B_T.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=steps_B_T.device)
-    return ((seen & causal & valid_B_T[:, None, :]) | itself)[:, None]
+    row = torch.arange(rows, device=steps_B_T.device)[:, None, None, None]
+    token = torch.arange(length, device=steps_B_T.device)
+    return edge(steps_B_T, sight_B_T_S, documents_B_T)(row, 0, token[:, None], token)
 
 
-def positions(steps_B_T: Tensor, sight_B_S_S: Tensor, valid_B_T: Tensor) -> Tensor:
-    """Position of each token (B, T): its step starts right after the last token that the step can see.
-
-    Takes the arguments of `attention_edges`; a row holds one chain whose steps stand in the order of their ids.
-    Padding has position 0.
-    """
-    steps = sight_B_S_S.shape[1]
-    # index_B_T: how many valid tokens of the same step stand before; length_B_S: how long each step is.
-    member_B_T_S = torch.nn.functional.one_hot(steps_B_T, steps) * valid_B_T[:, :, None]
-    index_B_T = (member_B_T_S.cumsum(1) - 1).gather(2, steps_B_T[:, :, None])[:, :, 0]
-    length_B_S = member_B_T_S.sum(1)
-    start_B_S = torch.zeros_like(length_B_S)
-    for step in range(QUESTION + 1, steps):
-        ends_B_S = (start_B_S + length_B_S)[:, :step] * sight_B_S_S[:, step, :step] * (length_B_S[:, :step] > 0)
-        start_B_S[:, step] = ends_B_S.max(1).values
-    return (start_B_S.gather(1, steps_B_T) + index_B_T) * valid_B_T
+def block_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> BlockMask:
+    """The edges as FlexAttention takes them: blocks without an edge are not computed. Arguments as in `edge`."""
+    rows, length = steps_B_T.shape
+    rule = edge(steps_B_T, sight_B_T_S, documents_B_T)
+    return create_block_mask(rule, rows, None, length, length, device=steps_B_T.device)

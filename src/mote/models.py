@@ -97,6 +97,17 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The configuration of a base model, without its weights.
+
+    Raises:
+        UserError: The model is not to be had.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, name, revision=revision)
+
+
 def load_base(name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None) -> Base:
     """Load a base model in evaluation mode, with the device's SDPA attention.
 

@@ -108,12 +108,14 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     Raises:
         UserError: A setting cannot work, a question file is bad, or there is no shape to be had for the model.
     """
+    from mote.train import check_settings
+
     scheme = load_scheme(recipe.scheme)
     notes: list[str] = []
     shape, shape_source = find_shape(recipe, notes)
     trainable = count_trainable(recipe, shape, len(scheme.steps))
     device, dtype = _device(recipe, notes)
-    _check_training(recipe, scheme, device)
+    check_settings(recipe, scheme, Path("runs"))
     asked = _questions(recipe.questions, recipe.limit, recipe, "questions", notes)
     answered = _questions(recipe.answer.questions, recipe.answer.limit, recipe, "answer.questions", notes)
     machine = machine or measure(device)
@@ -236,7 +238,8 @@ class _Run:
         rows = max(1, round(asked.count * (1 - settings.held_out)))
         steps = expected_steps(self.scheme, ADAPTIVE)
         length = min(settings.max_length, asked.mean + steps * (WRITTEN * self.recipe.chains.max_tokens + 2))
-        batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        together = settings.max_length / length if settings.packing else 1  # chains in a row
+        batch = round(settings.per_device_train_batch_size * settings.gradient_accumulation_steps * together)
         tokens = rows * length * settings.num_train_epochs
         flops = (6 if self._checkpointed else 4) * active_parameters(self.shape) + 6 * self.trainable
         updates = -(-rows // batch) * settings.num_train_epochs
@@ -297,7 +300,8 @@ class _Run:
         layer = 18 * shape.hidden + 4 * shape.intermediate + 3 * experts * len(linear_shapes(shape))
         kept = shape.layers * shape.hidden + layer if self._checkpointed else shape.layers * layer
         longest = asked.longest + len(self.scheme.steps) * (self.recipe.chains.max_tokens + 2)
-        tokens = settings.per_device_train_batch_size * min(settings.max_length, longest)
+        length = settings.max_length if settings.packing else min(settings.max_length, longest)
+        tokens = settings.per_device_train_batch_size * length
         bytes_ = BYTES[self.dtype]
         return round(self._weights_bytes + 16 * self.trainable + tokens * (kept * bytes_ + shape.vocab * (bytes_ + 12)))
 
@@ -308,14 +312,6 @@ class _Run:
     @property
     def _checkpointed(self) -> bool:
         return bool((self.recipe.train.model_extra or {}).get("gradient_checkpointing"))
-
-
-def _check_training(recipe: Recipe, scheme: Scheme, device: str) -> None:
-    """Let training's own checks see the settings now, not after hours of making chains."""
-    from mote.train import mote_config, training_arguments
-
-    mote_config(recipe, scheme)
-    training_arguments(recipe, Path("runs"), device=device.partition(":")[0])
 
 
 def _device(recipe: Recipe, notes: list[str]) -> tuple[str, str]:

@@ -4,16 +4,16 @@ A row is written whole and fsynced; what kill -9 tears is the last line at most,
 """
 
 import fcntl
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mote.errors import MoteError, UserError
+from mote.files import write_atomic
 from mote.steps import first_line
 
 Kind = Literal["harmful", "benign", "unknown"]
@@ -179,30 +179,6 @@ def iter_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
             except ValidationError as error:
                 raise UserError(f"{path} line {number}: not a {kind.__name__} row ({first_line(error)}); "
                                 "remove the line or the file and run again") from error  # fmt: skip
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a whole text file so that readers see the old one or the new one, never a part.
-
-    Raises:
-        MoteError: The disk refused it.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as sink:
-            sink.write(text)
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MoteError(f"{path}: cannot be written ({error.strerror}); free space there and run again") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of a JSON value."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def rewrite_rows(path: Path, rows: Iterable[BaseModel]) -> None:

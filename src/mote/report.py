@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from mote import plots
-from mote.records import write_atomic, write_json
+from mote.files import write_atomic, write_json
 from mote.summary import Report, in_order, summarise
 
 PAPER_SHARES = {"analysis": 0.715, "guidance": 0.614, "response": 1.0}  # section 3.1, 6,000 chains of a 7B model

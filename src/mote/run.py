@@ -1,10 +1,7 @@
 """The stages in sequence: questions -> chains -> train -> answer -> report, each reusing what is there already."""
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import sys
 import time
@@ -16,16 +13,16 @@ from mote.chains import make_chains
 from mote.config import Recipe, dump_recipe, load_recipe
 from mote.engines import Engine
 from mote.errors import UserError
+from mote.files import write_atomic, write_json
+from mote.machine import environment
 from mote.progress import Progress
 from mote.questions import load_questions
-from mote.records import Answer, ChainRow, Question, append_rows, read_rows, rewrite_rows, write_atomic, write_json
+from mote.records import Answer, ChainRow, Question, append_rows, read_rows, rewrite_rows
 from mote.steps import load_scheme
 
 if TYPE_CHECKING:
     from mote.decode import Model
     from mote.models import Base
-
-_PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 class Run:
@@ -60,10 +57,9 @@ class Run:
             )
         load_questions(self.recipe.answer.questions, self.recipe.answer.limit, self.recipe.chains.max_question_chars)
         self._wanted_questions()
-        from mote.train import mote_config, training_arguments  # a wrong setting must not wait for the chains
+        from mote.train import check_settings  # a wrong setting must not wait for the chains
 
-        mote_config(self.recipe, self.scheme)
-        training_arguments(self.recipe, self.folder)
+        check_settings(self.recipe, self.scheme, self.folder)
         write_atomic(path, text)
 
     def questions(self) -> list[Question]:
@@ -221,7 +217,7 @@ class Run:
             UserError: What is there was made with other settings than `made_by`.
         """
         path = self.folder / "environment.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment()
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else environment() | {"stages": []}
         stages = {stage["stage"]: stage for stage in known.get("stages", [])}
         entry = stages.get(name) or {"stage": name, "seconds": 0.0, "reused": False, "peak_memory_mb": 0}
         if changed := _changes(entry.get("made_by", made_by), made_by):
@@ -252,27 +248,6 @@ class Run:
             stages[name] = entry
             print(f"{name}: {note} ({seconds:.1f} s)", file=sys.stderr)
         write_json(path, known | {"stages": list(stages.values())})
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
-    import psutil
-
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    machine = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count() or 1,
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-    }
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-    return {"versions": versions, "machine": machine, "stages": []}
 
 
 def _answer_mode(

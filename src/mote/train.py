@@ -6,34 +6,34 @@ alone, so that a run that was cut goes on exactly as it would have.
 
 import difflib
 import json
+import math
 import random
-import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from peft import get_peft_model
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mote.config import Recipe
-from mote.errors import MoteError, UserError
-from mote.masks import attention_edges, draw_sight, positions
+from mote.config import Recipe, TrainSettings
+from mote.errors import UserError
+from mote.files import write_atomic
+from mote.masks import PADDING, block_mask, sdpa_mask, skip_chances
 from mote.memory import peak_memory_mb
-from mote.models import Base, fingerprint
-from mote.records import ChainRow, write_atomic
+from mote.models import Base, default_device, fingerprint
+from mote.packing import ChainDataset, collate
+from mote.records import ChainRow
 from mote.routing import QUESTION, Markers
 from mote.steps import Scheme, first_line
 from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
 from mote.tuner import MoteConfig
+from mote.writing import writing
 
 # Settings of TrainingArguments that a run gives itself.
 _FIXED = {
@@ -42,60 +42,18 @@ _FIXED = {
     "data_seed": "it is the recipe's own seed",
     "remove_unused_columns": "masks and steps are not columns that transformers knows",
 }
+_GO_ON = "run the same command again: training goes on from its last whole checkpoint"
 _COMPLETE = "complete"  # the last file of a checkpoint; without it the checkpoint is torn
 
 
-class ChainDataset(Dataset[dict[str, Any]]):
-    """Tokenised chains with their draws of this epoch."""
-
-    def __init__(self, rows: Sequence[Tokens], steps: int, skip_p: float, seed: int) -> None:
-        self.rows, self.steps, self.skip_p, self.seed = rows, steps, skip_p, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
-        present = sorted(set(row.steps) - {QUESTION})
-        return {
-            "row": row,
-            "sight": draw_sight(present, self.steps, self.skip_p, rng),
-            "question_expert": rng.randint(1, self.steps),
-        }
-
-
-def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """Pad rows on the right and add masks and positions; all that the model's forward takes, (B, T) or (B, 1, T, T)."""
-    length = max(len(row["row"].ids) for row in rows)
-
-    def padded(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (length - len(values))
-
-    steps = torch.tensor([padded(row["row"].steps, QUESTION) for row in rows])
-    valid = torch.tensor([padded([1] * len(row["row"].ids), 0) for row in rows]).bool()
-    sight = torch.stack([row["sight"] for row in rows])
-    return {
-        "input_ids": torch.tensor([padded(row["row"].ids, pad_id) for row in rows]),
-        "labels": torch.tensor([padded(row["row"].labels, IGNORED) for row in rows]),
-        "attention_mask": attention_edges(steps, sight, valid),
-        "position_ids": positions(steps, sight, valid),
-        "step_ids": steps,
-        "question_experts": torch.tensor([row["question_expert"] for row in rows]),
-    }
-
-
 class MoteTrainer(Trainer):
-    """`Trainer` that counts real tokens and gives the held-out loss per step."""
+    """`Trainer` that masks, weighs the steps, counts real tokens and gives the held-out loss per step."""
 
     markers: Markers
     expert_names: tuple[str, ...]
     marker_learning_rate: float | None
+    make_mask: Callable[[Tensor, Tensor, Tensor], Any] = staticmethod(sdpa_mask)
+    step_weights: Tensor | None = None  # (S), as `step_weights` gives them
     tokens_seen = 0
     control: Any
 
@@ -112,11 +70,36 @@ class MoteTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass; padding does not count as tokens."""
-        lengths = inputs["position_ids"].new_tensor(inputs["input_ids"].shape).prod()
-        padding = (inputs["position_ids"][:, 1:] == 0).sum()
-        self.tokens_seen += int(lengths - padding)
+        self.tokens_seen += int((inputs["document_ids"] != PADDING).sum())
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As `Trainer`, then the mask: made on the device, where only its rule and no (T, T) matrix need go."""
+        batch: dict[str, Any] = super()._prepare_inputs(inputs)
+        batch["attention_mask"] = self.make_mask(batch["step_ids"], batch.pop("sight"), batch["document_ids"])
+        return batch
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """The batches of one update and what their loss is divided by: the tokens with a loss, or their weights."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self.step_weights is not None and batches:
+            totals = [token_weights(batch, self.step_weights).sum() for batch in batches]
+            count = self.accelerator.gather(torch.stack(totals).to(self.args.device)).sum()
+        return batches, count
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As `Trainer`; with step weights, sum(weight * cross-entropy) / sum(weight) over the update's tokens."""
+        if self.step_weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        weights = token_weights({**inputs, "labels": labels}, self.step_weights)
+        loss = (token_losses(outputs.logits, labels) * weights).sum() / num_items_in_batch
+        loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, **_: Any) -> dict[str, float]:
@@ -125,11 +108,10 @@ class MoteTrainer(Trainer):
         sums: dict[str, Tensor] = {}
         for batch in self.get_eval_dataloader(eval_dataset):
             batch = self._prepare_inputs(batch)
-            labels = batch.pop("labels")[:, 1:]
-            steps = batch["step_ids"][:, 1:]
+            labels, steps = batch.pop("labels"), batch["step_ids"][:, 1:]
             batch.pop("question_experts")  # held-out loss reads the question as inference does
-            logits = self.model(**batch).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+            loss = token_losses(self.model(**batch).logits, labels)
+            labels = labels[:, 1:]
             trained = labels != IGNORED
             marker = torch.isin(labels, labels.new_tensor(self.markers.starts + self.markers.ends))
             groups = {"": trained, "_markers": trained & marker}
@@ -142,6 +124,19 @@ class MoteTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def token_losses(logits_B_T_V: Tensor, labels_B_T: Tensor) -> Tensor:
+    """Cross-entropy of each token but the first (B, T-1), given those before it; 0 where the label is `IGNORED`."""
+    logits = logits_B_T_V[:, :-1].transpose(1, 2).float()
+    return torch.nn.functional.cross_entropy(logits, labels_B_T[:, 1:], ignore_index=IGNORED, reduction="none")
+
+
+def token_weights(batch: dict[str, Any], weights_S: Tensor) -> Tensor:
+    """Weight of the loss of each token but the first (B, T-1): its step's; 0 where it has no loss."""
+    steps, labels = batch["step_ids"][:, 1:], batch["labels"][:, 1:]
+    weights: Tensor = weights_S.to(steps.device)[steps] * (labels != IGNORED)
+    return weights
 
 
 class _Metrics(TrainerCallback):
@@ -215,17 +210,26 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     config.base_fingerprint = fingerprint(base.model)
     markers = config.routing
     assert markers is not None
-    rows = [encode_chain(base.tokenizer, chain, markers, config.experts) for chain in accepted]
-    fitting = [row for row in rows if len(row.ids) <= recipe.train.max_length]
+    settings, steps = recipe.train, config.experts
+    chances, weights = skip_chances(settings.skip_p, settings.skip_pairs, steps), step_weights(settings, steps)
+    flex = uses_flex_attention(recipe, base.model.device.type)
+    rows = [encode_chain(base.tokenizer, chain, markers, steps) for chain in accepted]
+    fitting = [row for row in rows if len(row.ids) <= settings.max_length]
     if len(fitting) < len(rows):
         print(f"mote: {len(rows) - len(fitting)} chains are longer than train.max_length="
-              f"{recipe.train.max_length} and left out", file=sys.stderr)  # fmt: skip
+              f"{settings.max_length} and left out", file=sys.stderr)  # fmt: skip
+    if weights is not None:
+        weighed = [row for row in fitting if weights[row.steps].any()]
+        if len(weighed) < len(fitting):
+            print(f"mote: {len(fitting) - len(weighed)} chains have only steps whose train.step_weights are 0 and are "
+                  "left out", file=sys.stderr)  # fmt: skip
+        fitting = weighed
     if not fitting:
         raise UserError(
             f"chains: none of the {len(chains)} chains can be trained on (safe, not rejected, at most "
-            f"{recipe.train.max_length} tokens); make more, or lower chains.threshold"
+            f"{settings.max_length} tokens); make more, or lower chains.threshold"
         )
-    train_rows, held_out = split_rows(fitting, recipe.train.held_out, recipe.seed)
+    train_rows, held_out = split_rows(fitting, settings.held_out, recipe.seed)
     torch.manual_seed(recipe.seed)
     try:
         model = get_peft_model(base.model, config)
@@ -235,21 +239,25 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
         ) from error
     model.peft_config["default"].base_model_name_or_path = base.name
     arguments = training_arguments(recipe, folder, evaluates=bool(held_out), device=base.model.device.type)
-    steps = len(config.experts)
     callback = _Metrics(folder / "metrics.jsonl")
     trainer = MoteTrainer(
         model=model,
         args=arguments,
-        train_dataset=ChainDataset(train_rows, steps, recipe.train.skip_p, recipe.seed),
-        eval_dataset=ChainDataset(held_out, steps, 0.0, recipe.seed) if held_out else None,
+        train_dataset=ChainDataset(train_rows, chances, recipe.seed, settings.max_length if settings.packing else None),
+        eval_dataset=ChainDataset(held_out, torch.zeros_like(chances), recipe.seed) if held_out else None,
         data_collator=lambda batch: collate(batch, base.tokenizer.pad_token_id),
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)  # our callback writes the lines
     trainer.markers, trainer.expert_names, callback.trainer = markers, config.experts, trainer
-    trainer.marker_learning_rate = recipe.train.marker_learning_rate
+    trainer.marker_learning_rate = settings.marker_learning_rate
+    if weights is not None:
+        trainer.step_weights, trainer.loss_is_scaled_for_ga = weights, True
+    if flex:
+        trainer.make_mask = block_mask
+        base.model.set_attn_implementation("flex_attention")
     checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
-    with _writing(folder):
+    with writing("train", folder, _GO_ON):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save_adapter(model, base.tokenizer, folder / "adapter", recipe, len(train_rows))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -268,13 +276,64 @@ def mote_config(recipe: Recipe, scheme: Scheme) -> MoteConfig:
         raise UserError(f"recipe: experts.{error}") from error
 
 
+def check_settings(recipe: Recipe, scheme: Scheme, folder: Path) -> None:
+    """Let everything that looks at the settings of training look at them now, not after hours of making chains.
+
+    Raises:
+        UserError: A value that is refused.
+    """
+    here = default_device()
+    mote_config(recipe, scheme)
+    training_arguments(recipe, folder, device=here)
+    skip_chances(recipe.train.skip_p, recipe.train.skip_pairs, scheme.steps)
+    step_weights(recipe.train, scheme.steps)
+    uses_flex_attention(recipe, here if recipe.device == "auto" else recipe.device.partition(":")[0])
+
+
+def step_weights(settings: TrainSettings, steps: tuple[str, ...]) -> Tensor | None:
+    """Weight of the loss of each step's tokens (S), 0 for the question; None where every step counts the same.
+
+    Raises:
+        UserError: A name that is no step, a weight below 0, no weight above 0, or label smoothing beside weights.
+    """
+    for step, weight in settings.step_weights.items():
+        setting = f"recipe: train.step_weights.{step}={weight}"
+        if step not in steps:
+            raise UserError(f"{setting}: name one of {', '.join(steps)}")
+        if not 0 <= weight < math.inf:
+            raise UserError(f"{setting}: a weight is 0 or above")
+    given = [settings.step_weights.get(step, 1.0) for step in steps]
+    if not any(given):
+        raise UserError(f"recipe: train.step_weights={settings.step_weights}: leave one step a weight above 0")
+    if set(given) == {1.0}:
+        return None
+    if smoothing := (settings.model_extra or {}).get("label_smoothing_factor"):
+        raise UserError(
+            f"recipe: train.label_smoothing_factor={smoothing}: does not go with train.step_weights; remove one"
+        )
+    return torch.tensor([0.0, *given])
+
+
+def uses_flex_attention(recipe: Recipe, device: str) -> bool:
+    """Whether the masks are FlexAttention's.
+
+    Raises:
+        UserError: They should be, on a device where PyTorch computes no gradients for it.
+    """
+    if recipe.train.attention == "flex_attention" and device != "cuda":
+        raise UserError(
+            f"recipe: train.attention=flex_attention: PyTorch trains with it on CUDA only, not on {device}; use sdpa"
+        )
+    return recipe.train.attention == "flex_attention"
+
+
 def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, device: str = "cpu") -> TrainingArguments:
     """Transformers' arguments: ours as defaults, anything under `train:` above them.
 
     Raises:
         UserError: A key or a value that `TrainingArguments` does not take.
     """
-    ours = {"skip_p", "max_length", "held_out", "marker_learning_rate"}
+    ours = {*TrainSettings.model_fields} - {*get_type_hints(TrainingArguments)}
     given = {key: value for key, value in recipe.train.model_dump().items() if key not in ours}
     for key, instead in _FIXED.items():
         if key in given:
@@ -329,7 +388,7 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, rows:
     """Write adapter, tokenizer and model card, so that the folder is there as a whole or not at all."""
     scratch = folder.with_name(".adapter.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    with _writing(folder):
+    with writing("train", folder, _GO_ON):
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(
@@ -337,21 +396,6 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, recipe: Recipe, rows:
         )
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turns what the three writers (Python, safetensors, torch) say of a full disk into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        text = getattr(error, "strerror", None) or first_line(error)
-        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|iostream|file write", text):
-            raise
-        raise MoteError(
-            f"train: {folder} cannot be written ({text}); free space there, then run the same command again: training "
-            "goes on from its last whole checkpoint"
-        ) from error
 
 
 _CARD = """---

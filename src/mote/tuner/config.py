@@ -100,6 +100,10 @@ class MoteConfig(PeftConfig):
         """Step experts and the shared one."""
         return len(self.experts) + self.shared
 
+    def scaling(self, rank: int) -> float:
+        """What the output of an expert of this rank is multiplied by."""
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
+
     @property
     def routing(self) -> Markers | None:
         """The ids that routing looks at; None while the markers have no ids."""

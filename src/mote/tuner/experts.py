@@ -48,7 +48,7 @@ def add_experts(x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, 
     """
     a, b, gate = first.weight, second.weight, route.gate
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
-    if route.step is None and gate.shape[:-1] != x.shape[:-1]:
+    if (torch.compiler.is_compiling() or route.step is None) and gate.shape[:-1] != x.shape[:-1]:
         gate = gate.reshape(*x.shape[:-1], -1)  # blocks that flatten rows and tokens
     if gate.device != result.device or gate.dtype != result.dtype:
         gate = gate.to(result.device, result.dtype)

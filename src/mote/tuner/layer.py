@@ -8,9 +8,9 @@ Shapes: B row, T token, D model, E expert, R rank.
 import math
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mote.tuner.config import MoteConfig
 from mote.tuner.experts import add_experts
@@ -35,12 +35,14 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.router = router
+        router.layer = self
         self.in_features, self.out_features = linear_shape(base_layer)
         self.mote_A = nn.ModuleDict()
         self.mote_B = nn.ModuleDict()
         self.mote_dropout = nn.ModuleDict()
         self.ranks: dict[str, int] = {}
-        self.owns_output = type(base_layer) is nn.Linear  # of other layers it may be a view
+        # With a bias, and of other layers, the output may be a view, and written to in place give wrong gradients.
+        self.owns_output = type(base_layer) is nn.Linear and base_layer.bias is None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -81,8 +83,8 @@ class MoteLinear(nn.Module, BaseTunerLayer):
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "mote: experts are chosen per token, so they cannot be merged into the base weights; one step alone is a "
-            "plain LoRA, see docs/decisions/0003"
+            "mote: experts are chosen per token, so they cannot be merged into the base weights; one step alone can: "
+            "`mote export` writes it as a plain LoRA or merged"
         )
 
     def unmerge(self) -> None:
@@ -98,8 +100,8 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: It is not a linear layer.
     """
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return layer.in_features, layer.out_features  # type: ignore[return-value]
-    if type(layer).__name__ == "Conv1D" and isinstance(weight := layer.weight, torch.Tensor):
-        return weight.shape[0], weight.shape[1]
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
     raise ValueError(f"mote: {type(layer).__name__} cannot hold step experts; choose linear layers in target_modules")

@@ -8,12 +8,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from mote.tuner.bases import check_base
 from mote.tuner.config import MoteConfig
 from mote.tuner.layer import MoteLinear
 from mote.tuner.router import Router
 from mote.tuner.rows import train_rows
 
-_UNSUPPORTED = ("awq", "aqlm", "eetq", "vptq", "fp_quant")  # their kernels do not take an adapter beside them
+_REGISTER_PARAMETER = nn.Module.register_parameter
 
 
 class MoteModel(BaseTuner):
@@ -23,18 +24,17 @@ class MoteModel(BaseTuner):
     tuner_layer_cls = MoteLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own attribute)
 
-    def _pre_injection_hook(self, model: nn.Module, config: MoteConfig, adapter_name: str) -> None:
-        method = getattr(getattr(model, "config", None), "quantization_config", None)
-        name = str(getattr(method, "quant_method", "")).lower()
-        if any(unsupported in name for unsupported in _UNSUPPORTED):
-            raise ValueError(f"mote: a base model quantised with {name} is not supported; use bitsandbytes or none")
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter's experts and marker rows on the model, the first one's or a further one's.
+
+        Raises:
+            ValueError: The base model cannot hold them.
+        """
+        config = self.peft_config[adapter_name]
+        check_base(model, config)
         if config.markers:
             grow_embeddings(model, config)
-        self._router(model)
-
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter's experts and marker rows on the model."""
-        super().inject_adapter(model, *args, **kwargs)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         train_rows(model)
 
     def _router(self, model: nn.Module) -> Router:
@@ -42,10 +42,7 @@ class MoteModel(BaseTuner):
         router = getattr(model, "mote_router", None)
         if router is None:
             router = Router()
-            model.mote_router = router  # type: ignore[assignment]
-            model.register_forward_pre_hook(router.before_forward, with_kwargs=True)
-            model.register_forward_hook(router.after_forward, always_call=True)
-            router.route_generation(model)
+            router.attach(model)
         assert isinstance(router, Router)
         return router
 
@@ -85,37 +82,61 @@ class MoteModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self._router(self.model).remove(adapter_name)
 
+    def unload(self) -> nn.Module:
+        """Give the base model back, without the adapters and their routing."""
+        base: nn.Module = super().unload()
+        self._router(self.model).detach(base)
+        return base
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(
-            "mote: experts are chosen per token, so they cannot be merged into the base weights; one step alone is a "
-            "plain LoRA, see docs/decisions/0003"
+            "mote: experts are chosen per token, so they cannot be merged into the base weights; one step alone can: "
+            "`mote export` writes it as a plain LoRA or merged"
         )
 
 
 def grow_embeddings(model: nn.Module, config: MoteConfig) -> None:
     """Give the embedding rows for the markers, where it has too few, and set the rows to train.
 
+    Markers on ids that the embedding has, reserved ones or the padding of its size, leave it as it is.
+
     New rows start at the mean of the old ones plus noise that depends on the row alone: unlike each other, likely
     nowhere. They are trained and saved by themselves, so growing again at loading gives the trained model back.
     """
     get: Any = getattr(model, "get_input_embeddings", None)
     embedding = get() if get else None
-    if embedding is None or config.vocab_size is None:
+    if embedding is None:
         return
+    ids = sorted(id_ for pair in config.markers.values() for id_ in pair)
+    needed = max(config.vocab_size or 0, ids[-1] + 1)
     rows = embedding.weight.shape[0]
-    if rows < config.vocab_size:
-        model.resize_token_embeddings(config.vocab_size, mean_resizing=False)  # type: ignore[operator]
+    if rows < needed:
+        if isinstance(embedding, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"markers={config.markers}: they need {needed} embedding rows, and another adapter trains some of the "
+                f"{rows}; call base.resize_token_embeddings({needed}) before the first adapter"
+            )
+        _resize(model, needed)
         matrices = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
         for weight in {id(m.weight): m.weight for m in matrices if m is not None}.values():
             with torch.no_grad():
                 mean, spread = weight[:rows].float().mean(0), weight[:rows].float().std()
-                for row in range(rows, config.vocab_size):
+                for row in range(rows, needed):
                     noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(row)).to(mean.device)
                     weight[row] = mean + 0.1 * spread * noise
     if config.trainable_token_indices is None:
-        ids = sorted(id_ for pair in config.markers.values() for id_ in pair)
-        output = model.get_output_embeddings()  # type: ignore[operator]
-        tied = output is None or output.weight is model.get_input_embeddings().weight  # type: ignore[operator]
+        matrices = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+        plain = [m.original_module if isinstance(m, AuxiliaryTrainingWrapper) else m for m in matrices]
+        tied = plain[1] is None or plain[1].weight is plain[0].weight
         names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
-        inner = names[model.get_input_embeddings()]  # type: ignore[operator]
-        config.trainable_token_indices = ids if tied else {inner: ids, names[output]: ids}
+        config.trainable_token_indices = ids if tied else {names[matrix]: ids for matrix in matrices}
+
+
+def _resize(model: nn.Module, rows: int) -> None:
+    """Resize the embedding, even where PEFT's `low_cpu_mem_usage` puts all new parameters on the meta device."""
+    patched = nn.Module.register_parameter
+    nn.Module.register_parameter = _REGISTER_PARAMETER  # type: ignore[method-assign]
+    try:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
+    finally:
+        nn.Module.register_parameter = patched  # type: ignore[method-assign]

@@ -5,22 +5,31 @@ Shapes: B row, T token, E expert, R rank.
 """
 
 import functools
+import inspect
 import threading
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from mote.routing import QUESTION, document_starts, step_ids
 from mote.tuner.config import MoteConfig
 from mote.tuner.experts import Route
 
 Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
+Calls = tuple[Routes, ...]  # of the forward passes that run in a thread, the innermost last
+Folds = dict[tuple[int, int], tuple[Tensor, Tensor]]  # what `Route.folds` holds
+
+# Where transformers' blocks and torch's CheckpointWrapper keep the function that runs them checkpointed.
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
-def gate_table(config: MoteConfig) -> Tensor:
+def gate_table(config: MoteConfig, device: torch.device | None = None) -> Tensor:
     """Weight of every expert for a token of every step (the equation of section 3.2).
 
     Returns:
@@ -28,41 +37,83 @@ def gate_table(config: MoteConfig) -> Tensor:
         there is one. Rows sum to 1.
     """
     steps = len(config.experts)
-    own = torch.eye(steps)
+    own = torch.eye(steps, device=device)
     if config.question_expert == "mean":
-        question = torch.full((1, steps), 1 / steps)
+        question = torch.full((1, steps), 1 / steps, device=device)
     else:
         question = own[[config.experts.index(config.question_expert)]]
     weights = config.mix * torch.cat([question, own])
     if config.shared:
-        weights = torch.cat([torch.full((steps + 1, 1), 1 - config.mix), weights], dim=1)
+        weights = torch.cat([torch.full((steps + 1, 1), 1 - config.mix, device=device), weights], dim=1)
     return weights
 
 
+class _Running:
+    def __init__(self) -> None:
+        self.calls: Calls = ()
+
+
+class _Thread(threading.local):
+    """Holds an object of each thread's own, since torch.compile loses what is set on this one at a graph break."""
+
+    def __init__(self) -> None:
+        self.running = _Running()
+
+
 class Router:
-    """The gates of the forward pass that runs in this thread, for every MoTE adapter of one model."""
+    """The gates of the forward pass that runs in this thread, for the MoTE adapters of one model.
+
+    Attributes:
+        layer: One of the adapted layers; the same adapters are active in all of them.
+    """
+
+    layer: BaseTunerLayer | None = None
 
     def __init__(self) -> None:
         self._configs: dict[str, MoteConfig] = {}
         self._ranks: dict[str, set[int]] = {}
-        self._tables: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
-        self._local = threading.local()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
-        copy = Router()
-        copy.__setstate__(deepcopy(self.__getstate__(), memo))
-        memo[id(self)] = copy
-        return copy
+        self._arguments: tuple[str, ...] = ()  # names of the model's arguments
+        self._hooks: list[RemovableHandle] = []
+        self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_configs": self._configs, "_ranks": self._ranks, "_tables": {}}
+        return {name: value for name, value in vars(self).items() if name not in ("_tables", "_folds", "_thread")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._local = threading.local()
+        vars(self).update(state)
+        self._tables: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
+        self._folds: WeakKeyDictionary[Cache, Folds] = WeakKeyDictionary()  # of the text in each cache
+        self._thread = _Thread()
+
+    def attach(self, model: nn.Module) -> None:
+        """Make gates before each forward pass of the model, and let its `generate` give the steps of new tokens."""
+        model.mote_router = self  # type: ignore[assignment]
+        self._arguments = tuple(inspect.signature(model.forward).parameters)
+        self._hooks = [
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            model.register_forward_hook(self.after_forward, always_call=True),
+        ]
+        prepare = getattr(model, "prepare_inputs_for_generation", None)
+        if prepare is not None:  # `generate` reads its signature, which must stay visible
+            with_steps = functools.update_wrapper(functools.partial(self.prepare_inputs, prepare), prepare)
+            model.prepare_inputs_for_generation = with_steps  # type: ignore[assignment]
+
+    def detach(self, model: nn.Module) -> None:
+        """Leave the model as it was before `attach`."""
+        for hook in self._hooks:
+            hook.remove()
+        prepare = vars(model).get("prepare_inputs_for_generation")
+        if isinstance(prepare, functools.partial) and prepare.func == self.prepare_inputs:
+            del model.prepare_inputs_for_generation
+        for module, name, run in _checkpoints(model):
+            if isinstance(run, _Checkpoint) and run.router is self:
+                setattr(module, name, run.run)
+        del model.mote_router
 
     def add(self, adapter: str, config: MoteConfig, rank: int) -> None:
         """Prepare gates for an adapter's layers of this rank; the scaling is folded into them."""
+        if self._configs.get(adapter) is not config:
+            self.remove(adapter)
         self._configs[adapter] = config
         self._ranks.setdefault(adapter, set()).add(rank)
 
@@ -71,122 +122,228 @@ class Router:
         self._configs.pop(adapter, None)
         self._ranks.pop(adapter, None)
         self._tables = {key: table for key, table in self._tables.items() if key[0] != adapter}
+        self._folds.clear()
+
+    def _active(self) -> dict[str, MoteConfig]:
+        """The adapters that read the tokens."""
+        if self.layer is None or self.layer.disable_adapters:
+            return {}
+        return {name: self._configs[name] for name in self.layer.active_adapters if name in self._configs}
 
     def _table(self, adapter: str, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The weights of all columns of an adapter's layers (1 + steps, E*R)."""
-        key = adapter, rank, device, dtype
-        if key not in self._tables:
-            config = self._configs[adapter]
-            scaling = config.lora_alpha / (rank**0.5 if config.use_rslora else rank)
-            table = gate_table(config).mul(scaling).repeat_interleave(rank, dim=1)
-            self._tables[key] = table.to(device, dtype)
+        key, config = (adapter, rank, device, dtype), self._configs[adapter]
+        if torch.compiler.is_compiling() or key not in self._tables:
+            table = gate_table(config, device).mul(config.scaling(rank)).repeat_interleave(rank, dim=1).to(dtype)
+            if torch.compiler.is_compiling():  # a graph that looked here would be made again when this has changed
+                return table
+            self._tables[key] = table
         return self._tables[key]
 
     def route(self, adapter: str, rank: int) -> Route:
         """What the layers of an adapter and a rank need to know of the running forward pass.
 
         Raises:
-            RuntimeError: The model was not called through the module the adapter was put on, or without ids.
+            RuntimeError: The model was not called through the module the adapter was put on, or the tokens' steps do
+                not follow from what it was called with.
         """
-        routes: Routes | None = getattr(self._local, "routes", None)
-        if routes is None or (adapter, rank) not in routes:
+        calls = self._thread.running.calls
+        if not calls or (adapter, rank) not in calls[-1]:
             raise RuntimeError(
                 "mote: the step of each token is unknown: call the model with `input_ids` (its tokenizer has the step "
-                "markers and MoteConfig.markers their ids) or give `step_ids` of shape (rows, tokens)"
+                "markers and MoteConfig.markers their ids) or give `step_ids` of shape (rows, tokens); behind a cache "
+                "give it `context_ids` too, all ids of the rows so far, and give those as `generate`'s `input_ids`, "
+                "without `prefill_chunk_size`"
             )
-        return routes[adapter, rank]
+        return calls[-1][adapter, rank]
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: build the routes from `step_ids` if given, else from the ids.
 
-        Takes out of the call, since the model itself does not know them: `step_ids` (B, T); `context_ids` (B, any), all
-        ids of the rows so far, where `input_ids` are only the last of them; `document_ids` (B, T; packed rows);
-        `question_experts` (B,; step ids 1...S to read the questions with).
+        Takes out of the call, since the model itself does not know them: `step_ids` (B, T), or one such tensor for
+        each adapter; `context_ids` (B, any), all ids of the rows so far, where `input_ids` are only the last of them;
+        `document_ids` (of their shape; packed rows); `question_experts` (B,) or (B, T), step ids 1...S to
+        read the questions with.
+
+        Raises:
+            RuntimeError: The model is a copy that `nn.DataParallel` made.
+            ValueError: There are fewer `context_ids` than `input_ids`.
         """
-        given = kwargs.pop("step_ids", None)
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "mote: nn.DataParallel is not supported: start one process per GPU (`accelerate launch`, `torchrun`) "
+                "or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        steps = kwargs.pop("step_ids", None)
         context = kwargs.pop("context_ids", None)
         documents = kwargs.pop("document_ids", None)
         drawn = kwargs.pop("question_experts", None)
-        ids = kwargs.get("input_ids")
-        if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
-            ids = args[0]
-        if given is None and context is None and _has_content(kwargs.get("past_key_values")):
-            raise RuntimeError(
-                "mote: behind a cache the step of the new tokens is unknown: give `context_ids`, all ids of the rows "
-                "so far, or `step_ids` of the new tokens (`generate` does so by itself)"
-            )
-        device, dtype = _device_and_dtype(model)
-        writes = ids is not None and ids.shape[1] == 1 and device == "cpu" and not torch.is_grad_enabled()
-        folds = getattr(self._local, "folds", {}) if writes else {}
-        routes: Routes = {}
-        for adapter, config in self._configs.items():
-            if given is not None:
-                steps = given
-            elif ids is not None and config.routing is not None:
-                steps = step_ids(ids if context is None else context, config.routing, documents)[:, -ids.shape[1] :]
-            else:
-                continue
-            if drawn is not None or (model.training and config.draw_question_expert):
-                steps = _with_question_experts(steps, drawn, documents, len(config.experts))
-            only = _only_step(steps) if writes and not torch.compiler.is_compiling() else None
-            if only is None:
-                folds = {}  # a new text may follow new weights
-            for rank in self._ranks[adapter]:
-                table = self._table(adapter, rank, steps.device, dtype)
-                routes[adapter, rank] = Route(table[steps], only, table[only] if only else None, folds)
-        self._local.folds = folds
-        self._local.routes = routes or None
-        _wrap_checkpointing(model, self)
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        if steps is None:
+            steps = self._steps_of_call(given, context, documents)
+        folds = None if torch.compiler.is_compiling() else self._folds_of_call(given)
+        self._thread.running.calls += (self._routes(model, steps, drawn, documents, folds),)
+        if model.training:
+            self._bind_checkpoints(model)
         return args, kwargs
 
     def after_forward(self, *_: Any) -> None:
         """Forward hook: a later call without ids must fail, not use these routes."""
-        self._local.routes = None
+        running = self._thread.running
+        running.calls = running.calls[:-1]
 
-    def bind(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that runs with today's gates whenever and in whatever thread it is called.
+    def steps(self, ids_B_T: Tensor, last: int, documents_B_T: Tensor | None = None) -> dict[str, Tensor]:
+        """Step ids (B, last) of the last tokens of each row, for every active adapter that has markers."""
+        return {
+            adapter: step_ids(ids_B_T, markers, documents_B_T)[:, ids_B_T.shape[1] - last :].contiguous()
+            for adapter, config in self._active().items()
+            if (markers := config.routing) is not None
+        }
 
-        Gradient checkpointing runs a block again in the backward pass, when other forward passes may have run.
+    def _steps_of_call(
+        self, given: Mapping[str, Any], context: Tensor | None, documents: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`steps` of the tokens of a forward pass; of no adapter where they do not follow from what is given."""
+        ids = given.get("input_ids")
+        if ids is None or (context is None and _goes_on(given)):
+            return {}
+        if context is not None and context.shape[1] < ids.shape[1]:
+            raise ValueError(
+                f"context_ids of shape {tuple(context.shape)}: give all ids of the rows so far, with the input_ids of "
+                f"shape {tuple(ids.shape)} at their end"
+            )
+        return self.steps(ids if context is None else context, ids.shape[1], documents)
+
+    def _folds_of_call(self, given: Mapping[str, Any]) -> Folds | None:
+        """Where to keep folded weights; None where not one token a row is written on a CPU.
+
+        They last as long as the cache of the text, up to the next prompt in it: new weights come with a new text.
         """
-        routes = getattr(self._local, "routes", None)
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        if ids is None or not isinstance(cache, Cache):
+            return None
+        if ids.shape[1] == 1 and ids.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._folds.setdefault(cache, {})
+        self._folds.pop(cache, None)
+        return None
 
-        @functools.wraps(function)
-        def bound(*args: Any, **kwargs: Any) -> Any:
-            before = getattr(self._local, "routes", None)
-            self._local.routes = routes
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._local.routes = before
+    def _routes(
+        self,
+        model: nn.Module,
+        given: Tensor | Mapping[str, Tensor],
+        drawn: Tensor | None,
+        documents: Tensor | None,
+        folds: Folds | None,
+    ) -> Routes:
+        dtype = _compute_dtype(model)
+        routes: Routes = {}
+        for adapter, config in self._active().items():
+            steps = given.get(adapter) if isinstance(given, Mapping) else given
+            if steps is None:
+                continue
+            if drawn is not None or (model.training and config.draw_question_expert):
+                steps = _with_question_experts(steps, drawn, documents, len(config.experts))
+            only = None if folds is None else _only_step(steps)
+            for rank in self._ranks[adapter]:
+                table = self._table(adapter, rank, steps.device, dtype)
+                if folds is None or only is None:
+                    routes[adapter, rank] = Route(table[steps])
+                else:
+                    routes[adapter, rank] = Route(table[steps], only, table[only], folds)
+        return routes
 
-        return bound
+    def prepare_inputs(
+        self, prepare: Callable[..., dict[str, Any]], input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """`prepare_inputs_for_generation` that gives the steps of the new tokens, all that the model sees of the text.
 
-    def route_generation(self, model: nn.Module) -> None:
-        """Let `generate` give the steps of the new tokens: with a cache the model sees only those, not the markers."""
-        prepare = getattr(model, "prepare_inputs_for_generation", None)
-        if prepare is None:
-            return
+        Args:
+            prepare: The model's own.
+            input_ids: All ids of the rows so far; where a cache goes on from others, the steps stay unknown.
+            args: What else is for `prepare`.
+            kwargs: Likewise.
 
-        @functools.wraps(prepare)
-        def with_context(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            inputs = prepare(input_ids, *args, **kwargs)
-            if inputs.get("input_ids") is not None:
-                inputs.setdefault("context_ids", input_ids)
-            return inputs
+        Returns:
+            The arguments of the next forward pass.
+        """
+        inputs = prepare(input_ids, *args, **kwargs)
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        cache, new, begins = inputs.get("past_key_values"), tokens.shape[1], bool(kwargs.get("is_first_iteration"))
+        if begins and isinstance(cache, Cache):
+            self._folds.pop(cache, None)
+        # A static cache's length lies on the device: it is read for prompts and guesses, not for every token written.
+        if (new == 1 and not begins) or _length(cache) + new == input_ids.shape[1]:
+            inputs["step_ids"] = {name: steps.to(tokens.device) for name, steps in self.steps(input_ids, new).items()}
+        return inputs
 
-        model.prepare_inputs_for_generation = with_context  # type: ignore[assignment]
+    def calls(self) -> Calls:
+        """The routes of the forward passes that run in this thread, the innermost last."""
+        return self._thread.running.calls
+
+    def run_with(self, calls: Calls, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block with the routes of these passes."""
+        running = self._thread.running
+        before = running.calls
+        if before is calls:  # the forward pass itself; here a compiler takes no side effects
+            return block(*args, **kwargs)
+        running.calls = calls
+        try:
+            return block(*args, **kwargs)
+        finally:
+            running.calls = before
+
+    def _bind_checkpoints(self, model: nn.Module) -> None:
+        """Bind the gates into each block's gradient checkpointing, whichever form the user switched on."""
+        for module, name, run in _checkpoints(model):
+            if not isinstance(run, _Checkpoint) or run.router is not self:
+                setattr(module, name, _Checkpoint(run, self))
 
 
-def _has_content(cache: Any) -> bool:
-    """Whether a cache holds tokens that this forward pass goes on from."""
-    return hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0
+class _Checkpoint:
+    """A function that runs blocks checkpointed, with the gates of the moment bound to them.
+
+    A block runs again in the backward pass, maybe in another thread, when other forward passes may have run.
+    """
+
+    def __init__(self, run: Callable[..., Any], router: Router) -> None:
+        self.run, self.router = run, router
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.run(functools.partial(self.router.run_with, self.router.calls(), block), *args, **kwargs)
 
 
-def _device_and_dtype(model: nn.Module) -> tuple[str, torch.dtype]:
-    """Kind of device, and the dtype that linear layers compute in."""
+def _checkpoints(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Every function that runs a block checkpointed: its module, its name there and itself."""
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        for name in _CHECKPOINTS:
+            if name in module.__dict__:
+                yield module, name, module.__dict__[name]
+        modules += [child for child in module.children() if not isinstance(child, BaseTunerLayer)]
+
+
+def _goes_on(given: Mapping[str, Any]) -> bool:
+    """Whether a forward pass goes on from tokens that it does not see."""
+    if any(given.get(name) is not None for name in ("cache_params", "state")):
+        return True  # Mamba's and RWKV's caches
+    length = _length(given.get("past_key_values"))
+    if isinstance(length, Tensor) and torch.compiler.is_compiling():
+        return True  # a compiler cannot know
+    return bool(length > 0)
+
+
+def _length(cache: Any) -> int | Tensor:
+    """Number of tokens in a cache; of a static one it may lie on the device."""
+    length: int | Tensor = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    return length
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that linear layers compute in."""
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     device = weight.device.type
-    return device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _only_step(steps: Tensor) -> int | None:
@@ -198,25 +355,10 @@ def _only_step(steps: Tensor) -> int | None:
 def _with_question_experts(steps: Tensor, drawn: Tensor | None, documents: Tensor | None, experts: int) -> Tensor:
     """Replace the question's step 0 by one expert a sequence, as given or drawn at random ("processed by anyone")."""
     if drawn is not None:
-        expert = drawn.to(steps.device)[:, None]
+        expert = drawn.to(steps.device).reshape(len(steps), -1)
     elif documents is not None:
         draws = torch.randint(1, experts + 1, steps.shape, device=steps.device)
         expert = draws.gather(1, document_starts(documents))
     else:
         expert = torch.randint(1, experts + 1, (steps.shape[0], 1), device=steps.device)
     return torch.where(steps == QUESTION, expert, steps)
-
-
-def _wrap_checkpointing(model: nn.Module, router: Router) -> None:
-    """Bind the gates into each block's gradient checkpointing, whichever form the user switched on."""
-    if not (model.training and getattr(model, "is_gradient_checkpointing", False)):
-        return
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not getattr(checkpoint, "binds_gates", False):
-
-            def bound(function: Callable[..., Any], *args: Any, _run: Any = checkpoint, **kwargs: Any) -> Any:
-                return _run(router.bind(function), *args, **kwargs)
-
-            bound.binds_gates = True  # type: ignore[attr-defined]
-            module._gradient_checkpointing_func = bound  # type: ignore[assignment]

@@ -5,11 +5,11 @@ gradient of all of it. Here the frozen matrix is used as it is, and only the mar
 Shapes: B row, T token, D model, V vocabulary, K trained rows.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -26,7 +26,7 @@ class TrainedRows(TrainableTokensLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in active_adapters:
             rows = self.trainable_tokens_delta[name].to(result.device, result.dtype)
-            ids = _index(tuple(self.token_indices[name]), result.device)
+            ids = self.get_buffer(_row_ids(name)).to(result.device)
             if isinstance(self.base_layer, nn.Embedding):
                 scale = self._get_embed_scale()
                 result = put_embeddings(result, x, rows if scale is None else rows * scale.to(rows.dtype), ids)
@@ -85,14 +85,18 @@ class PutLogits(torch.autograd.Function):
         return grad, (own @ (rows - original)).to(x.dtype), own_N.t() @ x_N.to(rows.dtype), None, None, None
 
 
-@lru_cache(maxsize=64)
-def _index(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it may be saved for a backward pass later
-        return torch.tensor(ids, device=device)
+def _row_ids(adapter: str) -> str:
+    return f"row_ids_{adapter}"
 
 
 def train_rows(model: nn.Module) -> None:
-    """Give the model's trainable tokens this forward pass."""
+    """Give the model's trainable tokens this forward pass; again after another adapter came."""
     for module in model.modules():
-        if type(module) is TrainableTokensLayer:
+        if isinstance(module, TrainableTokensLayer):
             module.__class__ = TrainedRows
+            for name, ids in module.token_indices.items():  # as a tensor that goes to a device with the model
+                on_device = torch.tensor(ids, device=module.base_layer.weight.device)
+                module.register_buffer(_row_ids(name), on_device, persistent=False)
+        elif isinstance(module, TrainableTokensWrapper) and getattr(module.original_module, "bias", None) is None:
+            # PEFT's wrapper shows the head's weight but not that it has no bias, which TRL's loss asks for.
+            module.register_parameter("bias", None)

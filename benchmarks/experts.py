@@ -1,0 +1,35 @@
+"""Step experts beside plain LoRA and their rivals: `mote bench experts`, where mote is not installed.
+
+.venv/bin/python benchmarks/experts.py           # on a CPU; writes benchmarks/experts.json
+PYTHONPATH=src python benchmarks/experts.py --device cuda --out benchmarks/experts-h200.json
+"""
+
+import argparse
+from pathlib import Path
+
+from mote.bench.bars import table
+from mote.bench.experts import compare_variants
+from mote.bench.settings import choose_settings
+
+
+def main() -> None:
+    """Measure, print the table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "shape", "only", "measures"):
+        parser.add_argument(f"--{name}")
+    for name in ("device", "dtype"):
+        parser.add_argument(f"--{name}", default="auto")
+    for name in ("rows", "length"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", default=None, dest="compiled")
+    parser.add_argument("--eager", action="store_false", default=None, dest="compiled")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    given = vars(parser.parse_args())
+    out = given.pop("out")
+    print(table(compare_variants(choose_settings(**given), out)))
+
+
+if __name__ == "__main__":
+    main()

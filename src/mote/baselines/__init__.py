@@ -1,0 +1,1 @@
+"""Rivals of the step experts, for ablations and benchmarks only."""

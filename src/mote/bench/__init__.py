@@ -1,0 +1,1 @@
+"""Benchmarks that belong to the package: speed and memory as ratios within one run."""

@@ -1,0 +1,59 @@
+"""Peak memory of training one variant on a CPU, in a process of its own: this module, run with settings and a name."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mote.errors import MoteError
+
+
+def peak_mb_apart(settings: dict[str, Any], name: str) -> float:
+    """Peak MB of a fresh process that loads the base model, adds the variant and makes two training steps.
+
+    Raises:
+        MoteError: The process failed.
+    """
+    command = [sys.executable, "-m", "mote.bench.memory", json.dumps(settings), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        raise MoteError(f"bench: peak memory of {name} could not be measured ({reason}); free memory and run again")
+    return float(done.stdout.split()[-1])
+
+
+def resident_peak_mb() -> float:
+    """Peak resident memory of this process in MB.
+
+    Linux's `ru_maxrss` begins at what the parent had when it started us, hence `VmHWM` where there is one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    """Measure and print the number."""
+    import torch
+
+    from mote.bench.measures import Training, make_batch
+    from mote.bench.settings import Settings, load_model
+    from mote.bench.variants import build
+
+    settings = Settings(**json.loads(sys.argv[1]))
+    torch.set_num_threads(settings.threads)
+    base = load_model(settings)
+    batch = make_batch(settings.rows, settings.length, base.config.vocab_size, settings.device)
+    training = Training(build(sys.argv[2], base, settings.checkpointing), batch)
+    training()
+    training()
+    print(round(resident_peak_mb(), 1))
+
+
+if __name__ == "__main__":
+    main()

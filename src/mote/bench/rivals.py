@@ -1,0 +1,98 @@
+"""Other ways to run step experts, as plain as people write them: masks over adapters, and gathered segments.
+
+Both compute what `mote.tuner` computes. They hold each expert by itself, as separate adapters are held.
+Shapes: B row, T token, N tokens of all rows, S step, E expert, R rank.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mote.routing import QUESTION
+from mote.tuner import MoteConfig
+from mote.tuner.router import gate_table
+
+
+class Segments:
+    """What the layers of one model know of the running forward pass; a hook on the model sets it from `step_ids`."""
+
+    def __init__(self, config: MoteConfig) -> None:
+        self.table = gate_table(config) * config.lora_alpha / config.r  # (1 + S, E)
+        self.steps = len(config.experts)
+        self.weights_E: tuple[Tensor, ...] = ()  # of each expert, (B, T, 1)
+        self.tokens: list[tuple[Tensor, list[int], list[float]]] = []  # of each step: indices, experts, their weights
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: take `step_ids` (B, T) out of the call."""
+        steps: Tensor = kwargs.pop("step_ids")
+        if model.training:  # one expert a row reads the question, drawn as `mote.tuner.router` draws it
+            drawn = torch.randint(1, self.steps + 1, (len(steps), 1), device=steps.device)
+            steps = torch.where(steps == QUESTION, drawn, steps)
+        weight = next(model.parameters())
+        self.weights_E = self.table.to(weight.device, weight.dtype)[steps][..., None].unbind(-2)
+        flat = steps.flatten()
+        self.tokens = []
+        for step in sorted(set(flat.tolist())):
+            experts = self.table[step].nonzero().flatten().tolist()
+            weights = self.table[step, experts].tolist()
+            self.tokens.append(((flat == step).nonzero().squeeze(1), experts, weights))
+        return args, kwargs
+
+
+class SplitLinear(nn.Module):
+    """A frozen linear layer and its experts as pairs of their own."""
+
+    def __init__(self, base_layer: nn.Linear, config: MoteConfig, segments: Segments) -> None:
+        super().__init__()
+        self.base_layer, self.segments = base_layer, segments
+        weight, experts, rank = base_layer.weight, range(config.total_experts), config.r
+        self.A = nn.ParameterList(weight.new_empty(rank, base_layer.in_features) for _ in experts)
+        self.B = nn.ParameterList(weight.new_zeros(base_layer.out_features, rank) for _ in experts)
+        for a in self.A:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base output plus the experts' (B, T, out)."""
+        raise NotImplementedError
+
+
+class MaskedLinear(SplitLinear):
+    """Every adapter on every token, times its mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base output plus the sum of mask * B(A(x)) over the adapters (B, T, out)."""
+        result: Tensor = self.base_layer(x)
+        for a, b, weight in zip(self.A, self.B, self.segments.weights_E, strict=True):
+            result = result + linear(linear(x, a), b) * weight
+        return result
+
+
+class GatheredLinear(SplitLinear):
+    """The tokens of each step are gathered, go through the pair of the experts that count for it, and are put back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base output plus, for the tokens of a step, `[A_share; A_s]` and `[B_share, B_s]` (B, T, out)."""
+        result: Tensor = self.base_layer(x)
+        x_N = x.reshape(-1, x.shape[-1])
+        result_N = result.reshape(-1, result.shape[-1])
+        for tokens, experts, weights in self.segments.tokens:
+            a = torch.cat([self.A[e] for e in experts])
+            b = torch.cat([self.B[e] * w for e, w in zip(experts, weights, strict=True)], dim=1)
+            result_N = result_N.index_add(0, tokens, linear(linear(x_N.index_select(0, tokens), a), b))
+        return result_N.view_as(result)
+
+
+def add_split_experts(model: nn.Module, config: MoteConfig, layer: type[SplitLinear]) -> nn.Module:
+    """Put step experts on every linear layer but the head, in place, and freeze everything else."""
+    model.requires_grad_(False)
+    segments = Segments(config)
+    model.register_forward_pre_hook(segments.before_forward, with_kwargs=True)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer(module, config, segments))
+    return model

@@ -1,0 +1,32 @@
+"""Text files written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mote.errors import MoteError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole text file so that readers see the old one or the new one, never a part.
+
+    Raises:
+        MoteError: The disk refused it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as sink:
+            sink.write(text)
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MoteError(f"{path}: cannot be written ({error.strerror}); free space there and run again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of a JSON value."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

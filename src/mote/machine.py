@@ -1,0 +1,39 @@
+"""Versions and machine, for the record; no host name and no path."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what matters, processor, cores, memory and GPU."""
+    import psutil
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"versions": versions, "machine": machine}
+
+
+def cpu_model() -> str:
+    """The processor's name, where the system tells it, else its kind."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

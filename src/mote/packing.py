@@ -1,0 +1,133 @@
+"""Chains -> batches: the draws of an epoch, chains packed into rows, rows padded into a batch.
+
+It knows nothing of the model. A chain's draws depend on the seed, the epoch and the chain alone, so they are the same
+whether it is packed or not (docs/decisions/0016).
+Shapes: B row, T token, S step.
+"""
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from mote.masks import PADDING, draw_sight, positions
+from mote.routing import QUESTION
+from mote.tokens import IGNORED, Tokens
+
+
+@dataclass(frozen=True)
+class DrawnChain:
+    """A chain with its draws of one epoch.
+
+    Attributes:
+        tokens: Its ids, labels and steps.
+        sight: Which of its steps see which (S, S).
+        question_expert: Step whose expert reads the question.
+    """
+
+    tokens: Tokens
+    sight: Tensor
+    question_expert: int
+
+
+class ChainDataset(Dataset[list[DrawnChain]]):
+    """Rows of one or several chains, with the draws of this epoch."""
+
+    def __init__(self, chains: Sequence[Tokens], chances_S_S: Tensor, seed: int, row_length: int | None = None) -> None:
+        """Rows of one chain each, or packed ones where a row's length is given.
+
+        Args:
+            chains: Tokenised chains, none longer than a row.
+            chances_S_S: `mote.masks.skip_chances`.
+            seed: Seed of the draws.
+            row_length: Room for tokens in a packed row.
+        """
+        self.chains, self.chances_S_S, self.seed, self.row_length = chains, chances_S_S, seed, row_length
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of each epoch."""
+        self.epoch = epoch
+        self.rows = [[index] for index in range(len(self.chains))]
+        if self.row_length is not None:
+            rng = random.Random(f"{self.seed}/{epoch}/rows")
+            self.rows = pack([len(chain.ids) for chain in self.chains], self.row_length, rng)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> list[DrawnChain]:
+        return [self._draw(index) for index in self.rows[row]]
+
+    def _draw(self, index: int) -> DrawnChain:
+        tokens = self.chains[index]
+        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        present = sorted(set(tokens.steps) - {QUESTION})
+        sight = draw_sight(present, self.chances_S_S, rng)
+        return DrawnChain(tokens, sight, rng.randint(1, len(self.chances_S_S) - 1))
+
+
+def pack(lengths: Sequence[int], room: int, rng: random.Random) -> list[list[int]]:
+    """Put sequences into few rows of about the same length.
+
+    How many rows there are depends on the lengths alone; which of equally long sequences go together is drawn.
+
+    Args:
+        lengths: Tokens of each sequence, at most `room`.
+        room: Tokens a row can hold.
+        rng: Source of the draw.
+
+    Returns:
+        The indices of each row's sequences; every one whole, in exactly one row.
+    """
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    order.sort(key=lambda index: -lengths[index])
+    fewest = len(_best_fit(lengths, room, order))
+    # The least room that needs no more rows: else the last row may be nearly empty, and its batch nearly all padding.
+    rooms = range(max(lengths), room)
+    least = bisect_left(rooms, True, key=lambda width: len(_best_fit(lengths, width, order)) <= fewest)
+    return _best_fit(lengths, max(lengths) + least, order)
+
+
+def _best_fit(lengths: Sequence[int], room: int, order: Sequence[int]) -> list[list[int]]:
+    """Put sequences into rows, in this order, each where it leaves least room."""
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # room left and number of each row, in ascending order
+    for index in order:
+        at = bisect_left(spaces, (lengths[index], 0))
+        if at == len(spaces):
+            rows.append([])
+            spaces.append((room, len(rows) - 1))
+        space, row = spaces.pop(at)
+        rows[row].append(index)
+        insort(spaces, (space - lengths[index], row))
+    return rows
+
+
+def collate(rows: Sequence[Sequence[DrawnChain]], pad_id: int) -> dict[str, Tensor]:
+    """Join the chains of each row and pad rows on the right.
+
+    Returns:
+        What the model's forward takes, (B, T), `question_experts` of each token among it; and `sight` (B, T, S), which
+        steps of its chain each token sees, for the mask.
+    """
+
+    def batch(of: Callable[[DrawnChain], list[int] | Tensor], fill: int) -> Tensor:
+        return pad_sequence([torch.cat([torch.as_tensor(of(chain)) for chain in row]) for row in rows], True, fill)
+
+    documents = [[d for d, chain in enumerate(row) for _ in chain.tokens.ids] for row in rows]
+    return {
+        "input_ids": batch(lambda chain: chain.tokens.ids, pad_id),
+        "labels": batch(lambda chain: chain.tokens.labels, IGNORED),
+        "position_ids": batch(lambda chain: positions(torch.tensor(chain.tokens.steps), chain.sight), 0),
+        "step_ids": batch(lambda chain: chain.tokens.steps, QUESTION),
+        "document_ids": pad_sequence([torch.tensor(row) for row in documents], True, PADDING),
+        "sight": batch(lambda chain: chain.sight[chain.tokens.steps], False),
+        "question_experts": batch(lambda chain: [chain.question_expert] * len(chain.tokens.ids), QUESTION),
+    }

@@ -1,0 +1,120 @@
+"""Which base models can hold step experts: what cannot is refused by name, before anything of the model is changed.
+
+Knows kinds of layers and ways of quantising; knows nothing of markers, routing or the experts' arithmetic.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from mote.tuner.config import MoteConfig
+
+# Their layers give no gradient to their input, or take no adapter beside them; some are in the experts or the embedding
+# alone, where no look at the targeted layers finds them.
+_UNSUPPORTED = {
+    "aqlm", "auto-round", "awq", "bitnet", "eetq", "fbgemm_fp8", "fouroversix", "fp8", "fp_quant", "gemma", "gptq",
+    "higgs", "hqq", "metal", "mxfp4", "mxfp8", "nvfp4", "quark", "sinq", "spqr", "vptq",
+}  # fmt: skip
+_SUPPORTED = "torch.nn.Linear, the 8-bit and 4-bit layers of bitsandbytes and transformers' Conv1D"
+
+
+def check_base(model: nn.Module, config: MoteConfig) -> None:
+    """Make sure that every layer a config asks for can hold step experts, and none of them stays plain unseen.
+
+    Args:
+        model: The base model, or one that holds adapters already.
+        config: The adapter to put on it.
+
+    Raises:
+        ValueError: A way of quantising, a layer or an expert weight is not supported, or a target names nothing.
+    """
+    _check_quantisation(model)
+    targets = config.target_modules
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    if isinstance(targets, str) and (config.layers_to_transform is not None or config.layers_pattern is not None):
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r}, layers_pattern={config.layers_pattern!r}: they do "
+            f"not go with target_modules={targets!r}; give target_modules a list of names"
+        )
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if get else None
+    names: list[str] = []
+    for name, module in _base_modules(model):
+        names.append(name)
+        found = check_target_module_exists(config, name)
+        if isinstance(found, _ExcludedModule) or isinstance(module, BaseTunerLayer):
+            continue
+        wanted = _is_linear(module) and module is not head if everything else bool(found)
+        for parameter, weight in module.named_parameters(name, recurse=False):
+            fused = weight.ndim > 2 and weight.shape[0] > 1 and not isinstance(module, _ConvNd)
+            if fused and (everything or wanted or check_target_module_exists(config, parameter)):
+                raise ValueError(
+                    f"target_modules={_shown(targets)}: {parameter} ({type(module).__name__}) holds fused 3-D expert "
+                    "weights, which cannot hold step experts; name the attention layers instead, such as "
+                    "['q_proj', 'k_proj', 'v_proj', 'o_proj']"
+                )
+        if wanted and module is head and config.markers:
+            raise ValueError(
+                f"target_modules={_shown(targets)}: {name} is the output head, whose marker rows are trained by "
+                "themselves; leave it out (exclude_modules) or give no markers"
+            )
+        if wanted and (reason := _refusal(module)):
+            raise ValueError(
+                f"target_modules={_shown(targets)}: {name} is a {type(module).__name__}, which cannot hold step "
+                f"experts ({reason}); target layers of these kinds: {_SUPPORTED}"
+            )
+    for target in [] if targets is None or isinstance(targets, str) else targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"target_modules: {target!r} is the name of no layer of this base, so nothing would be adapted for it; "
+                "leave it out or use target_modules='all-linear'"
+            )
+
+
+def _check_quantisation(model: nn.Module) -> None:
+    quantised: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    method = getattr(method, "value", method)
+    if method in _UNSUPPORTED:
+        raise ValueError(
+            f"quantization_config.quant_method='{method}': its layers give no gradient to their input or take no "
+            "adapter beside them; load the base unquantised or with bitsandbytes (BitsAndBytesConfig)"
+        )
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules below the model, but not what is inside an adapted layer."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if name and not name.startswith(tuple(inside)):
+            yield name, module
+            if isinstance(module, BaseTunerLayer):
+                inside.append(f"{name}.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of whatever make; quantised ones often are no `nn.Linear`."""
+    return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "in_features") or hasattr(module, "infeatures")
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a module cannot hold step experts, if it cannot."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    if isinstance(module, Conv1D) or type(module).__module__.startswith("bitsandbytes."):
+        return None
+    if not isinstance(module, nn.Linear):
+        return "it is no torch.nn.Linear"
+    dtype = module.weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return f"its {dtype} weight gives no gradient to its input"
+    return None
+
+
+def _shown(targets: Any) -> str:
+    return repr(targets if targets is None or isinstance(targets, str) else sorted(targets))
