@@ -1,8 +1,8 @@
 """Under torch.compile: one graph, the same numbers, and no graph is made again when the steps change."""
 
 import copy
+import functools
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_tuner import adapted, some_ids, tiny_llama
+from test_equation import OneLayer
+from test_router import in_threads
+from test_tuner import adapted, config, some_ids, tiny_llama
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
+
+from mote.tuner import MoteModel
 
 QUESTION_EXPERTS = torch.tensor([1, 2, 3])
 
@@ -43,8 +47,8 @@ def small(**changes: Any) -> Any:
 
 
 def lora() -> Any:
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    return with_one_block(get_peft_model(tiny_llama(), config)).eval()
+    plain = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return with_one_block(get_peft_model(tiny_llama(), plain)).eval()
 
 
 def loss_and_gradients(call: Any, model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
@@ -133,11 +137,7 @@ def test_breaks_of_others_lose_no_gates() -> None:
                     wrong.append(i)
 
     work(0)  # compiles
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads([functools.partial(work, i) for i in range(4)])
     assert not wrong
 
 
@@ -178,9 +178,18 @@ def test_writing_with_a_static_cache_compiles_once() -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model of one layer, since each of inductor's kernels takes seconds to compile."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, ids = small(target_modules=["q_proj", "down_proj"]), some_ids()
-    with torch.no_grad(), torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+    torch.manual_seed(1)
+    conf = config(target_modules=["linear"], vocab_size=None, draw_question_expert=False)
+    model, ids = MoteModel(OneLayer(70), conf, "default"), some_ids()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def with_gradients(call: Any) -> list[Tensor]:
+        out = call(input_ids=ids)
+        return [out, *torch.autograd.grad(out.square().mean(), weights)]
+
+    # Neither precompiled headers nor vector instructions: to set them up takes longer than the rest.
+    with torch._inductor.config.patch({"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": False}):
         compiled = torch.compile(model, backend="inductor", fullgraph=True)
-        found = compiled(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(found, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(with_gradients(compiled), with_gradients(model), atol=1e-5, rtol=1e-5)

@@ -9,10 +9,17 @@ from hypothesis import strategies as st
 from reference import slow_layer
 from test_tuner import adapted, some_ids
 from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening
 
 from mote.routing import Markers, step_ids
-from mote.tuner import MoteConfig, MoteModel
+from mote.tuner import MoteConfig, MoteModel, router
 from mote.tuner.layer import MoteLinear
+
+
+@pytest.fixture(params=[1, 10**9], ids=["segmented", "all columns"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with the forms of the product for long stretches in one step and for short ones."""
+    monkeypatch.setattr(router, "_SEGMENT", request.param)
 
 
 def slow_steps(ids_B_T: list[list[int]], markers: Markers, documents_B_T: list[list[int]] | None = None) -> Tensor:
@@ -113,6 +120,26 @@ def test_documents_of_a_packed_row_do_not_see_each_others_steps() -> None:
     packed = model(input_ids=ids, document_ids=documents).logits
     assert torch.equal(packed, model(input_ids=ids, step_ids=step_ids(ids, routing, documents)).logits)
     assert (packed - model(input_ids=ids).logits).abs().max() > 1e-3
+
+
+def test_padding_free_rows_of_transformers_are_packed_documents() -> None:
+    rows = [[5, 64, 6, 7], [8, 9, 68], [10, 11, 12, 2, 66]]
+    collated = DataCollatorWithFlattening(return_seq_idx=True)([{"input_ids": row} for row in rows])
+    ids, positions = collated["input_ids"], collated["position_ids"]
+    documents = torch.tensor([[0] * 4 + [1] * 3 + [2] * 5])
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]]
+    model = adapted()
+    conf = model.peft_config["default"]
+    steps = slow_steps(ids.tolist(), conf.routing, documents.tolist())
+    check_layers(model, conf, steps, input_ids=ids, position_ids=positions, use_cache=False)
+    separate = [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    torch.testing.assert_close(packed, torch.cat(separate), atol=1e-5, rtol=1e-5)
+    # With a mask the positions are the caller's own: a step that lost sight of another begins before it.
+    check_layers(
+        model, conf, slow_steps(ids.tolist(), conf.routing), input_ids=ids, position_ids=positions,
+        attention_mask=torch.ones_like(ids),
+    )  # fmt: skip
 
 
 class OneLayer(nn.Module):

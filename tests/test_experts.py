@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from mote.tuner.experts import Fused, Route, add_experts, fold, plain
+from mote.tuner.experts import Fused, Route, Segmented, add_experts, columns_of, fold, plain
 from mote.tuner.rows import PutLogits, put_embeddings, put_logits
 
 WIDTH = 12  # three experts of rank 4
@@ -94,16 +94,51 @@ def test_folded_equals_plain(dtype: torch.dtype) -> None:
     given = tensors(torch.float32, (3, 1))
     first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
     first.weight.data, second.weight.data = given["first"], given["second"]
-    weights = torch.tensor([0.5] * 4 + [0.0] * 4 + [1.5] * 4).to(dtype)
-    x, result = given["x"].to(dtype), given["result"].to(dtype)
-    gate = weights.expand(3, 1, WIDTH)
-    a, b = fold(first.weight, second.weight, weights)
+    table = torch.tensor([[0.1] * WIDTH, [0.5] * 4 + [0.0] * 4 + [1.5] * 4]).to(dtype)
+    x, result, gate = given["x"].to(dtype), given["result"].to(dtype), table[1].expand(3, 1, WIDTH)
+    columns = columns_of(table)
+    a, b = fold(first.weight, second.weight, columns[1], dtype)
     assert a.shape == (8, 6) and b.shape == (7, 8) and a.dtype == b.dtype == dtype
     expected = plain(x.float(), result.float(), given["first"], given["second"], gate.float())
+    folds: Any = {}
     with torch.no_grad():
-        found = add_experts(x, result.clone(), first, second, Route(gate, 2, weights), True)
+        for _ in range(2):
+            found = add_experts(x, result.clone(), first, second, Route(gate, columns, ((0, 3, 1),), folds), True)
+    assert list(folds) == [(1, id(first.weight))]
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("segments", [((0, 4, 1), (4, 5, 0), (5, 8, 2), (8, 10, 1)), ((0, 10, 2),), ((0, 10, 0),)])
+def test_segmented_equals_plain(segments: tuple[tuple[int, int, int], ...], in_place: bool) -> None:
+    table = torch.tensor([[0.5] * 4 + [0.2] * 8, [0.5] * 4 + [0.7] * 4 + [0.0] * 4, [0.5] * 4 + [0.0] * 4 + [0.9] * 4])
+    table, columns = table.double(), columns_of(table.double())
+    steps = torch.cat([torch.full((end - begin,), step) for begin, end, step in segments]).view(2, 5)
+    given = {**tensors(), "gate": table[steps]}
+    slow = with_gradients(plain, given)
+
+    def segmented(x: Tensor, result: Tensor, first: Tensor, second: Tensor, _: Tensor) -> Any:
+        return Segmented.apply(x, result, first, second, columns, segments, in_place)
+
+    for fast, expected in zip(with_gradients(segmented, given), slow, strict=True):
+        torch.testing.assert_close(fast, expected, atol=1e-12, rtol=1e-12)
+    given["gate"].requires_grad_(False)
+    leaves = tuple(given[key].requires_grad_() for key in ("x", "result", "first", "second"))
+    assert torch.autograd.gradcheck(lambda x, result, a, b: segmented(x, result * 1.0, a, b, table), leaves)
+
+
+def test_segmented_computes_in_the_dtype_of_the_base_layer() -> None:
+    table = torch.tensor([[0.2] * WIDTH, [0.0] * 4 + [0.7] * 8])
+    segments, steps = ((0, 6, 1), (6, 10, 0)), torch.tensor([1] * 6 + [0] * 4).view(2, 5)
+    given = {**(given := tensors(torch.float32)), "x": given["x"] * 0.05, "gate": table[steps]}
+    low = {key: value.bfloat16() if key in ("x", "result") else value for key, value in given.items()}
+    found = with_gradients(
+        lambda x, result, a, b, _: Segmented.apply(x, result, a, b, columns_of(table), segments, True), low
+    )
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16] * 3 + [torch.float32] * 2
+    for one, other in zip(found, with_gradients(plain, given), strict=True):
+        assert (one.float() - other).norm() < 0.03 * other.norm()
 
 
 class Gathered(nn.Parameter):

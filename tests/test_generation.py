@@ -1,13 +1,14 @@
 """Writing with a cache gives what writing without one gives, whoever switches when, and computes no token twice."""
 
 import copy
-import threading
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from test_router import in_threads
 from test_tuner import adapted, some_ids, tiny_llama
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, set_seed
@@ -180,8 +181,10 @@ def test_a_loop_that_does_not_say_what_stood_before_is_refused() -> None:
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="behind a cache give it `context_ids` too"):
         model(input_ids=ids[:, -1:], past_key_values=cache)
+    base = model.get_base_model()
+    assert torch.equal(base(ids).logits, model(input_ids=ids).logits)  # arguments may come without their names
     with pytest.raises(RuntimeError, match="step of each token is unknown"):
-        model.get_base_model()(ids[:, -1:], None, None, cache)
+        base(ids[:, -1:], None, None, cache)
     with pytest.raises(ValueError, match="context_ids of shape"):
         model(input_ids=ids, past_key_values=cache, context_ids=ids[:, :3])
     with pytest.raises(RuntimeError, match="step of each token is unknown"):  # not through the adapted module
@@ -201,20 +204,9 @@ def test_with_the_adapter_off_a_loop_need_not_say_anything() -> None:
 # --- folded weights
 
 
-@pytest.fixture
-def folded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The layers whose weights were folded, as they were."""
-    from mote.tuner import experts
-
-    made: list[int] = []
-    fold = experts.fold
-
-    def counting(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        made.append(id(first))
-        return fold(first, second, weights)
-
-    monkeypatch.setattr(experts, "fold", counting)
-    return made
+def folded(model: Any) -> list[int]:
+    """How many folded weights are kept for each text that is being written."""
+    return [len(folds) for folds in model.get_base_model().mote_router._folds.values()]
 
 
 def in_step(step: str, rows: int = 2, length: int = 5) -> Tensor:
@@ -234,22 +226,23 @@ def logits_of(model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"rank_pattern": {"q_proj": 2}}], ids=str)
 @pytest.mark.parametrize("step", START)
-def test_folded_equals_dense(step: str, changes: dict[str, Any], folded: list[int]) -> None:
+def test_folded_equals_dense(step: str, changes: dict[str, Any]) -> None:
     model, ids = adapted(**changes), in_step(step)
-    text, logits = logits_of(model, ids)
-    layers = sum(isinstance(module, MoteLinear) for module in model.modules())
-    assert len(folded) == len(set(folded)) == layers  # once a layer, not once a token
+    cache = DynamicCache(config=model.get_base_model().config)
+    text, logits = logits_of(model, ids, past_key_values=cache)
+    assert folded(model) == [sum(isinstance(module, MoteLinear) for module in model.modules())]
     dense = model(input_ids=text).logits[:, ids.shape[1] - 1 : -1]
     torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_in_different_steps_or_in_the_question_are_not_folded(folded: list[int]) -> None:
+def test_rows_in_different_steps_or_in_the_question_are_not_folded() -> None:
     model = adapted()
     mixed = in_step("analysis")
     mixed[1, -1] = START["response"]
     for ids in (mixed, in_step("analysis")[:, :-1]):
-        logits_of(model, ids)
-    assert not folded
+        cache = DynamicCache(config=model.get_base_model().config)
+        logits_of(model, ids, past_key_values=cache)
+        assert not any(folded(model))
 
 
 def change(model: Any, how: str) -> None:
@@ -309,16 +302,33 @@ def test_a_text_of_ones_own_loop_sees_the_weights_of_its_beginning() -> None:
         torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
 
 
+def test_the_next_turn_of_ones_own_loop_sees_new_weights() -> None:
+    model = adapted()
+    ids, cache = in_step("response"), DynamicCache(config=model.get_base_model().config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        for turn in range(2):
+            if turn:
+                change(model, "data.copy_")
+                more = torch.cat([in_step("analysis"), in_step("response")], dim=1)
+                ids = torch.cat([ids, more], dim=1)
+                model(input_ids=more, past_key_values=cache, context_ids=ids)
+            ids = torch.cat([ids, torch.tensor([[7], [8]])], dim=1)
+            before = copy.deepcopy(cache)
+            folded_logits = model(input_ids=ids[:, -1:], past_key_values=cache, context_ids=ids).logits
+    dense = model(input_ids=ids[:, -1:], past_key_values=before, context_ids=ids).logits
+    torch.testing.assert_close(folded_logits, dense, atol=1e-5, rtol=1e-5)
+
+
 def test_folded_weights_go_with_the_cache() -> None:
     model = adapted()
-    router = model.get_base_model().mote_router
     out = model.generate(
         input_ids=in_step("response"), max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
         suppress_tokens=[2, *range(64, 70)],
     )  # fmt: skip
-    assert len(router._folds) == 1
+    assert len(folded(model)) == 1
     del out
-    assert not router._folds
+    assert not folded(model)
 
 
 def test_training_after_writing_works() -> None:
@@ -343,9 +353,5 @@ def test_threads_write_in_different_steps_at_once() -> None:
             if not torch.equal(text, expected[i][0]) or (logits - expected[i][1]).abs().max() > 1e-5:
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads([functools.partial(work, i) for i in range(len(prompts))])
     assert not wrong

@@ -101,6 +101,52 @@ def test_a_deleted_adapters_name_may_be_given_to_another_scheme() -> None:
     assert torch.equal(model.eval()(input_ids=ids).logits, expected)
 
 
+def test_adapters_come_and_go_through_transformers_own_methods() -> None:
+    """Which tell the tuner nothing of a deletion."""
+    ids, found = some_ids(), []
+    base = tiny_llama(vocab=70)
+    for mix in (0.2, 0.9):
+        torch.manual_seed(1)
+        base.add_adapter(config(mix=mix), "x")
+        found.append(base.eval()(input_ids=ids).logits)
+        other = tiny_llama(vocab=70)
+        torch.manual_seed(1)
+        alone = get_peft_model(other, config(mix=mix)).eval()
+        assert torch.equal(alone(input_ids=ids).logits, found[-1])
+        base.delete_adapter("x")
+        assert torch.equal(base(input_ids=ids).logits, tiny_llama(vocab=70)(input_ids=ids).logits)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+# --- who reads the question
+
+
+def test_question_experts_are_given_by_row_or_by_token() -> None:
+    model, ids = adapted(), some_ids()
+    by_row = model(input_ids=ids, question_experts=QUESTION_EXPERTS).logits
+    by_token = model(input_ids=ids, question_experts=QUESTION_EXPERTS[:, None].expand_as(ids)).logits
+    assert torch.equal(by_row, by_token)
+    for row, expert in enumerate(QUESTION_EXPERTS.tolist()):
+        steps = model.get_base_model().mote_router.steps(ids, ids.shape[1])["default"]
+        steps = torch.where(steps == 0, expert, steps)
+        torch.testing.assert_close(model(input_ids=ids, step_ids=steps).logits[row], by_row[row], atol=1e-5, rtol=1e-5)
+
+
+def test_one_expert_is_drawn_for_each_document_of_a_packed_row() -> None:
+    model = adapted(experts=("analysis", "guidance", "response"), mix=1.0).train()
+    router, seen = model.get_base_model().mote_router, []
+    layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
+    layer.register_forward_pre_hook(
+        lambda *_: seen.append(router.route("default", 4).gate[0].reshape(12, 3, 4)[..., 0])
+    )
+    documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
+    for _ in range(20):
+        model(input_ids=torch.randint(3, 60, (1, 12)), document_ids=documents)
+    drawn = [gate.argmax(1).tolist() for gate in seen]
+    assert all(len({row[t] for t in span}) == 1 for row in drawn for span in (range(5), range(5, 9), range(9, 12)))
+    assert any(row[0] != row[5] for row in drawn) and any(row[5] != row[9] for row in drawn)
+
+
 # --- gradient checkpointing
 
 

@@ -23,7 +23,7 @@ from mote.models import load_config, model_folder
 from mote.steps import BASE, Scheme, load_scheme, start_marker
 from mote.tokens import special_ids
 from mote.tuner import MoteConfig
-from mote.tuner.experts import fold
+from mote.tuner.experts import columns_of, fold
 from mote.tuner.router import gate_table
 from mote.writing import check_new, whole, writing
 
@@ -83,8 +83,9 @@ def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> d
         module, found, _ = name.removeprefix(_PREFIX).partition(".mote_A.")
         if found:
             rank = len(first) // config.total_experts
-            columns = weights_E.mul(config.scaling(rank)).repeat_interleave(rank)
-            layers[module] = fold(first, tensors[name.replace(".mote_A.", ".mote_B.")], columns)
+            weights = weights_E.mul(config.scaling(rank)).repeat_interleave(rank)
+            second = tensors[name.replace(".mote_A.", ".mote_B.")]
+            layers[module] = fold(first, second, columns_of(weights[None])[0], torch.float32)
     return layers
 
 

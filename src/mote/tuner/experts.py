@@ -1,18 +1,24 @@
-"""The product of the experts, `result + ((x A^T) * gate) B^T`: plain, fused, and folded to the one step of a token.
+"""The product of the experts, `result + ((x A^T) * gate) B^T`: one plain form, and faster ones that equal it.
 
-The plain form is the reference, and what a compiler or a sharded weight gets. The fused form adds into the base layer's
-output and keeps only what its hand-derived gradients need. The folded form is for writing token by token on a CPU,
-where time goes to reading weights: it reads the columns of the token's own step alone.
-Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
+The plain form is the reference, and what a compiler gets. The fused form adds into the base layer's output and keeps
+only what its hand-derived gradients need. On a CPU, where time goes with the number of products, tokens of one step
+that stand together are multiplied with the columns of their own experts alone (segmented); and while a row is written
+token by token, these columns are kept (folded).
+Shapes: N tokens of all rows, D model (in, out), E expert, R rank, S step.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+Segment = tuple[int, int, int]  # from this token of all rows to before that one, in this step
+Columns = tuple[tuple[slice, ...], Tensor]  # stretches of columns that count for a step, and their weights (2R)
+Fold = tuple[Tensor, Tensor]  # a step's own A (2R, in) and B (out, 2R)
 
 
 @dataclass
@@ -21,15 +27,15 @@ class Route:
 
     Attributes:
         gate: Weight of every expert's columns for every token (B, T, E*R), scaling included.
-        step: The one step all tokens are in, where one token a row is written on a CPU; else None.
-        weights: With `step`, its row of the gate table (E*R).
-        folds: With `step`, the folded weights of the layers so far.
+        columns: The columns that count, for each step from the question on.
+        segments: Stretches of tokens in one step, where it pays to use them.
+        folds: Where to keep the one segment's own A and B of each layer, while a row is written.
     """
 
     gate: Tensor
-    step: int | None = None
-    weights: Tensor | None = None
-    folds: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    columns: Sequence[Columns] = ()
+    segments: tuple[Segment, ...] | None = None
+    folds: dict[tuple[int, int], Fold] | None = None
 
 
 def add_experts(x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, route: Route, own: bool) -> Tensor:
@@ -46,26 +52,32 @@ def add_experts(x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, 
     Returns:
         (..., out).
     """
-    a, b, gate = first.weight, second.weight, route.gate
+    a, b = first.weight, second.weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
-    if (torch.compiler.is_compiling() or route.step is None) and gate.shape[:-1] != x.shape[:-1]:
-        gate = gate.reshape(*x.shape[:-1], -1)  # blocks that flatten rows and tokens
-    if gate.device != result.device or gate.dtype != result.dtype:
-        gate = gate.to(result.device, result.dtype)
     if type(a) is not nn.Parameter or type(b) is not nn.Parameter or a.ndim != 2 or a.device != result.device:
         # Sharded or offloaded weights come when their module is called.
-        delta: Tensor = second(first(x.to(a.dtype)) * gate.to(a.dtype))
+        delta: Tensor = second(first(x.to(a.dtype)) * _gate(route, x, result).to(a.dtype))
         return result + delta.to(result.dtype)
     if torch.compiler.is_compiling():  # a compiler fuses these by itself
-        return plain(x, result, a, b, gate)
-    if route.step is not None:
-        found = route.folds.get((route.step, id(a)))
-        if found is None:
-            assert route.weights is not None
-            found = route.folds[route.step, id(a)] = fold(a, b, route.weights)
+        return plain(x, result, a, b, _gate(route, x, result))
+    if route.segments is None:
+        fused: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
+            x, result, a, b, _gate(route, x, result), own and result.is_contiguous()
+        )
+        return fused
+    if route.folds is not None:
+        found = _kept(route.folds, route.segments[0][2], a, b, route.columns, result.dtype)
         return result.add_(linear(linear(x.to(result.dtype), found[0]), found[1]))
-    added: Tensor = Fused.apply(x, result, a, b, gate, own and result.is_contiguous())  # type: ignore[no-untyped-call]
-    return added
+    segmented: Tensor = Segmented.apply(  # type: ignore[no-untyped-call]
+        x, result, a, b, route.columns, route.segments, own and result.is_contiguous()
+    )
+    return segmented
+
+
+def _gate(route: Route, x: Tensor, result: Tensor) -> Tensor:
+    """The gate as a layer needs it (..., E*R); some blocks flatten rows and tokens."""
+    gate = route.gate if route.gate.shape[:-1] == x.shape[:-1] else route.gate.reshape(*x.shape[:-1], -1)
+    return gate.to(result.device, result.dtype)
 
 
 def plain(x: Tensor, result: Tensor, first: Tensor, second: Tensor, gate: Tensor) -> Tensor:
@@ -108,20 +120,118 @@ class Fused(torch.autograd.Function):
         return grad_x, grad, grad_first, grad_second, None, None
 
 
-def fold(first: Tensor, second: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns that count for one step, as the A and B of a plain LoRA.
+class Segmented(torch.autograd.Function):
+    """`plain`, segment by segment, with half the products of `Fused` where two of four experts count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        result: Tensor,
+        first: Tensor,
+        second: Tensor,
+        columns: Sequence[Columns],
+        segments: Sequence[Segment],
+        in_place: bool,
+    ) -> Tensor:
+        """X (..., in), result (..., out), first A (E*R, in), second B (out, E*R); the rest as in `Route`."""
+        if in_place:
+            ctx.mark_dirty(result)
+        else:
+            result = result.clone(memory_format=torch.contiguous_format)
+        x_N, result_N = _rows(x).to(result.dtype), result.view(-1, result.shape[-1])
+        own = {step: take(first, second, columns[step], x_N.dtype) for step in {segment[2] for segment in segments}}
+        hidden_N = x_N.new_empty(len(x_N), max(len(a) for a, *_ in own.values()))
+        for begin, end, step in segments:
+            a, b, weights = own[step]
+            hidden = torch.mm(x_N[begin:end], a.t(), out=hidden_N[begin:end, : len(a)]).mul_(weights)
+            result_N[begin:end].addmm_(hidden, b.t())
+        ctx.save_for_backward(x, hidden_N, first, second)
+        ctx.columns, ctx.segments = columns, segments
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """As in `Fused`, with each step's own A and B; their gradients go back to the columns they were taken from."""
+        x, hidden_N, first, second = ctx.saved_tensors
+        wants_x, _, wants_first, wants_second, *_ = ctx.needs_input_grad
+        grad_N, x_N = _rows(grad), _rows(x).to(grad.dtype)
+        own = {step: take(first, second, ctx.columns[step], grad.dtype) for step in {part[2] for part in ctx.segments}}
+        grads = {step: (torch.zeros_like(a), torch.zeros_like(b)) for step, (a, b, _) in own.items()}
+        grad_x_N = torch.empty_like(x_N) if wants_x else None
+        for begin, end, step in ctx.segments:
+            (a, b, weights), (grad_a, grad_b) = own[step], grads[step]
+            part = grad_N[begin:end]
+            grad_hidden = (part @ b).mul_(weights)
+            if grad_x_N is not None:
+                torch.mm(grad_hidden, a, out=grad_x_N[begin:end])
+            if wants_first:
+                grad_a.addmm_(grad_hidden.t(), x_N[begin:end])
+            if wants_second:
+                grad_b.addmm_(part.t(), hidden_N[begin:end, : len(a)])  # which hold the weights
+        grad_first = torch.zeros_like(first) if wants_first else None
+        grad_second = torch.zeros_like(second) if wants_second else None
+        for step, (grad_a, grad_b) in grads.items():
+            place = 0
+            for stretch in ctx.columns[step][0]:
+                there = slice(place, place := place + stretch.stop - stretch.start)
+                if grad_first is not None:
+                    grad_first[stretch] += grad_a[there]
+                if grad_second is not None:
+                    grad_second[:, stretch] += grad_b[:, there]
+        grad_x = None if grad_x_N is None else grad_x_N.view_as(x).to(x.dtype)
+        return grad_x, grad, grad_first, grad_second, None, None, None
+
+
+def columns_of(table: Tensor) -> list[Columns]:
+    """The columns that count for each step, and their weights.
 
     Args:
-        first: A (E*R, in).
-        second: B (out, E*R).
-        weights: The step's row of the gate table (E*R), scaling included, in the dtype to compute in.
-
-    Returns:
-        A (2R, in) and B (out, 2R) with the weights multiplied into B; R columns where there is no shared expert.
+        table: Weight of every column for every step, from the question on (1 + S, E*R), scaling included.
     """
-    weights = weights.to(first.device)
-    columns = weights.nonzero().squeeze(1)
-    return first[columns].to(weights.dtype), second[:, columns].to(weights.dtype) * weights[columns]
+    found = []
+    for row in table:
+        counts = (row != 0).int()
+        edges = counts.diff(prepend=counts.new_zeros(1), append=counts.new_zeros(1)).nonzero().squeeze(1).tolist()
+        found.append((tuple(map(slice, edges[::2], edges[1::2])), row[row != 0]))
+    return found
+
+
+def take(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """A step's own A (2R, in), B (out, 2R) and the weights of its columns (2R); R where there is no shared expert.
+
+    Args:
+        first: A of all experts (E*R, in).
+        second: B of all experts (out, E*R).
+        columns: Those of the step.
+        dtype: To compute in.
+    """
+    stretches, weights = columns
+    a = torch.cat([first[stretch] for stretch in stretches])
+    b = torch.cat([second[:, stretch] for stretch in stretches], dim=1)
+    return a.to(dtype), b.to(dtype), weights.to(dtype)
+
+
+def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> Fold:
+    """`take` with the weights multiplied into B: a plain LoRA."""
+    a, b, weights = take(first, second, columns, dtype)
+    return a, b * weights
+
+
+def _kept(
+    folds: dict[tuple[int, int], Fold],
+    step: int,
+    first: Tensor,
+    second: Tensor,
+    columns: Sequence[Columns],
+    dtype: torch.dtype,
+) -> Fold:
+    """`fold`, once for a step of a layer."""
+    found = folds.get((step, id(first)))
+    if found is None:
+        found = folds[step, id(first)] = fold(first, second, columns[step], dtype)
+    return found
 
 
 def _rows(x: Tensor) -> Tensor:

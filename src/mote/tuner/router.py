@@ -7,7 +7,7 @@ Shapes: B row, T token, E expert, R rank.
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,15 +18,17 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from mote.routing import QUESTION, document_starts, step_ids
+from mote.tuner.call import cache_length, goes_on, packed_documents
+from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
-from mote.tuner.experts import Route
+from mote.tuner.experts import Columns, Fold, Route, Segment, columns_of
 
 Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
+Table = tuple[Tensor, Sequence[Columns]]  # weights of all columns for every step (1 + S, E*R); those that count
 Calls = tuple[Routes, ...]  # of the forward passes that run in a thread, the innermost last
-Folds = dict[tuple[int, int], tuple[Tensor, Tensor]]  # what `Route.folds` holds
+Folds = dict[tuple[int, int], Fold]  # what `Route.folds` holds
 
-# Where transformers' blocks and torch's CheckpointWrapper keep the function that runs them checkpointed.
-_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
+_SEGMENT = 16  # tokens in a segment, on average, from which it is faster than all columns for all tokens
 
 
 def gate_table(config: MoteConfig, device: torch.device | None = None) -> Tensor:
@@ -81,7 +83,7 @@ class Router:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._tables: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[tuple[str, int, torch.device, torch.dtype], Table] = {}
         self._folds: WeakKeyDictionary[Cache, Folds] = WeakKeyDictionary()  # of the text in each cache
         self._thread = _Thread()
 
@@ -105,9 +107,7 @@ class Router:
         prepare = vars(model).get("prepare_inputs_for_generation")
         if isinstance(prepare, functools.partial) and prepare.func == self.prepare_inputs:
             del model.prepare_inputs_for_generation
-        for module, name, run in _checkpoints(model):
-            if isinstance(run, _Checkpoint) and run.router is self:
-                setattr(module, name, run.run)
+        unbind_checkpoints(model, self)
         del model.mote_router
 
     def add(self, adapter: str, config: MoteConfig, rank: int) -> None:
@@ -130,14 +130,14 @@ class Router:
             return {}
         return {name: self._configs[name] for name in self.layer.active_adapters if name in self._configs}
 
-    def _table(self, adapter: str, rank: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The weights of all columns of an adapter's layers (1 + steps, E*R)."""
+    def _table(self, adapter: str, rank: int, device: torch.device, dtype: torch.dtype) -> Table:
+        """The weights of all columns of an adapter's layers, and on a CPU those that count for each step."""
         key, config = (adapter, rank, device, dtype), self._configs[adapter]
         if torch.compiler.is_compiling() or key not in self._tables:
             table = gate_table(config, device).mul(config.scaling(rank)).repeat_interleave(rank, dim=1).to(dtype)
             if torch.compiler.is_compiling():  # a graph that looked here would be made again when this has changed
-                return table
-            self._tables[key] = table
+                return table, ()
+            self._tables[key] = table, columns_of(table) if device.type == "cpu" else ()
         return self._tables[key]
 
     def route(self, adapter: str, rank: int) -> Route:
@@ -162,8 +162,8 @@ class Router:
 
         Takes out of the call, since the model itself does not know them: `step_ids` (B, T), or one such tensor for
         each adapter; `context_ids` (B, any), all ids of the rows so far, where `input_ids` are only the last of them;
-        `document_ids` (of their shape; packed rows); `question_experts` (B,) or (B, T), step ids 1...S to
-        read the questions with.
+        `document_ids` of their shape, for packed rows; `question_experts` (B,) or (B, T), step ids 1...S to read the
+        questions with.
 
         Raises:
             RuntimeError: The model is a copy that `nn.DataParallel` made.
@@ -179,12 +179,14 @@ class Router:
         documents = kwargs.pop("document_ids", None)
         drawn = kwargs.pop("question_experts", None)
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        if documents is None and context is None:
+            documents = packed_documents(given)
         if steps is None:
             steps = self._steps_of_call(given, context, documents)
         folds = None if torch.compiler.is_compiling() else self._folds_of_call(given)
         self._thread.running.calls += (self._routes(model, steps, drawn, documents, folds),)
         if model.training:
-            self._bind_checkpoints(model)
+            bind_checkpoints(model, self)
         return args, kwargs
 
     def after_forward(self, *_: Any) -> None:
@@ -205,7 +207,7 @@ class Router:
     ) -> dict[str, Tensor]:
         """`steps` of the tokens of a forward pass; of no adapter where they do not follow from what is given."""
         ids = given.get("input_ids")
-        if ids is None or (context is None and _goes_on(given)):
+        if ids is None or (context is None and goes_on(given)):
             return {}
         if context is not None and context.shape[1] < ids.shape[1]:
             raise ValueError(
@@ -243,13 +245,11 @@ class Router:
                 continue
             if drawn is not None or (model.training and config.draw_question_expert):
                 steps = _with_question_experts(steps, drawn, documents, len(config.experts))
-            only = None if folds is None else _only_step(steps)
+            segments = None if torch.compiler.is_compiling() else _segments(steps)
+            written = folds if segments is not None and len(segments) == 1 and segments[0][2] != QUESTION else None
             for rank in self._ranks[adapter]:
-                table = self._table(adapter, rank, steps.device, dtype)
-                if folds is None or only is None:
-                    routes[adapter, rank] = Route(table[steps])
-                else:
-                    routes[adapter, rank] = Route(table[steps], only, table[only], folds)
+                table, columns = self._table(adapter, rank, steps.device, dtype)
+                routes[adapter, rank] = Route(table[steps], columns, segments, written)
         return routes
 
     def prepare_inputs(
@@ -267,12 +267,14 @@ class Router:
             The arguments of the next forward pass.
         """
         inputs = prepare(input_ids, *args, **kwargs)
-        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
+        if tokens is None:
+            return inputs
         cache, new, begins = inputs.get("past_key_values"), tokens.shape[1], bool(kwargs.get("is_first_iteration"))
         if begins and isinstance(cache, Cache):
             self._folds.pop(cache, None)
         # A static cache's length lies on the device: it is read for prompts and guesses, not for every token written.
-        if (new == 1 and not begins) or _length(cache) + new == input_ids.shape[1]:
+        if (new == 1 and not begins) or cache_length(cache) + new == input_ids.shape[1]:
             inputs["step_ids"] = {name: steps.to(tokens.device) for name, steps in self.steps(input_ids, new).items()}
         return inputs
 
@@ -292,52 +294,6 @@ class Router:
         finally:
             running.calls = before
 
-    def _bind_checkpoints(self, model: nn.Module) -> None:
-        """Bind the gates into each block's gradient checkpointing, whichever form the user switched on."""
-        for module, name, run in _checkpoints(model):
-            if not isinstance(run, _Checkpoint) or run.router is not self:
-                setattr(module, name, _Checkpoint(run, self))
-
-
-class _Checkpoint:
-    """A function that runs blocks checkpointed, with the gates of the moment bound to them.
-
-    A block runs again in the backward pass, maybe in another thread, when other forward passes may have run.
-    """
-
-    def __init__(self, run: Callable[..., Any], router: Router) -> None:
-        self.run, self.router = run, router
-
-    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.run(functools.partial(self.router.run_with, self.router.calls(), block), *args, **kwargs)
-
-
-def _checkpoints(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Every function that runs a block checkpointed: its module, its name there and itself."""
-    modules = [model]
-    while modules:
-        module = modules.pop()
-        for name in _CHECKPOINTS:
-            if name in module.__dict__:
-                yield module, name, module.__dict__[name]
-        modules += [child for child in module.children() if not isinstance(child, BaseTunerLayer)]
-
-
-def _goes_on(given: Mapping[str, Any]) -> bool:
-    """Whether a forward pass goes on from tokens that it does not see."""
-    if any(given.get(name) is not None for name in ("cache_params", "state")):
-        return True  # Mamba's and RWKV's caches
-    length = _length(given.get("past_key_values"))
-    if isinstance(length, Tensor) and torch.compiler.is_compiling():
-        return True  # a compiler cannot know
-    return bool(length > 0)
-
-
-def _length(cache: Any) -> int | Tensor:
-    """Number of tokens in a cache; of a static one it may lie on the device."""
-    length: int | Tensor = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    return length
-
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that linear layers compute in."""
@@ -346,10 +302,15 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _only_step(steps: Tensor) -> int | None:
-    """The reasoning step that all tokens are in, if there is one."""
-    step = int(steps[0, 0])
-    return step if step != QUESTION and bool((steps == step).all()) else None
+def _segments(steps: Tensor) -> tuple[Segment, ...] | None:
+    """Stretches of tokens (B, T) in one step, on a CPU; None where they are too short to be worth a product each."""
+    if steps.device.type != "cpu":
+        return None
+    found, lengths = torch.unique_consecutive(steps.flatten(), return_counts=True)
+    if len(found) > 1 and steps.numel() < _SEGMENT * len(found):
+        return None
+    ends = lengths.cumsum(0)
+    return tuple(zip((ends - lengths).tolist(), ends.tolist(), found.tolist(), strict=True))
 
 
 def _with_question_experts(steps: Tensor, drawn: Tensor | None, documents: Tensor | None, experts: int) -> Tensor:
