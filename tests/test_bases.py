@@ -174,8 +174,9 @@ def test_gradients_reach_experts_and_markers_and_equal_the_plain_form(
     assert tied == model.get_base_model().config.tie_word_embeddings
 
     monkeypatch.setattr(
-        "mote.tuner.layer.add_experts", lambda x, out, a, b, route, _: plain(x, out, a.weight, b.weight, route.gate)
+        "mote.tuner.layer.add_experts", lambda x, out, a, b, route, *_: plain(x, out, a.weight, b.weight, route.gate)
     )
+    monkeypatch.setattr(MoteLinear, "_frozen_weight", lambda *_: None)
     monkeypatch.setattr(
         PutLogits, "apply", lambda out, x, rows, _, bias, ids: put_logits(out, x, rows, bias, ids), raising=False
     )

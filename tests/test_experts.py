@@ -141,6 +141,25 @@ def test_segmented_computes_in_the_dtype_of_the_base_layer() -> None:
         assert (one.float() - other).norm() < 0.03 * other.norm()
 
 
+@pytest.mark.parametrize("form", ["fused", "segmented"])
+def test_the_base_layers_gradient_comes_along(form: str) -> None:
+    table = torch.tensor([[0.2] * WIDTH, [0.0] * 4 + [0.7] * 8]).double()
+    segments, steps = ((0, 6, 1), (6, 10, 0)), torch.tensor([1] * 6 + [0] * 4).view(2, 5)
+    given, frozen = {**tensors(), "gate": table[steps]}, torch.randn(7, 6, dtype=torch.float64)
+    x, first, second = (given[key].requires_grad_() for key in ("x", "first", "second"))
+    slow = plain(x, linear(x, frozen), first, second, given["gate"])
+    with torch.no_grad():
+        base = linear(x, frozen)
+    if form == "fused":
+        fast = Fused.apply(x, base, first, second, given["gate"], True, frozen)
+    else:
+        fast = Segmented.apply(x, base, first, second, columns_of(table), segments, True, frozen)
+    torch.testing.assert_close(fast, slow, atol=1e-12, rtol=1e-12)
+    wanted = torch.autograd.grad(slow.sin().sum(), [x, first, second])
+    for one, other in zip(torch.autograd.grad(fast.sin().sum(), [x, first, second]), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
 class Gathered(nn.Parameter):
     """Stands for a weight that is whole only while its module is called."""
 

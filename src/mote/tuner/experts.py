@@ -38,7 +38,15 @@ class Route:
     folds: dict[tuple[int, int], Fold] | None = None
 
 
-def add_experts(x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, route: Route, own: bool) -> Tensor:
+def add_experts(
+    x: Tensor,
+    result: Tensor,
+    first: nn.Module,
+    second: nn.Module,
+    route: Route,
+    own: bool,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Add the experts' output to the base layer's.
 
     Args:
@@ -48,13 +56,15 @@ def add_experts(x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, 
         second: All experts' B as one linear layer, E*R -> out.
         route: The gates of the running forward pass.
         own: Whether `result` is a tensor of its own that may be written to.
+        weight: The base layer's frozen weight (out, in), where `result = x weight^T` was computed without a gradient:
+            then that for x comes from here, in one pass with the experts' own.
 
     Returns:
         (..., out).
     """
     a, b = first.weight, second.weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
-    if type(a) is not nn.Parameter or type(b) is not nn.Parameter or a.ndim != 2 or a.device != result.device:
+    if not (is_whole(a, result.device) and is_whole(b, result.device)):
         # Sharded or offloaded weights come when their module is called.
         delta: Tensor = second(first(x.to(a.dtype)) * _gate(route, x, result).to(a.dtype))
         return result + delta.to(result.dtype)
@@ -62,16 +72,22 @@ def add_experts(x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, 
         return plain(x, result, a, b, _gate(route, x, result))
     if route.segments is None:
         fused: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
-            x, result, a, b, _gate(route, x, result), own and result.is_contiguous()
+            x, result, a, b, _gate(route, x, result), own and result.is_contiguous(), weight
         )
         return fused
     if route.folds is not None:
         found = _kept(route.folds, route.segments[0][2], a, b, route.columns, result.dtype)
-        return result.add_(linear(linear(x.to(result.dtype), found[0]), found[1]))
+        delta = linear(linear(x.to(result.dtype), found[0]), found[1])
+        return result.add_(delta) if own else result + delta
     segmented: Tensor = Segmented.apply(  # type: ignore[no-untyped-call]
-        x, result, a, b, route.columns, route.segments, own and result.is_contiguous()
+        x, result, a, b, route.columns, route.segments, own and result.is_contiguous(), weight
     )
     return segmented
+
+
+def is_whole(weight: Any, device: torch.device) -> bool:
+    """Whether a weight can be used as it is: not sharded, not offloaded."""
+    return type(weight) is nn.Parameter and weight.ndim == 2 and weight.device == device
 
 
 def _gate(route: Route, x: Tensor, result: Tensor) -> Tensor:
@@ -91,9 +107,16 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, result: Tensor, first: Tensor, second: Tensor, gate: Tensor, in_place: bool
+        ctx: Any,
+        x: Tensor,
+        result: Tensor,
+        first: Tensor,
+        second: Tensor,
+        gate: Tensor,
+        in_place: bool,
+        weight: Tensor | None = None,
     ) -> Tensor:
-        """X (..., in), result (..., out), first A (E*R, in), second B (out, E*R), gate (..., E*R)."""
+        """X (..., in), result (..., out), first A (E*R, in), second B (out, E*R), gate (..., E*R), weight (out, in)."""
         dtype = result.dtype
         hidden_N = _rows(x).to(dtype) @ first.to(dtype).t()
         result_N = _rows(result)
@@ -103,21 +126,25 @@ class Fused(torch.autograd.Function):
             ctx.mark_dirty(result)
         else:
             result = torch.addmm(result_N, gated_N, second.to(dtype).t()).view_as(result)
-        ctx.save_for_backward(x, hidden_N, first, second, gate)
+        ctx.save_for_backward(x, hidden_N, first, second, gate, weight)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """D hidden = (d out B) * gate; dA = d hidden^T x; dB = d out^T (hidden * gate); dx = d hidden A."""
-        x, hidden_N, first, second, gate = ctx.saved_tensors
-        wants_x, _, wants_first, wants_second, *_ = ctx.needs_input_grad
+        x, hidden_N, first, second, gate, weight = ctx.saved_tensors
+        wants_x, wants_result, wants_first, wants_second, *_ = ctx.needs_input_grad
         grad_N, gate_N, dtype = _rows(grad), _rows(gate), grad.dtype
         grad_hidden_N = (grad_N @ second.to(dtype)).mul_(gate_N)
-        grad_x = (grad_hidden_N @ first.to(dtype)).view_as(x).to(x.dtype) if wants_x else None
+        grad_x = None
+        if wants_x:
+            part, a = None if weight is None else grad_N @ weight, first.to(dtype)
+            grad_x_N = grad_hidden_N @ a if part is None else part.addmm_(grad_hidden_N, a)
+            grad_x = grad_x_N.view_as(x).to(x.dtype)
         grad_first = (grad_hidden_N.t() @ _rows(x).to(dtype)).to(first.dtype) if wants_first else None
         grad_second = (grad_N.t() @ (hidden_N * gate_N)).to(second.dtype) if wants_second else None
-        return grad_x, grad, grad_first, grad_second, None, None
+        return grad_x, grad if wants_result else None, grad_first, grad_second, None, None, None
 
 
 class Segmented(torch.autograd.Function):
@@ -133,8 +160,9 @@ class Segmented(torch.autograd.Function):
         columns: Sequence[Columns],
         segments: Sequence[Segment],
         in_place: bool,
+        weight: Tensor | None = None,
     ) -> Tensor:
-        """X (..., in), result (..., out), first A (E*R, in), second B (out, E*R); the rest as in `Route`."""
+        """X, result, first, second and weight as in `Fused`; columns and segments as in `Route`."""
         if in_place:
             ctx.mark_dirty(result)
         else:
@@ -146,7 +174,7 @@ class Segmented(torch.autograd.Function):
             a, b, weights = own[step]
             hidden = torch.mm(x_N[begin:end], a.t(), out=hidden_N[begin:end, : len(a)]).mul_(weights)
             result_N[begin:end].addmm_(hidden, b.t())
-        ctx.save_for_backward(x, hidden_N, first, second)
+        ctx.save_for_backward(x, hidden_N, first, second, weight)
         ctx.columns, ctx.segments = columns, segments
         return result
 
@@ -154,18 +182,20 @@ class Segmented(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """As in `Fused`, with each step's own A and B; their gradients go back to the columns they were taken from."""
-        x, hidden_N, first, second = ctx.saved_tensors
-        wants_x, _, wants_first, wants_second, *_ = ctx.needs_input_grad
+        x, hidden_N, first, second, weight = ctx.saved_tensors
+        wants_x, wants_result, wants_first, wants_second, *_ = ctx.needs_input_grad
         grad_N, x_N = _rows(grad), _rows(x).to(grad.dtype)
         own = {step: take(first, second, ctx.columns[step], grad.dtype) for step in {part[2] for part in ctx.segments}}
         grads = {step: (torch.zeros_like(a), torch.zeros_like(b)) for step, (a, b, _) in own.items()}
-        grad_x_N = torch.empty_like(x_N) if wants_x else None
+        grad_x_N = None
+        if wants_x:
+            grad_x_N = torch.empty_like(x_N) if weight is None else grad_N @ weight
         for begin, end, step in ctx.segments:
             (a, b, weights), (grad_a, grad_b) = own[step], grads[step]
             part = grad_N[begin:end]
             grad_hidden = (part @ b).mul_(weights)
             if grad_x_N is not None:
-                torch.mm(grad_hidden, a, out=grad_x_N[begin:end])
+                grad_x_N[begin:end].addmm_(grad_hidden, a, beta=0 if weight is None else 1)
             if wants_first:
                 grad_a.addmm_(grad_hidden.t(), x_N[begin:end])
             if wants_second:
@@ -181,7 +211,7 @@ class Segmented(torch.autograd.Function):
                 if grad_second is not None:
                     grad_second[:, stretch] += grad_b[:, there]
         grad_x = None if grad_x_N is None else grad_x_N.view_as(x).to(x.dtype)
-        return grad_x, grad, grad_first, grad_second, None, None, None
+        return grad_x, grad if wants_result else None, grad_first, grad_second, None, None, None, None
 
 
 def columns_of(table: Tensor) -> list[Columns]:

@@ -8,12 +8,13 @@ Shapes: B row, T token, D model, E expert, R rank.
 import math
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mote.tuner.config import MoteConfig
-from mote.tuner.experts import add_experts
+from mote.tuner.experts import add_experts, is_whole
 from mote.tuner.router import Router
 
 
@@ -65,16 +66,32 @@ class MoteLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the step experts' (B, T, out)."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters:
-            return result
-        for name in self.active_adapters:  # type: ignore[union-attr]
-            if name not in self.ranks:
-                continue
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        names = [name for name in self.active_adapters if name in self.ranks]  # type: ignore[union-attr]
+        weight = self._frozen_weight(x, names[0]) if x.requires_grad and len(names) == 1 else None
+        if weight is None:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+        else:
+            with torch.no_grad():
+                result = self.base_layer(x, *args, **kwargs)
+        for name in names:
             given = self.mote_dropout[name](x) if self.training and name in self.mote_dropout else x
             route = self.router.route(name, self.ranks[name])
-            result = add_experts(given, result, self.mote_A[name], self.mote_B[name], route, self.owns_output)
+            result = add_experts(given, result, self.mote_A[name], self.mote_B[name], route, self.owns_output, weight)
         return result
+
+    def _frozen_weight(self, x: Tensor, name: str) -> Tensor | None:
+        """The base layer's weight, where the experts' product can give the input's gradient for both."""
+        weight = self.base_layer.weight
+        if not self.owns_output or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        if torch.is_autocast_enabled(x.device.type) or (self.training and name in self.mote_dropout):
+            return None
+        used = (weight, self.mote_A[name].weight, self.mote_B[name].weight)
+        if weight.requires_grad or weight.dtype != x.dtype or not all(is_whole(part, x.device) for part in used):
+            return None
+        return weight  # type: ignore[return-value]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Step experts depend on the token and cannot be merged into one weight.
