@@ -90,20 +90,24 @@ class Endless(FreeText):
 
 
 def batched(model: Model, ids: list[list[int]], new: int) -> float:
-    """Seconds a token of the running batch with the experts of a step, reading the prompts left out."""
-    start = model.markers.starts[0]
-    times: list[float] = []
+    """Seconds a pass of the running batch with the experts of a step, over the passes that write a token of every row.
+
+    Rows that were read first write while the others are read, so they are given tokens enough to stay to the end.
+    """
+    start, reading = model.markers.starts[0], sum(map(len, ids)) // 256
+    times: list[list[float]] = [[] for _ in ids]
     requests = []
-    for prompt in ids:
+    for prompt, seen in zip(ids, times, strict=True):
         request = model.request(as_question("?"), "direct", Limits(new))
-        request.ids, request.limit = [*prompt[:-1], start], new + 1
+        request.ids, request.limit = [*prompt[:-1], start], new + 1 + reading
         request.grammar = Endless(model.tokenizer.eos_token_id)
-        request.on_token = lambda _: times.append(time.perf_counter())
+        request.on_token = lambda _, seen=seen: seen.append(time.perf_counter())
         requests.append(request)
     for future in [model.batcher.submit(request) for request in requests]:
         future.result()
-    first, last = times[len(ids) - 1], times[-1]  # when every row has its first token, and its last
-    return (last - first) / new
+    first, last = max(seen[0] for seen in times), min(seen[-1] for seen in times)
+    passes = sum(first < moment <= last for moment in times[0])
+    return (last - first) / passes
 
 
 def prefill(base: Any, ids: list[int]) -> float:

@@ -19,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from mote.routing import NO_STEP
 from mote.tuner import MoteConfig
 from mote.tuner.layer import MoteLinear
 
@@ -119,6 +120,26 @@ def test_adapters_come_and_go_through_transformers_own_methods() -> None:
 
 
 # --- who reads the question
+
+
+def test_tokens_without_a_step_are_read_as_the_base_reads_them() -> None:
+    model, ids = adapted().eval(), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    steps = torch.full_like(ids, NO_STEP)
+    mixed = torch.stack([steps[0], torch.ones_like(steps[1])])
+    with torch.no_grad():
+        alone = model(input_ids=ids, step_ids=steps).logits[..., :64]  # without the markers'
+        beside = model(input_ids=ids, step_ids=mixed).logits[..., :64]
+    hidden = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=hidden, step_ids=steps).logits[..., :64].sin().sum().backward()
+    gradient, hidden.grad = hidden.grad, None
+    with model.disable_adapter():
+        wanted = model(inputs_embeds=hidden).logits[..., :64]
+        wanted.sin().sum().backward()
+    assert torch.equal(alone, wanted)
+    torch.testing.assert_close(beside[0], wanted[0], atol=1e-5, rtol=1e-5)
+    assert (beside[1] - wanted[1]).abs().max() > 0.1
+    assert gradient is not None and hidden.grad is not None
+    torch.testing.assert_close(gradient, hidden.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_question_experts_are_given_by_row_or_by_token() -> None:

@@ -28,7 +28,7 @@ class Route:
     Attributes:
         gate: Weight of every expert's columns for every token (B, T, E*R), scaling included.
         columns: The columns that count, for each step from the question on.
-        segments: Stretches of tokens in one step, where it pays to use them.
+        segments: Stretches of tokens in one step, where it pays to use them; without any, no token has a step.
         folds: Where to keep the one segment's own A and B of each layer, while a row is written.
     """
 
@@ -62,6 +62,8 @@ def add_experts(
     Returns:
         (..., out).
     """
+    if route.segments == () and weight is None:
+        return result
     a, b = first.weight, second.weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     if not (is_whole(a, result.device) and is_whole(b, result.device)):
@@ -70,7 +72,7 @@ def add_experts(
         return result + delta.to(result.dtype)
     if torch.compiler.is_compiling():  # a compiler fuses these by itself
         return plain(x, result, a, b, _gate(route, x, result))
-    if route.segments is None or route.segments[-1][1] != x.shape[:-1].numel():  # the gate refuses other tokens
+    if not route.segments or route.segments[-1][1] != x.shape[:-1].numel():  # the gate refuses other tokens
         fused: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
             x, result, a, b, _gate(route, x, result), own and result.is_contiguous(), weight
         )

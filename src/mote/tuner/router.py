@@ -251,7 +251,7 @@ class Router:
             if config.mix == 0:  # every step is read alike
                 steps = torch.where(steps == NO_STEP, steps, 1)
             segments = None if torch.compiler.is_compiling() else _segments(steps)
-            written = folds if segments is not None and len(segments) == 1 and segments[0][2] != QUESTION else None
+            written = folds if segments and len(segments) == 1 and segments[0][2] != QUESTION else None
             for rank in self._ranks[adapter]:
                 table, columns = self._table(adapter, rank, steps.device, dtype)
                 routes[adapter, rank] = Route(table[steps], columns, segments, written)
@@ -308,11 +308,16 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _segments(steps: Tensor) -> tuple[Segment, ...] | None:
-    """Stretches of tokens (B, T) in one step, on a CPU; None where they are too short to be worth a product each."""
+    """Stretches of tokens (B, T) in one step, on a CPU: none where no token has a step.
+
+    None where there are tokens without a step among others, or stretches too short to be worth a product each.
+    """
     if steps.device.type != "cpu":
         return None
     found, lengths = torch.unique_consecutive(steps.flatten(), return_counts=True)
-    if (len(found) > 1 and steps.numel() < _SEGMENT * len(found)) or bool((found == NO_STEP).any()):
+    if bool((found == NO_STEP).any()):
+        return () if len(found) == 1 else None
+    if len(found) > 1 and steps.numel() < _SEGMENT * len(found):
         return None
     ends = lengths.cumsum(0)
     return tuple(zip((ends - lengths).tolist(), ends.tolist(), found.tolist(), strict=True))
