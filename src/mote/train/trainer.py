@@ -16,6 +16,7 @@ from mote.masks import PADDING, sdpa_mask
 from mote.packing import ChainDataset
 from mote.routing import QUESTION, Markers
 from mote.tokens import IGNORED
+from mote.train.loss import Head, plain_head, tiled_losses, token_losses
 
 
 class MoteTrainer(Trainer):
@@ -73,17 +74,32 @@ class MoteTrainer(Trainer):
 
         The gates' loss, where there is one, is averaged over the batches and processes of the update.
         """
-        if self.step_weights is None:
+        outputs = None
+        averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        if self.step_weights is None and (self._head() is None or self.label_smoother or not averaged):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
-            labels = inputs.pop("labels")
-            outputs = model(**inputs)
-            weights = token_weights({**inputs, "labels": labels}, self.step_weights)
-            loss = (token_losses(outputs.logits, labels) * weights).sum() / num_items_in_batch
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+            losses = self._losses(model, inputs)
+            if self.step_weights is not None:
+                losses = losses * token_weights(inputs, self.step_weights)
+            loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes  # whose gradients are averaged
         if self.gated:
             loss = loss + gate_loss(model) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Cross-entropy of each token but the first (B, T-1), 0 where there is no label."""
+        given, labels = {name: value for name, value in inputs.items() if name != "labels"}, inputs["labels"]
+        head = self._head()
+        if head is None:
+            return token_losses(model(**given).logits, labels)
+        return tiled_losses(model, given, labels, head)
+
+    def _head(self) -> Head | None:
+        """`plain_head` of the model, where it is computed as it stands: not compiled, and in its own dtype."""
+        if self.args.torch_compile or self.accelerator.mixed_precision != "no":
+            return None
+        return plain_head(self.accelerator.unwrap_model(self.model))
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, **_: Any) -> dict[str, float]:
@@ -93,9 +109,9 @@ class MoteTrainer(Trainer):
         sums_G = torch.zeros(len(groups), 2, dtype=torch.float64, device=self.args.device)
         for batch in self.get_eval_dataloader(eval_dataset):
             batch = self._prepare_inputs(batch)
-            labels, steps = batch.pop("labels"), batch["step_ids"][:, 1:]
+            labels, steps = batch["labels"], batch["step_ids"][:, 1:]
             batch.pop("question_experts")  # held-out loss reads the question as inference does
-            loss = token_losses(self.model(**batch).logits, labels)
+            loss = self._losses(self.model, batch)
             trained = labels[:, 1:] != IGNORED
             marker = torch.isin(labels[:, 1:], labels.new_tensor(self.markers.starts + self.markers.ends))
             parts = [trained, trained & marker]
@@ -118,12 +134,6 @@ class Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before the epoch's first batch, and where a run that was cut goes on in the middle of one."""
         self.chains.set_epoch(int(state.epoch + 1e-6))
-
-
-def token_losses(logits_B_T_V: Tensor, labels_B_T: Tensor) -> Tensor:
-    """Cross-entropy of each token but the first (B, T-1), given those before it; 0 where the label is `IGNORED`."""
-    logits = logits_B_T_V[:, :-1].transpose(1, 2).float()
-    return torch.nn.functional.cross_entropy(logits, labels_B_T[:, 1:], ignore_index=IGNORED, reduction="none")
 
 
 def token_weights(batch: dict[str, Any], weights_S: Tensor) -> Tensor:

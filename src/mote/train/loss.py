@@ -1,0 +1,124 @@
+"""Cross-entropy of the tokens that have a label, without the logits of all tokens in memory at once.
+
+A frozen output head needs no gradient of its own, so the gradient of the hidden states is computed with the loss, tile
+by tile: two products a tile, and a tile of logits is the most there ever is. Tokens without a label are left out.
+Shapes: B row, T token, N token with a label, D model, V vocabulary, K trained rows of the head.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+
+from mote.shapes import LLAMA_LIKE
+from mote.tokens import IGNORED
+from mote.tuner.experts import is_whole
+
+TILE = 256  # tokens whose logits are in memory at once
+
+Head = tuple[Tensor, Tensor | None, Tensor | None]  # weight (V, D), trained rows (K, D), their ids (K)
+
+
+def token_losses(logits_B_T_V: Tensor, labels_B_T: Tensor) -> Tensor:
+    """Cross-entropy of each token but the first (B, T-1), given those before it; 0 where the label is `IGNORED`.
+
+    The reference of `tiled_losses`.
+    """
+    logits = logits_B_T_V[:, :-1].transpose(1, 2).float()
+    return cross_entropy(logits, labels_B_T[:, 1:], ignore_index=IGNORED, reduction="none")
+
+
+def tiled_losses(model: nn.Module, inputs: dict[str, Any], labels_B_T: Tensor, head: Head) -> Tensor:
+    """`token_losses` (B, T-1) of a model.
+
+    Args:
+        model: What to call, a wrapper of many devices too.
+        inputs: The arguments of its forward pass.
+        labels_B_T: Its labels.
+        head: `plain_head` of the model.
+    """
+    found: list[Tensor] = []
+    decoder = next(module for module in model.modules() if isinstance(module, PeftModel)).get_base_model().get_decoder()
+    hook = decoder.register_forward_hook(lambda *call: found.append(call[2].last_hidden_state))
+    try:
+        model(**inputs, logits_to_keep=1)
+    finally:
+        hook.remove()
+    labels = labels_B_T[:, 1:]
+    trained = labels != IGNORED
+    losses_N: Tensor = TiledLoss.apply(found[0][:, :-1][trained], labels[trained], *head)  # type: ignore[no-untyped-call]
+    return losses_N.new_zeros(labels.shape).masked_scatter(trained, losses_N)
+
+
+def plain_head(model: nn.Module) -> Head | None:
+    """The output head of a model, where it is a frozen matrix (trained rows aside) and nothing follows it.
+
+    None for other models, and for a head that is quantised, sharded or trained as a whole.
+    """
+    if not isinstance(model, PeftModel) or getattr(model.config, "model_type", None) not in LLAMA_LIKE:
+        return None
+    layer, rows, ids = model.get_base_model().get_output_embeddings(), None, None
+    if isinstance(layer, TrainableTokensWrapper):
+        tokens = layer.token_adapter
+        if tokens.disable_adapters or tokens.merged or len(tokens.active_adapters) != 1:
+            return None
+        name = tokens.active_adapters[0]
+        layer, rows = tokens.base_layer, tokens.trainable_tokens_delta[name]
+        ids = torch.tensor(tokens.token_indices[name], device=rows.device)
+    if type(layer) is not nn.Linear or layer.bias is not None:
+        return None
+    weight = layer.weight
+    whole = is_whole(weight, weight.device) and (rows is None or is_whole(rows, weight.device))
+    return (weight, rows, ids) if whole and not weight.requires_grad else None
+
+
+class TiledLoss(torch.autograd.Function):
+    """Cross-entropy of hidden states through a frozen head with some trained rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, labels: Tensor, weight: Tensor, rows: Tensor | None, ids: Tensor | None) -> Tensor:
+        """X (N, D), labels (N), weight (V, D), rows (K, D), ids (K) -> losses (N), in float32."""
+        wants_x, wants_rows = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        losses = x.new_empty(len(x), dtype=torch.float32)
+        grad_x = torch.empty_like(x) if wants_x else None
+        own = x.new_empty(len(x), 0 if ids is None else len(ids), dtype=torch.float32)
+        given = None if rows is None else rows.to(x.dtype)
+        change = None if given is None or ids is None else given - weight[ids]
+        for begin in range(0, len(x), TILE):
+            tile = slice(begin, begin + TILE)
+            logits = x[tile] @ weight.t()
+            if given is not None and ids is not None:
+                logits.index_copy_(-1, ids, x[tile] @ given.t())
+            logits = logits.float()
+            label = labels[tile, None]
+            total = logits.logsumexp(-1, keepdim=True)
+            losses[tile] = (total - logits.gather(-1, label)).squeeze(-1)
+            if not (wants_x or wants_rows):
+                continue
+            # From here on they are the gradient of the logits: probability, minus 1 at the label.
+            logits.sub_(total).exp_().scatter_add_(-1, label, logits.new_full(label.shape, -1.0))
+            if ids is not None:
+                own[tile] = logits[:, ids]
+            if grad_x is not None:
+                grad_x[tile] = logits.to(x.dtype) @ weight
+                if change is not None:
+                    grad_x[tile] += own[tile].to(x.dtype) @ change
+        ctx.save_for_backward(x if wants_rows else None, grad_x, own)
+        ctx.rows_dtype = None if rows is None else rows.dtype
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Each token's own gradients, as the forward pass left them, times the gradient of its loss."""
+        x, grad_x, own = ctx.saved_tensors
+        if grad_x is not None:
+            grad_x = grad_x * grad[:, None].to(grad_x.dtype)
+        grad_rows = None
+        if x is not None:
+            grad_rows = ((own * grad[:, None]).t().to(x.dtype) @ x).to(ctx.rows_dtype)
+        return grad_x, None, None, grad_rows, None
