@@ -1,4 +1,4 @@
-"""Peak memory of training one variant on a CPU, in a process of its own: this module, run with settings and a name."""
+"""Peak memory of training on a CPU, in a process of its own: a module, run with settings and a name."""
 
 import json
 import subprocess
@@ -9,13 +9,18 @@ from mote.errors import MoteError
 from mote.memory import resident_peak_mb
 
 
-def peak_mb_apart(settings: dict[str, Any], name: str) -> float:
-    """Peak MB of a fresh process that loads the base model, adds the variant and makes two training steps.
+def peak_mb_apart(settings: dict[str, Any], name: str, module: str = "mote.bench.memory") -> float:
+    """Peak MB of a fresh process that runs a module, which prints it.
+
+    Args:
+        settings: What the module reads as its first argument, as JSON.
+        name: What it trains, its second one.
+        module: This one loads the base model, adds a variant of `mote bench experts` and makes two training steps.
 
     Raises:
         MoteError: The process failed.
     """
-    command = [sys.executable, "-m", "mote.bench.memory", json.dumps(settings), name]
+    command = [sys.executable, "-m", module, json.dumps(settings), name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]

@@ -104,12 +104,17 @@ def load_model(settings: Settings) -> Any:
     """The base model: a real one, or one of random weights made on the device."""
     if settings.model is not None:
         return load_base(settings.model, settings.device, settings.dtype).model
+    assert settings.shape is not None
+    return load_shape(settings.shape, settings.device, settings.dtype)
+
+
+def load_shape(shape: str, device: str, dtype: str) -> Any:
+    """A model of random weights, of one of `SHAPES`, made on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    assert settings.shape is not None
-    config = LlamaConfig(**SHAPES[settings.shape], bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
-    with torch.device(settings.device):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, settings.dtype), attn_implementation=default_attention(settings.device)
+            config, dtype=getattr(torch, dtype), attn_implementation=default_attention(device)
         )

@@ -1,0 +1,85 @@
+"""Held-out loss after one masked pass, and after training on the seven data sets of the same chains."""
+
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mote.bench.chains import Ground
+from mote.bench.skipping import Pass, batches, seven
+from mote.bench.timing import say
+from mote.bench.trainers import with_experts
+from mote.masks import sdpa_mask
+from mote.tokens import IGNORED, Tokens
+
+LEARNING_RATE = 5e-4  # the quickstart's
+
+
+def compare_held_out(ground: Ground, seeds: int, updates: int, skip_p: float) -> dict[str, Any]:
+    """Train both arms from the same start on the same chains in the same order, once for each seed.
+
+    An update of one arm is a masked row; of the other, the seven data sets' rows of that chain, packed into one. The
+    loss is that of the text and end markers of held-out chains in all their seven forms: start markers are left out,
+    since the arms are taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
+
+    Returns:
+        Losses by arm and seed, before and after, of all forms and of the whole chains alone; ratios of the first.
+    """
+    rows = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
+    losses: dict[str, list[list[float]]] = {"before": [], "masked": [], "seven": []}
+    count = min(updates, 2 * len(rows) // 3)
+    for seed in range(seeds):
+        order = random.Random(seed).sample(rows, len(rows))
+        train, held = order[:count], order[count:]
+        for arm in ("masked", "seven"):
+            say(f"held-out loss: seed {seed}, {arm}")
+            torch.manual_seed(seed)
+            model = with_experts(ground, ground.config, False)
+            if arm == "masked":
+                losses["before"].append(_held_out(model, ground, held))
+            _train(model, ground, train, arm == "masked", skip_p, seed)
+            losses[arm].append(_held_out(model, ground, held))
+    ratios = [masked[0] / built[0] for masked, built in zip(losses["masked"], losses["seven"], strict=True)]
+    return {
+        "chains": {"trained on": count, "held out": len(rows) - count},
+        "updates": count,
+        "learning_rate": LEARNING_RATE,
+        "loss of all forms, of whole chains": losses,
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "median": round(statistics.median(ratios), 4),
+    }
+
+
+def _train(model: Any, ground: Ground, rows: Sequence[Tokens], masked: bool, skip_p: float, seed: int) -> None:
+    for index, row in enumerate(rows):
+        forms = [row] if masked else seven(row)
+        room = sum(len(form.ids) for form in forms)
+        [batch] = batches(forms, skip_p if masked else 0.0, room, 1, ground.tokenizer.pad_token_id,
+                          ground.model.device, seed * len(rows) + index)  # fmt: skip
+        if index == 0:
+            step = Pass(model, [batch], sdpa_mask)
+            step.optimizer.param_groups[0]["lr"] = LEARNING_RATE
+        step.batches = [batch]
+        step()
+
+
+@torch.no_grad()
+def _held_out(model: Any, ground: Ground, rows: Sequence[Tokens]) -> list[float]:
+    """Mean loss of text and end markers, over all forms of the rows and over the rows themselves."""
+    model.eval()
+    starts = torch.tensor([start for start, _ in ground.config.markers.values()], device=ground.model.device)
+    totals = []
+    for forms in ([form for row in rows for form in seven(row)], rows):
+        drawn = batches(forms, 0.0, 1024, 1, ground.tokenizer.pad_token_id, ground.model.device)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in drawn:
+            batch.pop("question_experts")
+            losses: Tensor = Pass(model, [], sdpa_mask).losses(batch)
+            labels = batch["labels"][:, 1:]
+            counted = (labels != IGNORED) & ~torch.isin(labels, starts)
+            sums += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()
+        totals.append(round(float(sums[0] / sums[1]), 5))
+    return totals
