@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
 
+from mote.attention import GROUPED_SDPA, grouped_sdpa
 from mote.errors import UserError
-from mote.masks import PADDING, block_mask, draw_sight, positions, sdpa_mask, skip_chances
+from mote.masks import PADDING, block_mask, document_mask, draw_sight, positions, sdpa_mask, skip_chances
 from mote.packing import DrawnChain, collate
 from mote.tokens import IGNORED, Tokens
 
@@ -150,6 +151,33 @@ def test_three_forms_have_the_same_outputs_and_gradients(rows: list[Row], seed: 
             strict=True,
         ):
             torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), st.integers(0, 10**6))
+def test_attention_document_by_document_equals_the_whole_mask(rows: list[Row], seed: int) -> None:
+    """Outputs and gradients, padding aside, through the CPU's attention with and without what it knows of documents."""
+    generator = torch.Generator().manual_seed(seed)
+    length, arguments = len(rows[0].tokens), tensors(rows)
+    real = (arguments[2] != PADDING)[:, :, None, None]
+    found = []
+    for mask in (sdpa_mask(*arguments), document_mask(*arguments)):
+        generator.manual_seed(seed)
+        given_ = [
+            torch.randn(len(rows), heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+            for heads in (4, 2, 2)
+        ]
+        out = grouped_sdpa(torch.nn.Module(), *given_, mask)[0].masked_fill(~real, 0)
+        assert type(out) is Tensor
+        upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        found.append([out, *torch.autograd.grad(out, given_, upstream)])
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-10, rtol=0)
+
+
+def test_documents_that_see_everything_need_no_mask() -> None:
+    rows = [Row(2, [Chain([3, 2, 0, 2], sight_without(())), Chain([2, 1, 0, 1], sight_without(((3, 1),)))], 1)]
+    assert document_mask(*tensors(rows)).documents == [[(2, True), (7, True), (4, False), (1, True)]]
 
 
 def long_rows() -> list[Row]:
@@ -298,7 +326,7 @@ def test_seeing_everything_is_plain_causal_attention() -> None:
     torch.testing.assert_close(losses[0], wanted, atol=1e-5, rtol=0)
 
 
-def test_a_whole_model_is_the_same_with_both_masks() -> None:
+def test_a_whole_model_is_the_same_with_all_masks() -> None:
     """Packed rows through transformers' own FlexAttention, which takes the block mask as it is: logits, gradients."""
     model = adapted().train()
     drawn = [
@@ -309,11 +337,13 @@ def test_a_whole_model_is_the_same_with_both_masks() -> None:
     batch = collate([drawn[:2], drawn[2:]], pad_id=0)
     arguments = [batch["step_ids"], batch.pop("sight"), batch["document_ids"]]
     found = []
-    for name, mask in (("sdpa", sdpa_mask(*arguments)), ("flex_attention", block_mask(*arguments))):
+    masks = {"sdpa": sdpa_mask, "flex_attention": block_mask, GROUPED_SDPA: document_mask}
+    for name, mask in masks.items():
         model.base_model.model.set_attn_implementation(name)
         model.zero_grad()
-        model(**batch, attention_mask=mask).loss.backward()
+        model(**batch, attention_mask=mask(*arguments)).loss.backward()
         found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert len(found[0]) > 10 and any(grad.abs().max() > 1e-3 for grad in found[0])
-    for first, second in zip(*found, strict=True):
-        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+    for first, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(first, other, atol=1e-5, rtol=1e-4)

@@ -16,6 +16,17 @@ from transformers.masking_utils import sdpa_mask
 GROUPED_SDPA = "grouped_sdpa"
 
 
+class DocumentMask(Tensor):
+    """A mask (B, 1, T, T), bool, of rows whose documents do not see each other.
+
+    Attributes:
+        documents: Of each row, from its first token to its last: the length of each document, and whether each of its
+            tokens sees all before it.
+    """
+
+    documents: list[list[tuple[int, bool]]]
+
+
 def grouped_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -48,6 +59,8 @@ def grouped_sdpa(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
         return out, None
+    if isinstance(attention_mask, DocumentMask):
+        return _by_document(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
@@ -60,6 +73,36 @@ def grouped_sdpa(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention (B, H, T, D) within each document alone, without what the mask would rule out between them.
+
+    Equals SDPA with the mask as it is, its reference, but for padding, which nothing sees.
+    """
+    edges_B_T_T, rows = mask.as_subclass(Tensor)[:, 0], []
+    for row, documents in enumerate(mask.documents):
+        lengths, parts, begin = [length for length, _ in documents], [], 0
+        pieces = zip(*(whole[row].split(lengths, dim=1) for whole in (query, key, value)), strict=True)
+        for (length, sees_all), (q, k, v) in zip(documents, pieces, strict=True):
+            end = begin + length
+            parts.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    q[None],
+                    k[None],
+                    v[None],
+                    attn_mask=None if sees_all else edges_B_T_T[row, begin:end, begin:end],
+                    dropout_p=dropout,
+                    scale=scaling,
+                    is_causal=sees_all,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+            )
+            begin = end
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
 
 
 AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)

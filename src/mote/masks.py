@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from mote.attention import DocumentMask
 from mote.errors import UserError
 
 PADDING = -1  # the document of padding
@@ -108,6 +109,25 @@ def sdpa_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> 
     row = torch.arange(rows, device=steps_B_T.device)[:, None, None, None]
     token = torch.arange(length, device=steps_B_T.device)
     return edge(steps_B_T, sight_B_T_S, documents_B_T)(row, 0, token[:, None], token)
+
+
+def document_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> DocumentMask:
+    """`sdpa_mask` that knows its documents, for the attention of a CPU (`mote.attention`). Arguments as in `edge`.
+
+    A document whose steps were drawn to see everything is known to be plain causal attention.
+    """
+    mask = sdpa_mask(steps_B_T, sight_B_T_S, documents_B_T).as_subclass(DocumentMask)
+    mask.documents = []
+    for documents_T, sight_T_S in zip(documents_B_T, sight_B_T_S, strict=True):
+        numbers, lengths = torch.unique_consecutive(documents_T, return_counts=True)
+        seen = sight_T_S.all(-1).split(lengths.tolist())
+        mask.documents.append(
+            [
+                (len(part), number == PADDING or bool(part.all()))
+                for number, part in zip(numbers.tolist(), seen, strict=True)
+            ]
+        )
+    return mask
 
 
 def block_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> BlockMask:

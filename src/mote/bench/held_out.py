@@ -12,7 +12,7 @@ from mote.bench.chains import Ground
 from mote.bench.skipping import Pass, batches, seven
 from mote.bench.timing import say
 from mote.bench.trainers import with_experts
-from mote.masks import sdpa_mask
+from mote.masks import document_mask
 from mote.tokens import IGNORED, Tokens
 
 LEARNING_RATE = 5e-4  # the quickstart's
@@ -60,7 +60,7 @@ def _train(model: Any, ground: Ground, rows: Sequence[Tokens], masked: bool, ski
         [batch] = batches(forms, skip_p if masked else 0.0, room, 1, ground.tokenizer.pad_token_id,
                           ground.model.device, seed * len(rows) + index)  # fmt: skip
         if index == 0:
-            step = Pass(model, [batch], sdpa_mask)
+            step = Pass(model, [batch], document_mask)
             step.optimizer.param_groups[0]["lr"] = LEARNING_RATE
         step.batches = [batch]
         step()
@@ -77,7 +77,7 @@ def _held_out(model: Any, ground: Ground, rows: Sequence[Tokens]) -> list[float]
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in drawn:
             batch.pop("question_experts")
-            losses: Tensor = Pass(model, [], sdpa_mask).losses(batch)
+            losses: Tensor = Pass(model, [], document_mask).losses(batch)
             labels = batch["labels"][:, 1:]
             counted = (labels != IGNORED) & ~torch.isin(labels, starts)
             sums += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()

@@ -21,7 +21,7 @@ from mote.bench.measures import synchronize
 from mote.bench.variants import share
 from mote.config import Recipe
 from mote.errors import UserError
-from mote.masks import block_mask, skip_chances
+from mote.masks import block_mask, document_mask, skip_chances
 from mote.memory import peak_memory_mb
 from mote.packing import ChainDataset, collate
 from mote.tokens import IGNORED
@@ -129,8 +129,7 @@ def _mote(ground: Ground, given: Training, packed: bool) -> MoteTrainer:
     )
     assert ground.config.routing is not None
     trainer.markers, trainer.expert_names, trainer.marker_learning_rate = ground.config.routing, STEPS, None
-    if flex:
-        trainer.make_mask = block_mask
+    trainer.make_mask = block_mask if flex else document_mask
     return trainer
 
 

@@ -18,7 +18,7 @@ from mote.bench.trainers import ARMS, PACKED, PADDED, SFT_AGAIN, SFT_PACKED, SFT
 from mote.errors import UserError
 from mote.files import write_json
 from mote.machine import environment
-from mote.masks import block_mask, sdpa_mask
+from mote.masks import block_mask, document_mask
 from mote.models import EMBEDDED, default_device, default_dtype
 
 MEASURES = ("memory", "skipping", "masks", "trainers", "held-out")
@@ -174,7 +174,7 @@ def _passes(settings: Settings, ground: Ground, result: dict[str, Any]) -> Itera
     """What is measured on chains of all three steps, and an epoch of all chains."""
     given, on_gpu = settings.training, settings.device.startswith("cuda")
     model = with_experts(ground, ground.config, on_gpu)
-    make_mask, pad_id = (block_mask if on_gpu else sdpa_mask), ground.tokenizer.pad_token_id
+    make_mask, pad_id = (block_mask if on_gpu else document_mask), ground.tokenizer.pad_token_id
     whole = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)][: settings.whole]
     if not whole:
         raise UserError("chains: none has analysis, guidance and response; give a file with some, or a larger --count")

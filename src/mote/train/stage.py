@@ -15,12 +15,13 @@ from peft import get_peft_model
 from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from mote.attention import GROUPED_SDPA
 from mote.baselines import TokenGatedConfig
 from mote.config import Recipe
 from mote.errors import UserError
 from mote.footprint import advice, training_bytes
 from mote.machine import is_first_process
-from mote.masks import block_mask, skip_chances
+from mote.masks import block_mask, document_mask, skip_chances
 from mote.memory import memory_there_is
 from mote.methods import METHODS, settled, steps_of
 from mote.models import Base, default_device, fingerprint
@@ -118,6 +119,8 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     if flex:
         trainer.make_mask = block_mask
         base.model.set_attn_implementation("flex_attention")
+    elif base.model.config._attn_implementation == GROUPED_SDPA and not arguments.torch_compile:
+        trainer.make_mask = document_mask
     checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
     with writing("train", folder, GO_ON):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
