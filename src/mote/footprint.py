@@ -7,6 +7,7 @@ from mote.config import Recipe
 from mote.methods import METHODS
 from mote.shapes import ModelShape, count_parameters, experts_of, linear_shapes
 
+TILE = 256  # tokens whose logits are in memory at once (mote.train.loss)
 RUNTIME_BYTES = 0.6e9  # Python and its libraries
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTISED = {"8bit": 1.0, "4bit": 0.53}  # bytes of a quantised weight; 4 bits have a constant for 64 of them
@@ -45,9 +46,9 @@ def training_bytes(recipe: Recipe, shape: ModelShape, dtype: str, trainable: int
     """Peak memory of training in one process, within 20 % of what was measured (docs/decisions/0027).
 
     Weights; 16 A, what is trained in float32 with its gradient and AdamW's two moments; and for each token of a full
-    batch what its blocks keep, and its logits. With gradient checkpointing a block keeps D values, and only one at a
-    time all of it. Logits are kept in the model's dtype and three times in float32: for the loss, its softmax, its
-    gradient.
+    batch what its blocks keep. With gradient checkpointing a block keeps D values, and only one at a time all of it. To
+    this come the gradients of one block, and the logits of a tile of tokens, of all where `holds_all_logits`: in the
+    model's dtype, and three times in float32 for the loss, its softmax, its gradient.
 
     Args:
         recipe: With what its method fixes put in.
@@ -61,7 +62,14 @@ def training_bytes(recipe: Recipe, shape: ModelShape, dtype: str, trainable: int
     kept = shape.layers * shape.hidden * size + block if checkpoints(recipe) else shape.layers * block
     tokens = settings.per_device_train_batch_size * length
     fixed = RUNTIME_BYTES + weights_bytes(shape, dtype, settings.quantization) + 16 * trainable
-    return round(fixed + tokens * (kept + shape.vocab * (size + 12)))
+    logits = tokens * (size + 12) if holds_all_logits(recipe) else min(tokens, TILE) * (size + 12)
+    return round(fixed + tokens * (kept + block) + shape.vocab * logits)
+
+
+def holds_all_logits(recipe: Recipe) -> bool:
+    """Whether a setting has the loss computed from the logits of all tokens (docs/decisions/0016)."""
+    extra = recipe.train.model_extra or {}
+    return any(extra.get(name) for name in ("bf16", "fp16", "torch_compile", "label_smoothing_factor"))
 
 
 def checkpoints(recipe: Recipe) -> bool:

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "safetensors", "inspect-ai")
+_PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "inspect-ai")
 
 
 def is_first_process() -> bool:

@@ -89,7 +89,7 @@ class Pass:
 
     def flops(self) -> float:
         """Floating-point operations of one call; of attention as if every query met every key of its row."""
-        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             self()
         return float(counter.get_total_flops())
 
@@ -128,7 +128,7 @@ def _attention_back(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: 
     return int(2 * rows * heads * length * key[2] * (3 * size + 2 * value[3]))  # scores once more, four gradients
 
 
-_UNCOUNTED = {  # by PyTorch's own counter: the experts' products in place, and SDPA on a CPU
+UNCOUNTED = {  # by PyTorch's own counter: the experts' products in place, and SDPA on a CPU
     aten.addmm_: _addmm,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,

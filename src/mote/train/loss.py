@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
+from mote.footprint import TILE
 from mote.shapes import LLAMA_LIKE
 from mote.tokens import IGNORED
 from mote.tuner.experts import is_whole
-
-TILE = 256  # tokens whose logits are in memory at once
 
 Head = tuple[Tensor, Tensor | None, Tensor | None]  # weight (V, D), trained rows (K, D), their ids (K)
 
