@@ -85,7 +85,7 @@ def _by_document(
     edges_B_T_T, rows = mask.as_subclass(Tensor)[:, 0], []
     for row, documents in enumerate(mask.documents):
         lengths, parts, begin = [length for length, _ in documents], [], 0
-        pieces = zip(*(whole[row].split(lengths, dim=1) for whole in (query, key, value)), strict=True)
+        pieces = zip(*(torch.split(whole[row], lengths, dim=1) for whole in (query, key, value)), strict=True)
         for (length, sees_all), (q, k, v) in zip(documents, pieces, strict=True):
             end = begin + length
             parts.append(
