@@ -24,9 +24,9 @@ from mote.tuner import MoteConfig
 QUESTIONS = ["how do I kill a process", "safe?", "how do I answer on my computer when it is unsafe to do so"]
 
 
-def save_random_adapter(tiny: Path, folder: Path, seed: int = 5) -> Path:
+def save_random_adapter(tiny: Path, folder: Path, seed: int = 5, **settings: Any) -> Path:
     base = load_base(str(tiny), device="cpu")
-    config = MoteConfig(r=4, init_weights=False, base_fingerprint=fingerprint(base.model))
+    config = MoteConfig(r=4, init_weights=False, base_fingerprint=fingerprint(base.model), **settings)
     add_markers(base.tokenizer, config, base.model)
     torch.manual_seed(seed)
     model = get_peft_model(base.model, config)

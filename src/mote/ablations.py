@@ -147,7 +147,7 @@ def _recipe_of(wanted: Ablations, variant: Variant, seed: int) -> Recipe:
     except ValidationError as error:
         raise UserError(f"recipe: the variant '{variant.name}': {first_line(error)}") from error
     scheme = load_scheme(recipe.scheme)
-    possible = set(scheme.only(steps_of(recipe, scheme)).modes) - {BASE}
+    possible = set(scheme.only(steps := steps_of(recipe, scheme)).modes_of(steps)) - {BASE}
     if METHODS[variant.method].apart:
         possible -= {ADAPTIVE}
     modes = tuple(mode for mode in recipe.answer.modes if mode in possible)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from mote.attempts import Item
 from mote.batching import Batcher, Request
 from mote.grammar import OpenStep
 from mote.seeds import seed_of
@@ -27,13 +28,13 @@ class Steps:
     budgets: Sequence[Callable[[int], int]]
 
 
-def submit_steps(batcher: Batcher, steps: Steps) -> "Future[list[int]]":
+def submit_steps(batcher: Batcher, steps: Steps) -> "Future[list[Item]]":
     """Queue the first step; each step's end queues the next one.
 
     Returns:
         A future of all written ids, start markers included; cancelling it ends the answer with its step.
     """
-    result: Future[list[int]] = Future()
+    result: Future[list[Item]] = Future()
     on_token = steps.request.on_token
 
     def go_on(written: list[int], number: int) -> None:
@@ -41,7 +42,7 @@ def submit_steps(batcher: Batcher, steps: Steps) -> "Future[list[int]]":
             return
         if number == len(steps.grammars):
             if result.set_running_or_notify_cancel():
-                result.set_result(written)
+                result.set_result([*written])
             return
         grammar = steps.grammars[number]
         grammar.max_step_tokens = steps.budgets[number](len(written))

@@ -50,6 +50,8 @@ class Request:
         adapted: Read and write with the adapter, where there is one.
         words: Write nothing; give the probability of the first of these token ids against the second.
         on_token: Called with each written token, in the batcher's thread.
+        follow: Called with the result, in the batcher's thread; it must not raise. Gives the request that the row goes
+            on with, whose prompt begins with this one's, or the result of the row.
     """
 
     ids: Sequence[int]
@@ -62,7 +64,8 @@ class Request:
     frequency_penalty: float = 0.0
     adapted: bool = True
     words: tuple[int, int] | None = None
-    on_token: Callable[[int], None] | None = None
+    on_token: Callable[[Any], None] | None = None
+    follow: "Callable[[Any], Request | Any] | None" = None
 
 
 @dataclass(eq=False)
@@ -232,11 +235,34 @@ class Batcher:
         for row, part in parts:
             row.read += part.stop - part.start
         rows = [*writing, *(row for row, _ in read)]
-        ended = self._take(rows, logits) if rows else []
+        results = self._take(rows, logits) if rows else []
         # Prompts that are read become written rows: they lie in the slots right behind those, in order.
         self._writing += [row for row, _ in read]
         self._reading = self._reading[len(read) :]
-        self._drop(ended)
+        self._drop([row for row, result in results if not self._goes_on(row, result)])
+
+    def _goes_on(self, row: _Row, result: Any) -> bool:
+        """Whether another request follows in the row's slot; else its result is given."""
+        following = row.request.follow(result) if row.request.follow is not None else result
+        if not isinstance(following, Request):
+            if row.result.set_running_or_notify_cancel():  # False: it was cancelled meanwhile
+                row.result.set_result(following)
+            return False
+        # What lies in the slot is a pure function of the ids: what the new prompt begins with is not computed again.
+        held, begin = [*row.request.ids, *row.written][: row.prefix.length + row.read], following.ids[:-1]
+        same = next(
+            (i for i, (a, b) in enumerate(zip(held, begin, strict=False)) if a != b), min(len(held), len(begin))
+        )
+        place, last = self._writing.index(row), len(self._writing) - 1
+        self._cache.swap(place, last, max(row.read, self._writing[last].read))
+        self._writing[place] = self._writing[last]
+        self._writing.pop()
+        self._reading.insert(0, row)  # which begin in the slot behind the last written row's
+        row.request, row.read, row.written = following, same - row.prefix.length, []
+        row.steps = self._steps(following)
+        row.step = row.steps[-1] if row.steps else QUESTION
+        self._cache.reserve(row.most)
+        return True
 
     def _forward(self, writing: list[_Row], parts: list[tuple[_Row, Reading]], keep: Tensor | None) -> Tensor:
         """Logits (len(keep), V) of the kept tokens; without any, of none that matters."""
@@ -279,12 +305,12 @@ class Batcher:
         self.tokens_computed += len(ids)
         return logits
 
-    def _take(self, rows: list[_Row], logits_B_V: Tensor) -> list[_Row]:
-        """Choose the next token of each row; gives the rows that have ended."""
-        ended = [row for row in rows if row.request.words is not None]
+    def _take(self, rows: list[_Row], logits_B_V: Tensor) -> list[tuple[_Row, Any]]:
+        """Choose the next token of each row; gives the rows that have ended, with their results."""
+        ended: list[tuple[_Row, Any]] = []
         for row, logits_V in zip(rows, logits_B_V, strict=True):
             if row.request.words is not None:
-                _finish(row, float(logits_V[list(row.request.words)].float().softmax(0)[0]))
+                ended.append((row, float(logits_V[list(row.request.words)].float().softmax(0)[0])))
         places = [i for i, row in enumerate(rows) if row.request.words is None]
         if not places:
             return ended
@@ -299,8 +325,7 @@ class Batcher:
             if row.request.on_token is not None:
                 row.request.on_token(token)
             if row.request.grammar.ended(row.written) or len(row.written) == row.request.limit:
-                _finish(row, row.written)
-                ended.append(row)
+                ended.append((row, row.written))
         return ended
 
     def _drop(self, gone: list[_Row]) -> None:
@@ -341,11 +366,6 @@ def _masked(logits_V: Tensor, row: _Row) -> Tensor:
         ids = torch.tensor(row.written, device=logits_V.device)
         logits_V = logits_V.index_add(0, ids, logits_V.new_full((len(ids),), -penalty))
     return row.request.grammar.mask(logits_V, row.written)
-
-
-def _finish(row: _Row, result: Any) -> None:
-    if row.result.set_running_or_notify_cancel():  # False: it was cancelled meanwhile
-        row.result.set_result(result)
 
 
 def _groups(rows: list[_Row], device: torch.device) -> list[tuple[Prefix, Tensor | slice]]:

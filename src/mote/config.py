@@ -100,6 +100,7 @@ class AnswerSettings(_Settings):
     max_step_tokens: int = Field(256, ge=1, description="budget of one step; it is then closed and the answer goes on")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus, where the temperature is above 0")
+    check_threshold: float = Field(0.5, ge=0, le=1, description="adaptive+check: least probability of a safe answer")
     batch_size: int = Field(16, ge=1)
 
 

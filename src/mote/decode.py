@@ -13,16 +13,18 @@ from peft import PeftConfig, PeftModel
 
 import mote.baselines  # noqa: F401 (makes PEFT know their adapters)
 from mote.apart import Steps, submit_steps
+from mote.attempts import Item, settle
 from mote.batching import Batcher, Request
+from mote.checking import SelfCheck, Verdicts
 from mote.errors import UserError
 from mote.events import Event, Events
 from mote.grammar import FreeText, OpenStep, StepGrammar
 from mote.models import Base, fingerprint, load_base
-from mote.records import Answer, AnswerTokens, Finish, Message, Question, StepText
+from mote.records import Answer, AnswerTokens, Check, Finish, Message, Question, StepText
 from mote.routing import Markers
 from mote.seeds import seed_of
-from mote.steps import ADAPTIVE, BASE, Chain, Scheme, load_scheme
-from mote.tokens import check_markers, decode_steps, encode_prompt, special_ids
+from mote.steps import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme, load_scheme
+from mote.tokens import check_markers, decode_steps, encode_choice, encode_prompt, special_ids
 from mote.tuner import MoteConfig
 
 _LEAST = 4  # tokens of a step with its markers, where the budget in all is small
@@ -56,6 +58,11 @@ class Model:
         self.tokenizer = base.tokenizer
         self.batcher = Batcher(model, batch_size, self.markers if config else None)
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes it can answer in."""
+        return self.scheme.modes_of(self.experts) if self.config else (BASE,)
+
     def answer(
         self,
         asked: Asked | Sequence[Asked],
@@ -66,6 +73,7 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 0.95,
         seed: int = 0,
+        check_threshold: float = 0.5,
         system: str = "mote",
         on_event: Callable[[Event], None] | None = None,
     ) -> Any:
@@ -73,12 +81,14 @@ class Model:
 
         Args:
             asked: A text, a message list, a `Question`, or a list of these.
-            mode: `direct`, `analysis`, `full`, `adaptive` (the model chooses its steps) or `base` (adapter off).
+            mode: `direct`, `analysis`, `full`, `adaptive` (the model chooses its steps), `adaptive+check` (and goes on
+                to the next deeper chain while its trained check finds the answer unsafe) or `base` (adapter off).
             max_step_tokens: Budget of one step; it is then closed and the answer goes on.
             max_tokens: Budget in all; half of it is the answer's.
             temperature: 0 is greedy.
             top_p: Nucleus to sample from; sampling draws from `seed` and the question, whatever the batch.
             seed: Seed of the sampling.
+            check_threshold: Least probability of a safe answer, in the mode `adaptive+check`.
             system: Name of the system in the answers.
             on_event: Called with every `Event` while a single question is answered.
 
@@ -96,26 +106,26 @@ class Model:
         if not questions:
             return []
         began, limits = time.monotonic(), Limits(max_step_tokens, max_tokens)
-        tokens: SimpleQueue[int | None] = SimpleQueue()
+        tokens: SimpleQueue[Item | None] = SimpleQueue()
         futures = [
             self.submit(
                 question, mode, limits, temperature=temperature, top_p=top_p, seed=seed,
-                on_token=tokens.put if on_event is not None else None,
+                check_threshold=check_threshold, on_token=tokens.put if on_event is not None else None,
             )
             for question in questions
         ]  # fmt: skip
         try:
             if on_event is not None:  # called in this thread: what it raises is the caller's
                 futures[0].add_done_callback(lambda _: tokens.put(None))
-                self._tell(tokens, on_event)
+                self._tell(tokens, on_event, self.events(mode))
             written = [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
         seconds = round((time.monotonic() - began) / len(questions), 3)
         answers = [
-            self.read(question, ids, mode, limits, system, seconds)
-            for question, ids in zip(questions, written, strict=True)
+            self.read(question, items, mode, limits, system, seconds)
+            for question, items in zip(questions, written, strict=True)
         ]
         return answers[0] if single else answers
 
@@ -128,17 +138,19 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 0.95,
         seed: int = 0,
+        check_threshold: float = 0.5,
         shared: bool = False,
-        on_token: Callable[[int], None] | None = None,
-    ) -> "Future[list[int]]":
+        on_token: Callable[[Item], None] | None = None,
+    ) -> "Future[list[Item]]":
         """Queue a question (`request`); its row joins the running batch.
 
         Returns:
-            A future of the written ids, for `read`; cancelling it ends the row.
+            A future of what is written, for `read`; cancelling it ends the row.
         """
         request = self.request(
-            question, mode, limits, temperature=temperature, top_p=top_p, seed=seed, shared=shared, on_token=on_token
-        )
+            question, mode, limits, temperature=temperature, top_p=top_p, seed=seed, check_threshold=check_threshold,
+            shared=shared, on_token=on_token,
+        )  # fmt: skip
         if mode == BASE or self.config is None or not self.config.whole_rows:
             return self.batcher.submit(request)
         return submit_steps(self.batcher, self._apart(request, self._chains(mode), limits))
@@ -152,8 +164,9 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 0.95,
         seed: int = 0,
+        check_threshold: float = 0.5,
         shared: bool = False,
-        on_token: Callable[[int], None] | None = None,
+        on_token: Callable[[Item], None] | None = None,
     ) -> Request:
         """A question as the batcher takes it.
 
@@ -164,8 +177,9 @@ class Model:
             temperature: 0 is greedy.
             top_p: Nucleus to sample from.
             seed: Seed of the sampling.
+            check_threshold: As for `answer`.
             shared: The same question is asked in other modes about now: it is read once for all that use the adapter.
-            on_token: Called with each token, in the batch's thread; it must not raise.
+            on_token: Called with each token and each verdict, in the batch's thread; it must not raise.
 
         Raises:
             UserError: The mode is not one of the scheme's or needs an adapter, or the budget in all is too small.
@@ -185,25 +199,49 @@ class Model:
                 )
             if limits.max_tokens is not None:
                 most = min(most, limits.max_tokens)
-            grammar = StepGrammar(
-                chains, self.markers, special_ids(self.tokenizer), eos, 0, limits.max_step_tokens, limits.max_tokens
-            )
+            grammar = self._grammar(chains, limits)
         ids = encode_prompt(self.tokenizer, question.messages)
-        return Request(
+        request = Request(
             ids, grammar, most, shared=len(ids) - 1 if shared else 0, temperature=temperature, top_p=top_p,
             seed=seed_of(seed, question.id), adapted=mode != BASE, on_token=on_token,
         )  # fmt: skip
+        if mode == CHECKED:
+            request.limit += 1  # the check's marker stands behind the answer
+            depths = {depth: self._chains(depth)[0] for depth in self.scheme.depths}
+            SelfCheck(
+                request, depths, lambda depth: self._grammar([depths[depth]], limits), self.markers,
+                self._verdicts(check_threshold),
+            )  # fmt: skip
+        return request
+
+    def _grammar(self, chains: Sequence[tuple[int, ...]], limits: Limits) -> StepGrammar:
+        special, eos = special_ids(self.tokenizer), self.tokenizer.eos_token_id
+        return StepGrammar(chains, self.markers, special, eos, 0, limits.max_step_tokens, limits.max_tokens)
+
+    def _verdicts(self, threshold: float) -> Verdicts:
+        """How the trained check's verdict is read.
+
+        Raises:
+            UserError: The tokenizer cannot tell the scheme's words apart.
+        """
+        words = self.scheme.verdicts
+        if (found := encode_choice(self.tokenizer, words)) is None:
+            raise UserError(
+                f"check: in the tokens of {self.base.name} one of {words} is the beginning of the other; train with "
+                "other words (`verdicts` of the scheme)"
+            )
+        return Verdicts(self.markers.starts[self.experts.index(CHECK)], *found, words, threshold)
 
     def _chains(self, mode: str) -> list[tuple[int, ...]]:
         """The chains of a mode, as indices of the steps.
 
         Raises:
-            UserError: The mode is not one of the scheme's, or there is no adapter.
+            UserError: The mode is not one of the model's, or there is no adapter.
         """
-        allowed = self.scheme.chains_of(mode)
         if self.config is None:
             raise UserError(f"mode: '{mode}' needs a trained adapter; give one, or use the mode 'base'")
-        return [tuple(self.experts.index(step) for step in chain) for chain in allowed]
+        self.scheme.check_mode(mode, self.experts)
+        return [tuple(self.experts.index(step) for step in chain) for chain in self.scheme.chains_of(mode)]
 
     def _apart(self, request: Request, chains: Sequence[tuple[int, ...]], limits: Limits) -> Steps:
         """The steps of a chain for a model each; half of a budget in all is the answer's, as in `StepGrammar`."""
@@ -222,10 +260,17 @@ class Model:
         return Steps(request, grammars, [*budgets, lambda written: min(each, most - written - 2)])
 
     def read(
-        self, question: Question, ids: list[int], mode: str, limits: Limits, system: str = "mote", seconds: float = 0.0
+        self,
+        question: Question,
+        items: Sequence[Item],
+        mode: str,
+        limits: Limits,
+        system: str = "mote",
+        seconds: float = 0.0,
     ) -> Answer:
-        """Written ids as an `Answer`."""
-        name = self.scheme.answer
+        """What was written as an `Answer`."""
+        name, settled = self.scheme.answer, settle(items, self.markers)
+        ids, checks = settled.ids, settled.checks
         if mode == BASE:
             text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
             steps, counts = [StepText(name=name, text=text)], {name: len(ids)}
@@ -235,6 +280,7 @@ class Model:
             counts = step_lengths(ids, self.markers, self.experts)
             over = limits.max_tokens is not None and len(ids) >= limits.max_tokens
             finish = "length" if over or counts.get(name, 0) >= limits.max_step_tokens + 2 else "stop"
+            counts |= {CHECK: len(checks)} if checks else {}
         return Answer(
             **question.model_dump(),
             system=system,
@@ -242,18 +288,27 @@ class Model:
             steps=tuple(steps),
             answer=next((step.text for step in steps if step.name == name), ""),
             finish=finish,
-            tokens=AnswerTokens(steps=counts, total=len(ids)),
+            tokens=AnswerTokens(steps=counts, total=len(items), dropped=settled.dropped),
             seconds=seconds,
+            safe=checks[-1][0].safe if checks else None,
+            checks=tuple(
+                Check(
+                    depth=checked.depth,
+                    answer=decode_steps(self.tokenizer, answer, self.markers, self.experts)[0].text,
+                    safe=checked.safe,
+                    score=checked.score,
+                )
+                for checked, answer in checks
+            ),
         )
 
-    def events(self) -> Events:
-        """Turns the tokens of one answer into events."""
-        return Events(self.tokenizer, self.markers, self.experts, self.scheme.answer)
+    def events(self, mode: str) -> Events:
+        """Turns what is written of one answer in this mode into events."""
+        return Events(self.tokenizer, self.markers, self.experts, self.scheme.answer, checks=mode == CHECKED)
 
-    def _tell(self, tokens: "SimpleQueue[int | None]", on_event: Callable[[Event], None]) -> None:
-        events = self.events()
-        for token in iter(tokens.get, None):
-            for event in events.token(token):
+    def _tell(self, tokens: "SimpleQueue[Item | None]", on_event: Callable[[Event], None], events: Events) -> None:
+        while (item := tokens.get()) is not None:
+            for event in events.token(item):
                 on_event(event)
         for event in events.end():
             on_event(event)

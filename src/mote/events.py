@@ -5,49 +5,62 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mote.attempts import Checked, Item
 from mote.routing import Markers
-from mote.steps import Chain
+from mote.steps import CHECK, Chain
 
 
 class Event(BaseModel):
-    """A step begins, text comes, a step ends, all is done; `tokens` counts the step's, of `done` all."""
+    """A step begins, text comes, a step ends, all is done; `tokens` counts the step's, of `done` all.
+
+    Where the answer is checked, `draft` says that one is begun whose text is held back, `check` is the verdict on it
+    (`text` its word), and `again` says that a deeper chain begins (`text` its mode). An answer that is given follows
+    its check.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["begin", "text", "end", "done"]
+    kind: Literal["begin", "text", "end", "done", "draft", "check", "again"]
     step: str
     text: str = ""
     tokens: int = 0
+    safe: bool | None = None
+    score: float | None = None
 
 
 class Events:
-    """Turns written ids into events; text is given once it can no longer change.
+    """Turns what is written into events; text is given once it can no longer change.
 
     Args:
         tokenizer: Of the model.
         markers: The steps' markers.
         experts: The steps' names.
-        step: The step that text without markers belongs to.
+        step: The answer's step, to which text without markers belongs.
+        checks: Whether answers are checked: no text of theirs is given before.
     """
 
-    def __init__(self, tokenizer: Any, markers: Markers, experts: Chain, step: str) -> None:
+    def __init__(self, tokenizer: Any, markers: Markers, experts: Chain, step: str, checks: bool = False) -> None:
         self._tokenizer, self._markers, self._experts, self._step = tokenizer, markers, experts, step
+        self._checked = step if checks else None
         self._ids: list[int] = []
         self._shown = ""
         self._total = 0
+        self._held = False
 
-    def token(self, id_: int) -> Iterator[Event]:
-        """The events of one more token."""
+    def token(self, item: Item) -> Iterator[Event]:
+        """The events of one more token, or of a verdict."""
         self._total += 1
-        if id_ in self._markers.starts:
-            self._step = self._experts[self._markers.starts.index(id_)]
-            self._ids, self._shown = [], ""
-            yield Event(kind="begin", step=self._step)
-        elif id_ in self._markers.ends:
-            yield from self._text(final=True)
-            yield Event(kind="end", step=self._step, tokens=len(self._ids) + 2)
+        if isinstance(item, Checked):
+            yield from self._verdict(item)
+        elif item in self._markers.starts:
+            self._step = self._experts[self._markers.starts.index(item)]
+            self._ids, self._shown, self._held = [], "", self._step == self._checked
+            yield Event(kind="draft" if self._held else "begin", step=self._step)
+        elif item in self._markers.ends:
+            if not self._held:
+                yield from self._end()
         else:
-            self._ids.append(id_)
+            self._ids.append(item)
             yield from self._text()
 
     def end(self) -> Iterator[Event]:
@@ -55,7 +68,24 @@ class Events:
         yield from self._text(final=True)
         yield Event(kind="done", step=self._step, tokens=self._total)
 
+    def _verdict(self, checked: Checked) -> Iterator[Event]:
+        yield Event(
+            kind="check", step=CHECK, text=checked.word, tokens=1, safe=checked.safe, score=round(checked.score, 4)
+        )
+        if checked.deeper:
+            yield Event(kind="again", step=CHECK, text=checked.deeper)
+        else:
+            self._held = False
+            yield Event(kind="begin", step=self._step)
+            yield from self._end()
+
+    def _end(self) -> Iterator[Event]:
+        yield from self._text(final=True)
+        yield Event(kind="end", step=self._step, tokens=len(self._ids) + 2)
+
     def _text(self, final: bool = False) -> Iterator[Event]:
+        if self._held:
+            return
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         if not final and text.endswith("\ufffd"):  # a character of several tokens
             return

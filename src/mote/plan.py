@@ -18,7 +18,7 @@ from mote.memory import memory_there_is
 from mote.methods import settled, steps_of
 from mote.questions import OWN, load_questions
 from mote.shapes import ModelShape, active_parameters, count_parameters, count_trainable, find_shape
-from mote.steps import ADAPTIVE, BASE, Scheme, load_scheme
+from mote.steps import ADAPTIVE, BASE, CHECKED, Scheme, load_scheme
 
 REACH = (1.0, 0.715, 0.614)  # share of the paper's 6,000 questions that go on to each depth (section 3.1)
 AGAIN = 0.1  # share of texts that are written anew at each retry; a guess
@@ -182,7 +182,7 @@ def expected_steps(scheme: Scheme, mode: str) -> float:
     if mode == BASE:
         return 1.0
     chains = scheme.chains_of(mode)
-    if mode != ADAPTIVE:
+    if mode not in (ADAPTIVE, CHECKED):
         return float(len(chains[0]))
     reached = [*(_reach(depth) for depth in range(len(chains))), 0.0]
     return sum((reached[i] - reached[i + 1]) * len(chain) for i, chain in enumerate(chains))

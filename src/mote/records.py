@@ -61,7 +61,10 @@ class StepText(_Row):
 
 
 class Check(_Row):
-    """Safety Checking of the answer at one depth: `score` is the judge's, None where its verdict could not be read."""
+    """Safety Checking of the answer at one depth: `score` is the judge's, None where its verdict could not be read.
+
+    Of a chain that is made, the judge is the base model or another one; of an answer, it is its own trained check.
+    """
 
     depth: str
     answer: str
@@ -100,14 +103,18 @@ class ChainRow(Question):
 
 
 class AnswerTokens(_Row):
-    """Tokens written in each step, and in all (markers included)."""
+    """Tokens of each step of the answer, of what its own check dropped, and in all (markers included)."""
 
     steps: dict[str, int]
     total: int
+    dropped: int = 0
 
 
 class Answer(Question):
-    """What a system answered in one mode; `answer` is what the user reads, `steps` is all that was written."""
+    """What a system answered in one mode; `answer` is what the user reads, `steps` is its whole chain.
+
+    `safe` is the verdict of its own check, None in modes that do not check; `checks` are all answers that were tried.
+    """
 
     system: str
     mode: str
@@ -116,6 +123,8 @@ class Answer(Question):
     finish: Finish
     tokens: AnswerTokens
     seconds: float
+    safe: bool | None = None
+    checks: tuple[Check, ...] = ()
 
 
 Row = TypeVar("Row", bound=BaseModel)

@@ -22,12 +22,13 @@ from mote.files import sha256_of, write_atomic, write_json
 from mote.judges.choice import ChoiceJudge, WordJudge
 from mote.judges.protocol import Judge
 from mote.machine import environment, is_first_process
+from mote.methods import steps_of
 from mote.progress import Progress
 from mote.prompting import check_prompt
 from mote.questions import load_questions
 from mote.records import Answer, ChainRow, LeftOut, Question, append_rows, iter_rows, read_rows, rewrite_rows
 from mote.selection import select_questions
-from mote.steps import load_scheme
+from mote.steps import CHECK, Chain, load_scheme
 
 if TYPE_CHECKING:
     from mote.decode import Model
@@ -56,7 +57,7 @@ class Run:
         Raises:
             UserError: It holds another recipe's run, a setting cannot work, or the questions cannot be read.
         """
-        self._check_modes()
+        self._check_modes(steps_of(self.recipe, self.scheme))
         text, path = dump_recipe(self.recipe), self.folder / "recipe.yaml"
         if path.exists() and path.read_text(encoding="utf-8") != text:
             changed = _difference(load_recipe(path), self.recipe)
@@ -184,7 +185,7 @@ class Run:
 
     def answer(self, adapter: Path) -> None:
         """Held-out questions -> `answers/<system>-<mode>.jsonl`, one file a mode."""
-        self._check_modes()
+        self._check_modes((CHECK,))  # whether the adapter has one is seen when it is there
         settings = self.recipe.answer
         questions = load_questions(settings.questions, settings.limit, self.recipe.chains.max_question_chars)
         paths = {mode: self.folder / "answers" / f"{settings.system}-{mode}.jsonl" for mode in settings.modes}
@@ -193,9 +194,10 @@ class Run:
         done = sum(len(ids & {question.id for question in questions}) for ids in there.values())
 
         def work() -> str:
-            from mote.decode import load
+            from mote.decode import adapter_config, load
 
             recipe = self.recipe
+            self._check_modes(adapter_config(str(adapter)).experts)
             model = load(recipe.model, adapter, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
             with Progress("answer", "answers") as progress:
                 progress(done, total)
@@ -238,9 +240,9 @@ class Run:
         recipe = self.recipe
         return load_base(recipe.model, recipe.device, recipe.dtype, recipe.revision, quantization)
 
-    def _check_modes(self) -> None:
+    def _check_modes(self, experts: Chain) -> None:
         for mode in self.recipe.answer.modes:
-            self.scheme.check_mode(mode)
+            self.scheme.check_mode(mode, experts)
 
     def _engine(self) -> Engine:
         if self.recipe.engine == "vllm":
@@ -350,6 +352,7 @@ def _answer_mode(
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 seed=recipe.seed,
+                check_threshold=settings.check_threshold,
                 system=settings.system,
             )
             append_rows(path, answers)

@@ -113,6 +113,11 @@ class SlotCache(Cache):
         for held in (*self.keys, *self.values):
             held[target, :, :tokens] = held[source, :, :tokens]
 
+    def swap(self, one: int, other: int, tokens: int) -> None:
+        """Exchange the first tokens of two slots."""
+        for held in (*self.keys, *self.values):
+            held[[one, other], :, :tokens] = held[[other, one], :, :tokens]
+
     def prefix(self, slot: int, tokens: int) -> Prefix:
         """A copy of a slot's first tokens, to be shared."""
         keys, values = (tuple(held[slot, :, :tokens].clone() for held in part) for part in (self.keys, self.values))

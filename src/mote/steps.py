@@ -24,6 +24,7 @@ Chain = tuple[str, ...]  # the names of a chain's steps, in order
 
 BASE = "base"
 ADAPTIVE = "adaptive"
+CHECKED = "adaptive+check"  # adaptive, and the trained check judges the answer
 CHECK = "check"  # the stage of Safety Checking
 
 _QUESTION, _LAST, _ANSWER = "question", "last", "answer"  # what templates may show beside the steps so far
@@ -91,7 +92,7 @@ class Scheme(_Strict):
 
     def _check_depths(self) -> None:
         for mode, chain in self.depths.items():
-            if mode in (BASE, ADAPTIVE):
+            if mode in (BASE, ADAPTIVE, CHECKED):
                 raise ValueError(f"depths.{mode}: this name has a meaning of its own; use another one")
             if not chain or chain[-1] != self.answer:
                 raise ValueError(f"depths.{mode}: a chain ends with '{self.answer}', this one is {list(chain)}")
@@ -180,8 +181,12 @@ class Scheme(_Strict):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes a trained model can answer in."""
+        """The modes that every trained model can answer in."""
         return (BASE, *self.depths, ADAPTIVE)
+
+    def modes_of(self, experts: Chain) -> tuple[str, ...]:
+        """The modes of a model with these experts: with a trained check it can also judge its own answers."""
+        return (*self.modes, CHECKED) if CHECK in experts else self.modes
 
     def only(self, steps: Chain) -> "Scheme":
         """The scheme with the chains that need no other steps than these.
@@ -196,22 +201,26 @@ class Scheme(_Strict):
         kept = {name: getattr(self, name) for name in type(self).model_fields}
         return Scheme.model_construct(**{**kept, "depths": depths, "stages": stages})  # its examples write all steps
 
-    def check_mode(self, mode: str) -> None:
-        """Make sure that a mode is one of the scheme's.
+    def check_mode(self, mode: str, experts: Chain) -> None:
+        """Make sure that a model with these experts has a mode.
 
         Raises:
-            UserError: It is not.
+            UserError: It has not.
         """
-        if mode != BASE:
-            self.chains_of(mode)
+        known = self.modes_of(experts)
+        if mode == CHECKED and mode not in known:
+            raise UserError(f"mode: '{mode}' needs an adapter with a trained check, this one has the experts "
+                            f"{list(experts)}; train with train.method=four-experts, or use '{ADAPTIVE}'")  # fmt: skip
+        if mode not in known:
+            raise UserError(f"mode: '{mode}' is not a mode of the scheme '{self.name}'; use one of {list(known)}")
 
     def chains_of(self, mode: str) -> tuple[Chain, ...]:
-        """The chains a mode allows: one where the mode forces it, all of them in adaptive mode.
+        """The chains a mode allows: one where the mode forces it, all of them in the adaptive ones.
 
         Raises:
             UserError: The mode is not one of the scheme's, or it is `base`, which has no steps.
         """
-        if mode == ADAPTIVE:
+        if mode in (ADAPTIVE, CHECKED):
             return tuple(self.depths.values())
         if mode not in self.depths:
             raise UserError(f"mode: '{mode}' is not a mode of the scheme '{self.name}'; use one of {list(self.modes)}")

@@ -139,6 +139,15 @@ def _ids(tokenizer: Any, text: str, plain: bool = False) -> list[int]:
     return ids
 
 
+def encode_choice(tokenizer: Any, words: tuple[str, str]) -> tuple[list[int], tuple[int, int]] | None:
+    """Ids that two words begin with alike, and the first ids in which they differ; None where there are none."""
+    first, second = (encode_text(tokenizer, word) for word in words)
+    for at, pair in enumerate(zip(first, second, strict=False)):
+        if pair[0] != pair[1]:
+            return first[:at], pair
+    return None
+
+
 def encode_chain(tokenizer: Any, chain: ChainRow, markers: Markers, experts: tuple[str, ...]) -> Tokens:
     """A chain as one training sequence (section 3.2: the loss is on the steps, given the question)."""
     prompt = encode_prompt(tokenizer, chain.messages)

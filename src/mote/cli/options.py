@@ -23,7 +23,9 @@ _OPTIONS: dict[str, Any] = {
     "questions": click.option("--questions", help="Questions: a file, mote:train or mote:test."),
     "chains": click.option("--chains", type=click.Path(path_type=Path), help="Chains file (chains.jsonl)."),
     "out": click.option("--out", type=click.Path(path_type=Path), help="Folder to write to."),
-    "mode": click.option("--mode", "modes", multiple=True, help="direct, analysis, full, adaptive, base; repeatable."),
+    "mode": click.option(
+        "--mode", "modes", multiple=True, help="direct, analysis, full, adaptive, adaptive+check, base; repeatable."
+    ),
     "engine": click.option("--engine", help="transformers, vllm, or the /v1 addresses of OpenAI-compatible servers."),
     "seed": click.option("--seed", type=int, help="Seed of every draw."),
     "limit": click.option("--limit", type=int, help="Use the first N rows."),

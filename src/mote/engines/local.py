@@ -10,7 +10,7 @@ from mote.errors import UserError
 from mote.grammar import FreeText
 from mote.models import Base
 from mote.records import Message
-from mote.tokens import encode_prompt, encode_text
+from mote.tokens import encode_choice, encode_prompt
 
 
 class LocalEngine:
@@ -47,17 +47,15 @@ class LocalEngine:
         Raises:
             UserError: One word is the beginning of the other.
         """
-        first, second = (encode_text(self.tokenizer, word) for word in choices)
-        alike = _common(first, second)
-        if alike == min(len(first), len(second)):
+        if (found := encode_choice(self.tokenizer, choices)) is None:
             raise UserError(
                 f"check: in the tokens of {self.name} one of {choices} is the beginning of the other; use other words "
                 "(`verdicts` of the scheme) or chains.check=verdict"
             )
         ids = encode_prompt(self.tokenizer, prompt.messages)
         shared = self._shared_tokens(prompt, ids)
-        words = (first[alike], second[alike])
-        score: float = await self._ask(Request([*ids, *first[:alike]], FreeText(0), 1, shared, words=words))
+        alike, words = found
+        score: float = await self._ask(Request([*ids, *alike], FreeText(0), 1, shared, words=words))
         return score
 
     async def close(self) -> None:

@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     temperature: float
     top_p: float
     seed: int
+    check_threshold: float
 
 
 class Written(NamedTuple):
@@ -69,6 +70,7 @@ class Answering:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
+            check_threshold=settings.check_threshold,
             shared=mode != BASE and len(self.modes - {BASE}) > 1,
         )
         written = await asyncio.wrap_future(future)

@@ -89,6 +89,7 @@ def row_of(system: str, log: EvalLog, sample: EvalSample) -> tuple[JudgeCard, Ev
         steps=tuple(StepText(name=_name(part), text=part.reasoning) for part in reasoning),
         tokens=(sample.output.metadata or {}).get("tokens") or {"response": usage.output_tokens if usage else 0},
         finish=sample.output.stop_reason,
+        self_check=(sample.output.metadata or {}).get("safe"),
     )
     return card, row
 

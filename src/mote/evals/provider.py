@@ -29,7 +29,7 @@ from mote.errors import UserError
 from mote.evals.answering import Answering, Settings, Written
 from mote.files import sha256_of
 from mote.records import Message
-from mote.steps import BASE
+from mote.steps import BASE, CHECKED
 
 
 class Loaded(NamedTuple):
@@ -57,8 +57,10 @@ class MoteAPI(ModelAPI):
         config: Inspect's generation settings; `temperature` (0 where not given), `top_p`, `seed` and `max_tokens` are
             followed, the last one as the budget in all.
         adapter: Folder of a trained adapter, or a hub id; none for the base model alone.
-        mode: `direct`, `analysis`, `full`, `adaptive` or `base`; where not given, `adaptive` with an adapter.
+        mode: `direct`, `analysis`, `full`, `adaptive`, `adaptive+check` or `base`; where not given, `adaptive` with an
+            adapter.
         max_step_tokens: Budget of one step.
+        check_threshold: Least probability of a safe answer, in the mode `adaptive+check`.
         batch_size: Rows that are written at once.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
@@ -77,6 +79,7 @@ class MoteAPI(ModelAPI):
         adapter: str | None = None,
         mode: str | None = None,
         max_step_tokens: int = 256,
+        check_threshold: float = 0.5,
         batch_size: int = 16,
         device: str = "auto",
         dtype: str = "auto",
@@ -84,6 +87,7 @@ class MoteAPI(ModelAPI):
     ) -> None:
         self.adapter, self.mode = adapter, mode or ("adaptive" if adapter else BASE)
         self.max_step_tokens, self.batch_size = max_step_tokens, batch_size
+        self.check_threshold = check_threshold
         self.device, self.dtype, self.revision = device, dtype, revision
         super().__init__(model_name, base_url, api_key, [], config)
         check_system(adapter, self.mode)
@@ -97,7 +101,8 @@ class MoteAPI(ModelAPI):
         weights and no model arguments. So the mode, the budget and the adapter's content stand here, read anew each
         time: an adapter that was retrained in place gets answers of its own.
         """
-        return f"mote:{fingerprint(self.adapter)}:{self.mode}:{self.max_step_tokens}:{self.dtype}:{self.revision or ''}"
+        mode = f"{self.mode}{self.check_threshold}" if self.mode == CHECKED else self.mode
+        return f"mote:{fingerprint(self.adapter)}:{mode}:{self.max_step_tokens}:{self.dtype}:{self.revision or ''}"
 
     @base_url.setter
     def base_url(self, value: str | None) -> None:
@@ -145,6 +150,7 @@ class MoteAPI(ModelAPI):
             temperature=config.temperature or 0.0,
             top_p=0.95 if config.top_p is None else config.top_p,
             seed=config.seed or 0,
+            check_threshold=self.check_threshold,
         )
         return self._output(await self.answering().answer(dialogue(input), self.mode, settings))
 
@@ -164,7 +170,13 @@ class MoteAPI(ModelAPI):
                 reasoning_tokens=reasoning,
             ),
             time=answer.seconds,
-            metadata={"mode": self.mode, "tokens": answer.tokens.steps, "finish": answer.finish},
+            metadata={
+                "mode": self.mode,
+                "tokens": answer.tokens.steps | ({"dropped": dropped} if (dropped := answer.tokens.dropped) else {}),
+                "finish": answer.finish,
+                "safe": answer.safe,
+                "checks": [check.model_dump() for check in answer.checks],
+            },
         )
 
     def _loaded(self) -> Loaded:
@@ -192,7 +204,8 @@ def check_system(adapter: str | None, mode: str) -> None:
         return
     from mote.decode import adapter_config, adapter_scheme
 
-    adapter_scheme(adapter, adapter_config(adapter)).check_mode(mode)
+    config = adapter_config(adapter)
+    adapter_scheme(adapter, config).check_mode(mode, config.experts)
 
 
 def fingerprint(adapter: str | None) -> str:

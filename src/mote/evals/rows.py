@@ -35,6 +35,7 @@ class EvalRow(BaseModel):
         steps: The reasoning before it.
         tokens: Tokens of each step; of an endpoint, those of the answer.
         finish: `stop`, `length` and the like.
+        self_check: Verdict of the answer's own check, none where there is none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +60,7 @@ class EvalRow(BaseModel):
     steps: tuple[StepText, ...]
     tokens: dict[str, int]
     finish: str
+    self_check: bool | None = None
 
 
 class System(BaseModel):

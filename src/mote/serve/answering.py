@@ -4,18 +4,23 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mote.decode import Model, step_lengths
-from mote.records import Finish
+from mote.attempts import Item
+from mote.decode import Model
+from mote.events import Event
+from mote.records import Answer
 from mote.serve.asked import Asked
 from mote.serve.deltas import Delta, Deltas
 from mote.serve.faults import Fault
 from mote.serve.jobs import Job, Jobs
 from mote.serve.metrics import Metrics
 from mote.serve.replies import (
+    CheckedTokens,
+    CheckTold,
     Choice,
     Chunk,
     ChunkChoice,
@@ -27,7 +32,6 @@ from mote.serve.replies import (
     StepTokens,
     Usage,
 )
-from mote.steps import BASE
 
 _GONE = 499  # the client left; nobody gets this status, the counters show it
 _SPARE = 30.0  # seconds beyond the time limit that a slow client has to take what was written
@@ -37,24 +41,16 @@ class _Told:
     """One of the answers of a request, as far as it is written."""
 
     def __init__(self, model: Model, asked: Asked) -> None:
-        self.ids: list[int] = []
-        self.deltas = Deltas(model.events(), model.scheme.answer, asked.stop)
+        self.items: list[Item] = []
+        self.deltas = Deltas(model.events(asked.mode), model.scheme.answer, asked.stop)
         self._model, self._asked = model, asked
 
     @property
-    def steps(self) -> dict[str, int]:
-        """Tokens of each step."""
-        if self._asked.mode == BASE:
-            return {self._model.scheme.answer: len(self.ids)}
-        return step_lengths(self.ids, self._model.markers, self._model.experts)
-
-    @property
-    def finish(self) -> Finish:
-        """Why it has ended."""
-        if self.deltas.stopped:
-            return "stop"
+    def answer(self) -> Answer:
+        """What is written."""
         asked = self._asked
-        return self._model.read(asked.question, self.ids, asked.mode, asked.limits).finish
+        answer = self._model.read(asked.question, self.items, asked.mode, asked.limits)
+        return answer.model_copy(update={"finish": "stop"}) if self.deltas.stopped else answer
 
 
 class Answering(Response):
@@ -97,8 +93,8 @@ class Answering(Response):
             if text and self._asked.include_reasoning:
                 message.reasoning_content = text
         choices = [
-            Choice(index=i, message=message, finish_reason=told.finish, mote=self._steps(told))
-            for i, (message, told) in enumerate(zip(texts, self._told, strict=True))
+            Choice(index=i, message=message, finish_reason=answer.finish, mote=_tokens(answer))
+            for i, (message, answer) in enumerate(zip(texts, (told.answer for told in self._told), strict=True))
         ]
         body = Completion(
             id=self._id, created=self._created, model=self._asked.model, choices=choices, usage=self._usage()
@@ -141,17 +137,17 @@ class Answering(Response):
         """Pieces of all answers as they come; each answer's last one is `done`."""
         began = time.monotonic()
         waiting = True
-        async for index, token in self._job.tokens():
+        async for index, item in self._job.tokens():
             if waiting:
                 self._metrics.first_token.observe(time.monotonic() - began)
                 waiting = False
             told = self._told[index]
-            if token is None:
+            if item is None:
                 for delta in told.deltas.end():
                     yield index, delta
             elif not told.deltas.stopped:
-                told.ids.append(token)
-                for delta in told.deltas.token(token):
+                told.items.append(item)
+                for delta in told.deltas.token(item):
                     yield index, delta
                 if told.deltas.stopped:
                     self._job.stop(index)
@@ -160,11 +156,13 @@ class Answering(Response):
         """What a piece sends; None where it is of the reasoning and nobody wants that."""
         event, answer = delta.event, self._jobs.model.scheme.answer
         if event.kind == "done":
-            told = self._told[index]
-            return ChunkChoice(index=index, delta=Piece(), finish_reason=told.finish, mote=self._steps(told))
+            whole = self._told[index].answer
+            return ChunkChoice(index=index, delta=Piece(), finish_reason=whole.finish, mote=_tokens(whole))
         if event.step != answer and not self._asked.include_reasoning:
             return None
-        happening = Happening(event=event.kind, step=event.step, answer=event.step == answer, tokens=event.tokens)
+        happening = Happening(
+            event=event.kind, step=event.step, answer=event.step == answer, tokens=event.tokens, **_checking(event)
+        )
         piece = Piece()
         if delta.content:
             piece = Piece(content=delta.content)
@@ -184,13 +182,10 @@ class Answering(Response):
             chunk.usage = usage
         return chunk.model_dump_json(exclude_unset=True)
 
-    def _steps(self, told: _Told) -> StepTokens:
-        return StepTokens(mode=self._asked.mode, steps=told.steps)
-
     def _usage(self) -> Usage:
-        written = sum(len(told.ids) for told in self._told)
-        answer = self._jobs.model.scheme.answer
-        reasoning = sum(n for told in self._told for step, n in told.steps.items() if step != answer)
+        answers = [told.answer.tokens for told in self._told]
+        written = sum(tokens.total for tokens in answers)
+        reasoning = written - sum(tokens.steps.get(self._jobs.model.scheme.answer, 0) for tokens in answers)
         return Usage(
             prompt_tokens=self._job.prompt_tokens,
             completion_tokens=written,
@@ -204,8 +199,25 @@ class Answering(Response):
         self._metrics.seconds.observe(seconds)
         self._metrics.prompt_tokens.inc(self._job.prompt_tokens)
         for told in self._told:
-            for step, tokens in told.steps.items():
+            written = told.answer.tokens
+            for step, tokens in [*written.steps.items(), *([("dropped", written.dropped)] if written.dropped else [])]:
                 self._metrics.tokens.labels(mode, step).inc(tokens)
+
+
+def _tokens(answer: Answer) -> CheckedTokens | StepTokens:
+    if answer.safe is None:
+        return StepTokens(mode=answer.mode, steps=answer.tokens.steps)
+    checks = [CheckTold(depth=check.depth, safe=check.safe, score=check.score) for check in answer.checks]
+    return CheckedTokens(
+        mode=answer.mode, steps=answer.tokens.steps, safe=answer.safe, checks=checks, dropped=answer.tokens.dropped
+    )
+
+
+def _checking(event: Event) -> dict[str, Any]:
+    """What only the events of a check have."""
+    if event.kind == "check":
+        return {"verdict": event.text, "safe": event.safe, "score": event.score}
+    return {"deeper": event.text} if event.kind == "again" else {}
 
 
 async def _left(receive: Receive) -> None:

@@ -72,7 +72,7 @@ def make_app(jobs: Jobs) -> Starlette:
 
 def served(name: str, model: Model, created: int) -> list[Served]:
     """The name alone, which is adaptive, and one entry a mode."""
-    names = [name, *(f"{name}:{mode}" for mode in reversed(model.scheme.modes))]
+    names = [name, *(f"{name}:{mode}" for mode in reversed(model.modes))]
     return [Served(id=name, created=created) for name in names]
 
 

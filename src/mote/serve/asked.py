@@ -2,6 +2,7 @@
 
 import difflib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from mote.errors import UserError
 from mote.records import Question
 from mote.serve.faults import Fault
 from mote.serve.settings import ServeSettings
-from mote.steps import ADAPTIVE, Scheme, first_line
+from mote.steps import ADAPTIVE, CHECKED, first_line
 
 # Fields of OpenAI's API that change no answer here ...
 _HARMLESS = {
@@ -111,8 +112,8 @@ class Asked:
     include_reasoning: bool
 
 
-def read_asked(data: bytes, settings: ServeSettings, scheme: Scheme) -> Asked:
-    """The body of a request.
+def read_asked(data: bytes, settings: ServeSettings, modes: Sequence[str]) -> Asked:
+    """The body of a request to a model that has these modes.
 
     Raises:
         Fault: It is not JSON (400), a field has a wrong type or value (400), asks for what this server cannot do (422),
@@ -134,7 +135,7 @@ def read_asked(data: bytes, settings: ServeSettings, scheme: Scheme) -> Asked:
     return Asked(
         model=body.model,
         question=question,
-        mode=_mode(body, settings.name, scheme),
+        mode=_mode(body, settings.name, modes),
         limits=Limits(min(step, settings.max_tokens), most),
         bounded=most is not None,
         temperature=temperature,
@@ -199,17 +200,24 @@ def _most(body: _Body, limit: int) -> int | None:
     return most
 
 
-def _mode(body: _Body, name: str, scheme: Scheme) -> str:
+def _mode(body: _Body, name: str, modes: Sequence[str]) -> str:
     mode = body.model.partition(":")[2]
-    known = [name, *(f"{name}:{mode}" for mode in scheme.modes)]
+    if CHECKED not in modes and CHECKED in (mode, body.mode):
+        raise Fault(
+            400,
+            f"mode: '{CHECKED}' needs an adapter with a trained check (train.method=four-experts); use one of "
+            f"{list(modes)}",
+            "mode",
+        )
+    known = [name, *(f"{name}:{mode}" for mode in modes)]
     if body.model not in known:
         raise Fault(
             404, f"model: '{body.model[:80]}' is not served here; use one of {known}", "model", "model_not_found"
         )
     if body.mode is None:
         return mode or ADAPTIVE
-    if body.mode not in scheme.modes:
-        raise Fault(400, f"mode: '{body.mode[:40]}' is not a mode; use one of {list(scheme.modes)}", "mode")
+    if body.mode not in modes:
+        raise Fault(400, f"mode: '{body.mode[:40]}' is not a mode; use one of {list(modes)}", "mode")
     if mode and mode != body.mode:
         raise Fault(400, f"mode: '{body.mode}' contradicts the model's name '{body.model}'; leave one out", "mode")
     return body.mode

@@ -19,7 +19,7 @@ async def complete(request: Request, jobs: Jobs, metrics: Metrics) -> Response:
         Fault: It is refused.
     """
     data = await _body(request, jobs.settings.max_request_bytes, jobs.settings.timeout)
-    asked = read_asked(data, jobs.settings, jobs.model.scheme)
+    asked = read_asked(data, jobs.settings, jobs.model.modes)
     try:
         job = await jobs.begin(asked)
     except Fault as fault:

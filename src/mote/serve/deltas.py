@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mote.attempts import Item
 from mote.events import Event, Events
 
 _BETWEEN = "\n\n"  # two reasoning steps
@@ -31,9 +32,9 @@ class Deltas:
         self._events, self._answer, self._stop = events, answer, tuple(stop)
         self._held, self._begun, self._reasoned = "", False, False
 
-    def token(self, id_: int) -> Iterator[Delta]:
-        """The pieces of one more token."""
-        for event in self._events.token(id_):
+    def token(self, item: Item) -> Iterator[Delta]:
+        """The pieces of one more token or verdict."""
+        for event in self._events.token(item):
             yield from self._tell(event)
 
     def end(self) -> Iterator[Delta]:
@@ -50,7 +51,11 @@ class Deltas:
         if event.kind != "begin":
             yield from self._text(Event(kind="text", step=event.step), True)
         self._held, self._begun = "", False
-        yield Delta(event)
+        if event.kind == "check":
+            between, self._reasoned = _BETWEEN if self._reasoned else "", True
+            yield Delta(event, reasoning=f"{between}{event.step}: {event.text} ({event.score:.2f})")
+        else:
+            yield Delta(event)
 
     def _text(self, event: Event, final: bool) -> Iterator[Delta]:
         self._held += event.text

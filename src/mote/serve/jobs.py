@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from jinja2 import TemplateError
 
+from mote.attempts import Item
 from mote.batching import Request
 from mote.decode import Model
 from mote.errors import UserError
@@ -36,9 +37,9 @@ class Job:
         self.prompt_tokens = len(requests[0].ids)
         self._loop = asyncio.get_running_loop()
         # Holds at most the tokens of its answers, whoever reads them and how slowly.
-        self._news: asyncio.Queue[tuple[int, int | None] | Fault] = asyncio.Queue()
+        self._news: asyncio.Queue[tuple[int, Item | None] | Fault] = asyncio.Queue()
         self._timer = self._loop.call_later(timeout, self.fail, Fault(504, f"not finished within {timeout:g} s"))
-        self._futures: list[Future[list[int]]] = []
+        self._futures: list[Future[list[Item]]] = []
         for index, request in enumerate(requests):
             request.on_token = lambda token, index=index: self._tell((index, token))
             future = model.batcher.submit(request)
@@ -50,8 +51,8 @@ class Job:
         """Answers that have not ended."""
         return sum(not future.done() for future in self._futures)
 
-    async def tokens(self) -> AsyncIterator[tuple[int, int | None]]:
-        """Index of an answer and its next token, or None where it has ended, until all have.
+    async def tokens(self) -> AsyncIterator[tuple[int, Item | None]]:
+        """Index of an answer and its next token or verdict, or None where it has ended, until all have.
 
         Raises:
             Fault: They were cut off, or the model failed.
@@ -79,11 +80,11 @@ class Job:
         for future in self._futures:
             future.cancel()
 
-    def _tell(self, news: tuple[int, int | None] | Fault) -> None:
+    def _tell(self, news: tuple[int, Item | None] | Fault) -> None:
         with suppress(RuntimeError):  # the loop has gone; what is raised here would end the whole batch
             self._loop.call_soon_threadsafe(self._news.put_nowait, news)
 
-    def _ended(self, index: int, future: "Future[list[int]]") -> None:
+    def _ended(self, index: int, future: "Future[list[Item]]") -> None:
         error = None if future.cancelled() else future.exception()
         if error is not None:
             _LOG.error("an answer failed", exc_info=error)
@@ -173,4 +174,5 @@ class Jobs:
             temperature=asked.temperature,
             top_p=asked.top_p,
             seed=asked.seed,
+            check_threshold=self.settings.answers.check_threshold,
         )

@@ -29,13 +29,36 @@ class StepTokens(BaseModel):
     steps: dict[str, int]
 
 
-class Happening(BaseModel):
-    """What a piece of a stream tells: a step begins, its text comes, it ends with so many tokens."""
+class CheckTold(BaseModel):
+    """The check of the answer at one depth."""
 
-    event: Literal["begin", "text", "end", "done"]
+    depth: str
+    safe: bool
+    score: float | None
+
+
+class CheckedTokens(StepTokens):
+    """Of an answer that checks itself also the last verdict, all checks, and tokens of answers that they dropped."""
+
+    safe: bool
+    checks: list[CheckTold]
+    dropped: int
+
+
+class Happening(BaseModel):
+    """What a piece of a stream tells: a step begins, its text comes, it ends with so many tokens.
+
+    Where the answer is checked: one is drafted, its check has a verdict, another chain begins.
+    """
+
+    event: Literal["begin", "text", "end", "done", "draft", "check", "again"]
     step: str
     answer: bool  # whether it is the step that the user reads
     tokens: int = 0
+    verdict: str | None = None
+    safe: bool | None = None
+    score: float | None = None
+    deeper: str | None = None  # the mode of the chain that begins
 
 
 class Message(BaseModel):
@@ -54,7 +77,7 @@ class Choice(BaseModel):
     message: Message
     finish_reason: Finish
     logprobs: None = None
-    mote: StepTokens
+    mote: CheckedTokens | StepTokens
 
 
 class Completion(BaseModel):
@@ -82,7 +105,7 @@ class ChunkChoice(BaseModel):
     index: int
     delta: Piece
     finish_reason: Finish | None
-    mote: Happening | StepTokens | None = None
+    mote: Happening | CheckedTokens | StepTokens | None = None
 
 
 class Chunk(BaseModel):
