@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,36 @@ def test_no_token_is_computed_twice(model: Any) -> None:
     begins = {tuple(request.ids[: request.shared]) for request in asked}
     prompts = sum(len(request.ids) - request.shared for request in asked) + sum(map(len, begins))
     assert running.tokens_computed == prompts + sum(len(ids) - 1 for ids in written)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("stretch", [3, 512])
+def test_requests_that_follow_go_on_in_their_slot(
+    model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int
+) -> None:
+    """Every other row writes, compares words and writes again; nothing that its slot holds is computed again."""
+    monkeypatch.setattr(batching, "_READ_TOKENS", stretch)
+    asked, running, found, computed = requests(), Batcher(model, slots), {}, 0
+    for number, request in enumerate(asked):
+        request.shared = 0
+        expected = alone(model, request)
+        computed += len(request.ids) + len(expected) - 1
+        if number % 2:
+            found[number] = expected
+            continue
+        judged = replace(request, ids=[*request.ids, *expected, *random_ids(4, number)], words=(7, 9))
+        behind = replace(request, ids=[*request.ids, *random_ids(30, number)], limit=9, seed=number + 50)
+        pair = model(input_ids=torch.tensor([list(judged.ids)])).logits[0, -1, [7, 9]].softmax(0)
+        found[number] = [expected, pytest.approx(float(pair[0].detach()), abs=1e-5), alone(model, behind)]
+        computed += 1 + 4 + 30 + len(found[number][2]) - 1  # the last written token was not in the slot
+        results: list[Any] = []
+        behind.follow = lambda ids, results=results: [*results, ids]
+        judged.follow = lambda score, results=results, behind=behind: results.append(score) or behind  # type: ignore[func-returns-value]
+        request.follow = lambda ids, results=results, judged=judged: results.append(ids) or judged  # type: ignore[func-returns-value]
+    futures = [running.submit(request) for request in asked]
+    for number, future in enumerate(futures):
+        assert future.result(60) == found[number], number
+    assert running.tokens_computed == computed
 
 
 def test_a_frequency_penalty_counts_what_was_written(model: Any) -> None:
