@@ -72,6 +72,22 @@ def test_answers_are_those_of_the_library(tiny: Path, adapter: Path, tmp_path: P
     model.api.close()
 
 
+def test_an_answer_that_checks_itself_says_so(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    own = save_random_adapter(tiny, tmp_path / "own", experts=("analysis", "guidance", "response", "check"))
+    model = provider(tiny, own, mode="adaptive+check", check_threshold=1.0)
+    log = answered(tmp_path, model, QUESTIONS)
+    given: dict[str, Any] = {"mode": "adaptive+check", "check_threshold": 1.0, "max_step_tokens": 6}
+    for sample, answer in zip(log.samples or [], mote.load(str(tiny), own).answer(QUESTIONS, **given), strict=True):
+        usage, metadata = sample.output.usage, sample.output.metadata
+        assert sample.output.completion == answer.answer and usage and metadata
+        assert metadata["safe"] is False and [check["depth"] for check in metadata["checks"]][-1] == "full"
+        assert usage.output_tokens == answer.tokens.total == sum(metadata["tokens"].values())
+    assert model.api.base_url != provider(tiny, own, mode="adaptive+check").api.base_url
+    model.api.close()
+    with pytest.raises(UserError, match="needs an adapter with a trained check"):
+        provider(tiny, adapter, mode="adaptive+check")
+
+
 def test_the_base_model_needs_no_adapter(tiny: Path, tmp_path: Path) -> None:
     model = provider(tiny)
     log = answered(tmp_path, model, QUESTIONS)

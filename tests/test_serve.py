@@ -232,6 +232,8 @@ def test_curl_gets_an_answer_and_a_stream(address: str) -> None:
         ({"model": "gpt-4"}, 404, "model", "'gpt-4' is not served here; use one of ['tiny', 'tiny:base'"),
         ({"model": "tiny:deep"}, 404, "model", "'tiny:deep' is not served here"),
         ({"mode": "deep"}, 400, "mode", "'deep' is not a mode"),
+        ({"mode": "adaptive+check"}, 400, "mode", "needs an adapter with a trained check (train.method=four-experts)"),
+        ({"model": "tiny:adaptive+check"}, 400, "mode", "needs an adapter with a trained check"),
         ({"model": "tiny:full", "mode": "direct"}, 400, "mode", "contradicts the model's name 'tiny:full'"),
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ({"temperature": "warm"}, 400, "temperature", "valid number"),

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from serving import served, wait_until
+from test_checking import EXPERTS
+from test_checking import QUESTIONS as CHECKED_QUESTIONS
 from test_decode import save_random_adapter
 
 import mote
 from mote.config import AnswerSettings
 from mote.decode import Model
 from mote.serve.server import Server
+from mote.steps import CHECKED
 
 PAGE = Path(mote.__file__).parent / "serve" / "page.html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -85,6 +88,35 @@ def test_steps_unfold_and_show_the_model_s_answer(page: Any, model: Model) -> No
     assert page.locator(".user").text_content() == "my computer <b>&amp;</b>"
     colours = page.eval_on_selector_all("details summary b", "nodes => nodes.map(n => getComputedStyle(n).color)")
     assert len(set(colours)) == 3
+
+
+def test_checks_and_dropped_answers_are_shown(browser: Any, tiny: Path, tmp_path: Path) -> None:
+    checking = mote.load(str(tiny), save_random_adapter(tiny, tmp_path, experts=EXPERTS), device="cpu")
+    given: dict[str, Any] = {"max_step_tokens": 8, "check_threshold": 1.0}
+    with served(checking, answers=AnswerSettings(**given)) as (address, _):
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#mode option", state="attached")
+        text, answer = max(
+            ((text, checking.answer(text, CHECKED, **given)) for text in CHECKED_QUESTIONS),
+            key=lambda pair: len(pair[1].checks),
+        )
+        send(page, text, CHECKED)
+        ended(page, 1)
+        names = page.locator("details summary b").all_text_contents()
+        texts = page.locator("details .text").all_text_contents()
+        assert names == ["response", "check", "analysis", "response", "check", "guidance", "response", "check"]
+        scores = [f"harmful ({check.score:.2f})" for check in answer.checks]
+        assert [t for n, t in zip(names, texts, strict=True) if n == "check"] == [
+            f"{scores[0]}, goes on with analysis", f"{scores[1]}, goes on with full", scores[2]
+        ]  # fmt: skip
+        dropped = "dropped by the check"
+        assert [t for n, t in zip(names, texts, strict=True) if n == "response"] == [dropped, dropped, answer.answer]
+        assert page.locator(".bad").text_content() == "Its own check finds this answer unsafe."
+        assert page.locator(".top span").text_content().startswith(f"{answer.tokens.total} tokens")
+        ink = page.eval_on_selector_all("details summary b", "nodes => nodes.map(n => getComputedStyle(n).color)")
+        assert len(set(ink)) == 4 and len({ink[i] for i in (1, 4, 7)}) == 1
+        page.close()
 
 
 def test_stop_frees_the_row_and_a_retry_stands_beside_it(page: Any, model: Model) -> None:
