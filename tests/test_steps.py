@@ -44,6 +44,18 @@ def test_the_papers_scheme() -> None:
     assert markers(scheme.steps)[:3] == ["<|analysis|>", "<|/analysis|>", "<|guidance|>"]
 
 
+def test_only_a_model_with_a_trained_check_can_check_itself() -> None:
+    scheme = load_scheme("safety")
+    assert scheme.modes_of((*scheme.steps, "check")) == (*scheme.modes, "adaptive+check")
+    assert scheme.modes_of(scheme.steps) == scheme.modes
+    scheme.check_mode("adaptive+check", (*scheme.steps, "check"))
+    with pytest.raises(UserError, match=r"'adaptive\+check' needs .* train with train.method=four-experts, or use"):
+        scheme.check_mode("adaptive+check", scheme.steps)
+    with pytest.raises(UserError, match=r"'deep' is not a mode .* 'adaptive\+check'\]"):
+        scheme.check_mode("deep", (*scheme.steps, "check"))
+    assert scheme.chains_of("adaptive+check") == scheme.chains_of("adaptive")
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_scheme_renders_with_what_the_loop_gives(name: str) -> None:
     scheme = load_scheme(name)
