@@ -23,6 +23,7 @@ from mote.packing import ChainDataset, collate
 from mote.records import ChainRow
 from mote.routing import NO_STEP
 from mote.shapes import ModelShape, count_trainable
+from mote.steps import CHECKED
 from mote.tokens import IGNORED, Tokens, add_markers
 from mote.train import check_settings, mote_config
 from mote.train.rows import groups_of
@@ -125,6 +126,9 @@ def test_every_method_trains_and_answers_with_the_same_call(
             assert steps in model.scheme.chains_of(mode) and answer.answer
             assert answer.tokens.total == sum(answer.tokens.steps.values()) <= 6 * len(steps)
     assert model.answer(questions[0], "base", max_step_tokens=4).answer
+    if method == "four-experts":
+        strict = model.answer(questions[0], CHECKED, max_step_tokens=4, check_threshold=1.0)
+        assert strict.safe is False and strict.checks[-1].depth == "full" and 0 < strict.checks[-1].score < 1
 
 
 def test_a_lora_is_pefts_own(tiny: Path) -> None:

@@ -14,9 +14,10 @@ from test_decode import save_random_adapter
 
 import mote
 from mote.config import AnswerSettings
-from mote.decode import Model
+from mote.decode import Model, as_question
 from mote.records import Answer
 from mote.steps import CHECKED
+from mote.tokens import encode_prompt
 
 THRESHOLD = 0.5  # some of the questions' answers pass, some never do
 
@@ -114,3 +115,13 @@ def test_dropped_tokens_are_counted(address: str, answers: list[Answer]) -> None
     before = number()
     assert ask(address, question, mode=CHECKED, n=2).status_code == 200
     assert number() - before == 2 * answer.tokens.dropped > 0
+
+
+def test_what_the_context_has_left_is_its_budget_and_the_check_s(model: Model) -> None:
+    room = 2048 - len(encode_prompt(model.tokenizer, as_question("").messages))
+    with served(model, answers=AnswerSettings(max_step_tokens=3000, check_threshold=1.0)) as (address, _):
+        reply = ask(address, "\x00" * (room - 60), mode=CHECKED, max_step_tokens=None).json()
+    (choice,), usage = reply["choices"], reply["usage"]
+    assert choice["mote"]["safe"] is False and choice["mote"]["checks"][-1]["depth"] == "full"
+    given = usage["completion_tokens"] - choice["mote"]["dropped"] - choice["mote"]["steps"]["check"]
+    assert usage["prompt_tokens"] == 2048 - 60 and 0 < given <= 60 - 2  # the marker, and what both words begin with

@@ -52,6 +52,7 @@ class Request:
         on_token: Called with each written token, in the batcher's thread.
         follow: Called with the result, in the batcher's thread; it must not raise. Gives the request that the row goes
             on with, whose prompt begins with this one's, or the result of the row.
+        extra: Tokens that such requests may hold beyond `limit`.
     """
 
     ids: Sequence[int]
@@ -66,6 +67,7 @@ class Request:
     words: tuple[int, int] | None = None
     on_token: Callable[[Any], None] | None = None
     follow: "Callable[[Any], Request | Any] | None" = None
+    extra: int = 0
 
 
 @dataclass(eq=False)
@@ -86,7 +88,7 @@ class _Row:
     @property
     def most(self) -> int:
         """Tokens that its slot may have to hold."""
-        return len(self.request.ids) - self.prefix.length + self.request.limit
+        return len(self.request.ids) - self.prefix.length + self.request.limit + self.request.extra
 
 
 class Batcher:

@@ -72,7 +72,7 @@ class SelfCheck:
         self._markers, self._verdicts = markers, verdicts
         self._items: list[Item] = []
         self._ids: list[int] = []  # of the chain that is tried
-        first.follow = self._attempted
+        first.follow, first.extra = self._attempted, 1 + len(verdicts.alike)  # a check's own tokens behind the answer
 
     def _attempted(self, written: list[int]) -> Request:
         """The check of a finished attempt."""

@@ -206,7 +206,6 @@ class Model:
             seed=seed_of(seed, question.id), adapted=mode != BASE, on_token=on_token,
         )  # fmt: skip
         if mode == CHECKED:
-            request.limit += 1  # the check's marker stands behind the answer
             depths = {depth: self._chains(depth)[0] for depth in self.scheme.depths}
             SelfCheck(
                 request, depths, lambda depth: self._grammar([depths[depth]], limits), self.markers,

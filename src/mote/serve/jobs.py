@@ -148,7 +148,7 @@ class Jobs:
     def _requests(self, asked: Asked) -> list[Request]:
         try:
             first = self._request(asked)
-            room = self._room - len(first.ids)
+            room = self._room - len(first.ids) - first.extra
             if first.limit > room >= _LEAST and not asked.bounded:  # what the context has left is its budget
                 asked = replace(asked, limits=replace(asked.limits, max_tokens=room))
                 first = self._request(asked)
