@@ -1,4 +1,4 @@
-"""What may be written next, by hand and in every order that random choices take."""
+"""What may be written next, in every order that random choices take."""
 
 import random
 
@@ -12,31 +12,12 @@ CHAINS = [(2,), (0, 2), (0, 1, 2)]
 EOS = 9
 
 
-def test_grammar_by_hand() -> None:
+def test_scores_of_two_rows() -> None:
     grammar = StepGrammar(CHAINS, MARKERS, [1], EOS, prompt_length=2, max_step_tokens=3)
-    assert grammar.allowed([]) == ([10, 14], True)
-    assert grammar.allowed([10]) == ([], False)  # no step is empty
-    assert grammar.allowed([10, 5]) == ([11], False)
-    assert grammar.allowed([10, 5, 5, 5]) == ([11], True)  # the budget is used
-    assert grammar.allowed([10, 5, 11]) == ([12, 14], True)
-    assert grammar.allowed([10, 5, 11, 12, 5, 13]) == ([14], True)
-    assert grammar.allowed([14, 5, 15]) == ([9], True)
     scores = grammar(torch.tensor([[3, 3, 10, 5], [3, 3, 14, 5]]), torch.zeros(2, 16))
     assert [row.isfinite().nonzero().flatten().tolist() for row in scores] == [
         [0, *range(2, 9), 11], [0, *range(2, 9), 15]
     ]  # fmt: skip
-
-
-def test_budget_in_all() -> None:
-    grammar = StepGrammar(CHAINS, MARKERS, [], EOS, 0, max_step_tokens=50, max_tokens=12)
-    assert grammar.allowed([10, 5, 5, 5, 5]) == ([11], False)
-    assert grammar.allowed([10, 5, 5, 5, 5, 5]) == ([11], True)  # half of all is used
-    assert grammar.allowed([10, 5, 5, 5, 5, 5, 11]) == ([14], True)  # no further reasoning, though it could follow
-    assert grammar.allowed([14, *[5] * 10]) == ([15], True)
-    full = StepGrammar([(0, 1, 2)], MARKERS, [], EOS, 0, max_step_tokens=50, max_tokens=12)
-    assert full.allowed([10, 5, 5, 5, 5, 5, 11]) == ([12], True)
-    assert full.allowed([10, 5, 5, 5, 5, 5, 11, 12]) == ([13], True)  # a forced step is opened and closed
-    assert full.allowed([10, 5, 5, 5, 5, 5, 11, 12, 13, 14]) == ([], False)
 
 
 def test_every_way_through_ends_with_an_answer_within_the_budgets() -> None:

@@ -15,6 +15,7 @@ import mote.baselines  # noqa: F401 (makes PEFT know their adapters)
 from mote.apart import Steps, submit_steps
 from mote.attempts import Item, settle
 from mote.batching import Batcher, Request
+from mote.chain_grammar import LEAST
 from mote.checking import SelfCheck, Verdicts
 from mote.errors import UserError
 from mote.events import Event, Events
@@ -26,8 +27,6 @@ from mote.seeds import seed_of
 from mote.steps import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme, load_scheme
 from mote.tokens import check_markers, decode_steps, encode_choice, encode_prompt, special_ids
 from mote.tuner import MoteConfig
-
-_LEAST = 4  # tokens of a step with its markers, where the budget in all is small
 
 Asked = str | Sequence[dict[str, str]] | Question
 
@@ -192,10 +191,10 @@ class Model:
             chains = self._chains(mode)
             steps = max(map(len, chains))
             most = steps * (limits.max_step_tokens + 2)
-            if limits.max_tokens is not None and limits.max_tokens < _LEAST * steps:
+            if limits.max_tokens is not None and limits.max_tokens < LEAST * steps:
                 raise UserError(
                     f"max_tokens: {limits.max_tokens} is too few for the markers of mode '{mode}' and an answer; give "
-                    f"at least {_LEAST * steps}"
+                    f"at least {LEAST * steps}"
                 )
             if limits.max_tokens is not None:
                 most = min(most, limits.max_tokens)

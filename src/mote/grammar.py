@@ -1,8 +1,4 @@
-"""What may be written next: the steps of a mode between their markers, or any text.
-
-What is allowed is a pure function of the ids written so far, so that batches, beams, caches and other engines need
-nothing more.
-"""
+"""What may be written next, on logits: the steps of a mode between their markers, or any text."""
 
 from collections.abc import Collection, Sequence
 
@@ -10,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from mote.chain_grammar import ChainGrammar
 from mote.routing import Markers
 
 _NEVER = float("-inf")
@@ -37,13 +34,8 @@ class FreeText:
         return written[-1] == self.eos_id
 
 
-class StepGrammar(LogitsProcessor):
-    """Lets a row write only chains of its mode.
-
-    The first token is a start marker; inside a step every token but special ones and its own end marker is free; after
-    an end marker comes the start of a step that some allowed chain goes on with, or the end. A step that has used its
-    budget is closed. Half of the budget in all is the answer's: when the reasoning has used the other half, it is
-    closed and the answer follows as soon as the mode allows.
+class StepGrammar(ChainGrammar, LogitsProcessor):
+    """Lets a row write only chains of its mode, as `ChainGrammar` has it.
 
     Args:
         chains: The chains of the mode, as indices of the steps; all end with the answer.
@@ -65,8 +57,8 @@ class StepGrammar(LogitsProcessor):
         max_step_tokens: int,
         max_tokens: int | None = None,
     ) -> None:
-        self.chains, self.markers, self.eos_id = tuple(chains), markers, eos_id
-        self.prompt_length, self.max_step_tokens, self.max_tokens = prompt_length, max_step_tokens, max_tokens
+        super().__init__(chains, markers, eos_id, max_step_tokens, max_tokens)
+        self.prompt_length = prompt_length
         self.special_ids = torch.tensor(sorted({*special_ids, *markers.starts, *markers.ends, eos_id}))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -84,33 +76,6 @@ class StepGrammar(LogitsProcessor):
         masked[ids] = logits_V[ids]
         return masked
 
-    def ended(self, written: Sequence[int]) -> bool:
-        """Whether the answer has ended: its end marker is the last one of every chain."""
-        return written[-1] == self.markers.ends[self.chains[0][-1]]
-
-    def allowed(self, written: Sequence[int]) -> tuple[list[int], bool]:
-        """Special tokens that may come next, and whether nothing else may."""
-        chain: tuple[int, ...] = ()
-        length = -1  # tokens in the open step, -1 while none is open
-        for id_ in written:
-            if id_ in self.markers.starts:
-                chain, length = (*chain, self.markers.starts.index(id_)), 0
-            elif id_ in self.markers.ends:
-                length = -1
-            elif length >= 0:
-                length += 1
-        answer = self.chains[0][-1]
-        over = self.max_tokens is not None and len(written) >= self.max_tokens // 2
-        if length >= 0:
-            full = length >= self.max_step_tokens
-            if self.max_tokens is not None:
-                full |= over if chain[-1] != answer else len(written) >= self.max_tokens - 1
-            return ([self.markers.ends[chain[-1]]] if length or full else []), full
-        following = {c[len(chain)] for c in self.chains if c[: len(chain)] == chain and len(c) > len(chain)}
-        if over and answer in following:
-            following = {answer}
-        return ([self.markers.starts[step] for step in sorted(following)] or [self.eos_id]), True
-
 
 class OpenStep(StepGrammar):
     """One step, which the prompt has opened with its start marker."""
@@ -120,6 +85,6 @@ class OpenStep(StepGrammar):
         """The marker that the prompt ends with."""
         return self.markers.starts[self.chains[0][0]]
 
-    def allowed(self, written: Sequence[int]) -> tuple[list[int], bool]:
+    def allowed(self, ids: Sequence[int]) -> tuple[list[int], bool]:
         """As for a whole chain, behind the start marker."""
-        return super().allowed([self.start, *written])
+        return super().allowed([self.start, *ids])
