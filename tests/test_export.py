@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import mote
 from mote import cli
 from mote.errors import MoteError, UserError
-from mote.export import export_merged, export_steps, opening_template
+from mote.export import export_engine_steps, export_merged, export_steps, opening_template
 from mote.models import PLAIN_CHAT_TEMPLATE, fingerprint, load_tokenizer
 from mote.tokens import add_markers
 from mote.tuner import MoteConfig
@@ -103,6 +103,18 @@ def logits(model: Any, ids: Tensor, **more: Any) -> Tensor:
 
 
 # --- a LoRA for each step
+
+
+def test_steps_on_a_base_with_the_rows_compute_the_same(adapter: Path, tmp_path: Path) -> None:
+    base, *folders = export_engine_steps(str(adapter), tmp_path / "out", dtype="float32")
+    assert [folder.name for folder in (base, *folders)] == ["base", *STEPS]
+    plain = export_steps(str(adapter), tmp_path / "plain")
+    for step, folder, other in zip(STEPS, folders, plain, strict=True):
+        assert all(".lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        ids = some_ids(adapter, step)
+        expected = logits(AutoPeftModelForCausalLM.from_pretrained(other), ids)
+        torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=0)
 
 
 def test_a_step_computes_what_the_adapter_does(adapter: Path, tmp_path: Path) -> None:
@@ -462,7 +474,11 @@ def test_the_command_says_what_it_wrote(
         ),
         (
             ["--adapter", "ONE", "--out", "OUT", "--format", "merged", "--mode", "direct", "--mode", "full"],
-            "mode: ['direct', 'full']: a merged model answers in one mode; give --mode once",
+            "mode: ['direct', 'full']: a model has one mode of its own; give --mode once",
+        ),
+        (
+            ["--adapter", "ONE", "--out", "OUT", "--format", "engine-steps", "--mode", "full"],
+            "format: 'engine-steps' writes every step; leave out --mode",
         ),
         (["--adapter", "ONE", "--out", "OUT", "--format", "merged", "--mode", "full"], "mode: 'full' cannot be merged"),
         (["--adapter", "ONE", "--out", "OUT", "--format", "merged", "--dtype", "float8"], "recipe: dtype='float8'"),

@@ -28,7 +28,7 @@ from mote.tuner.experts import columns_of, fold
 from mote.tuner.router import gate_table
 from mote.writing import check_new, whole, writing
 
-_PREFIX = "base_model.model."  # of PEFT's names of the base model's modules
+PREFIX = "base_model.model."  # of PEFT's names of the base model's modules
 _AGAIN = "run the same command again"
 
 
@@ -50,22 +50,69 @@ def export_steps(adapter: str, out: Path, model: str | None = None, revision: st
     """
     check_new(out)
     config = adapter_config(adapter)
-    _check_exportable(adapter, config)
-    base = model_folder(_base_name(adapter, config, model))
+    check_exportable(adapter, config)
+    base = model_folder(base_name(adapter, config, model))
     tokenizer, tensors = adapter_tokenizer(adapter, config), load_peft_weights(adapter, device="cpu")
     rows = {name: tensor for name, tensor in tensors.items() if ".mote_" not in name}
     with writing("export", out, _AGAIN), whole(out) as scratch:
         for step in config.experts:
-            folder = scratch / step
-            layers = step_lora(config, tensors, step)
-            lora_config(config, layers, base, revision).save_pretrained(folder)
-            state = {f"{_PREFIX}{name}.lora_A.weight": first for name, (first, _) in layers.items()}
-            state |= {f"{_PREFIX}{name}.lora_B.weight": second for name, (_, second) in layers.items()}
-            save_file(state | rows, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            tokenizer.save_pretrained(folder)
+            _save_step(scratch / step, config, tensors, step, base, revision, rows)
+            tokenizer.save_pretrained(scratch / step)
             card = _STEP_CARD.format(base=base, step=step, marker=start_marker(step))
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (scratch / step / "README.md").write_text(card, encoding="utf-8")
     return [out / step for step in config.experts]
+
+
+def export_engine_steps(
+    adapter: str, out: Path, model: str | None = None, dtype: str = "auto", revision: str | None = None
+) -> list[Path]:
+    """Write the base model with the markers' rows to OUT/base/, and a LoRA without rows for each step to OUT/<step>/.
+
+    For engines that read LoRAs but no rows of the embedding, such as vLLM without a plugin.
+
+    Args:
+        adapter: Folder of a trained adapter, or a hub id.
+        out: Folder to make.
+        model: Base model; the one that the adapter names where none is given.
+        dtype: Of the base model: `auto` (as it is stored), `float32`, `bfloat16` or `float16`.
+        revision: Hub revision of the base model.
+
+    Returns:
+        The folders, the base model's first.
+
+    Raises:
+        UserError: The base model is quantised or another one than the adapter's, or as in `export_steps`.
+        MoteError: The disk refused the files.
+    """
+    check_new(out)
+    config = adapter_config(adapter)
+    check_exportable(adapter, config)
+    name = base_name(adapter, config, model)
+    loaded = load(name, adapter, device="cpu", dtype=plain_dtype(name, revision, dtype), revision=revision)
+    tensors, plain = load_peft_weights(adapter, device="cpu"), merge_step(loaded.model, {})
+    with writing("export", out, _AGAIN), whole(out) as scratch:
+        plain.save_pretrained(scratch / "base")
+        loaded.tokenizer.save_pretrained(scratch / "base")
+        for step in config.experts:
+            _save_step(scratch / step, config, tensors, step, str(out / "base"), None, {})
+    return [out / part for part in ("base", *config.experts)]
+
+
+def _save_step(
+    folder: Path,
+    config: MoteConfig,
+    tensors: Mapping[str, Tensor],
+    step: str,
+    base: str,
+    revision: str | None,
+    rows: dict[str, Tensor],
+) -> None:
+    """Write a step's LoRA, and with it the given rows of the embedding."""
+    layers = step_lora(config, tensors, step)
+    lora_config(config, layers, base, revision, bool(rows)).save_pretrained(folder)
+    state = {f"{PREFIX}{name}.lora_A.weight": first for name, (first, _) in layers.items()}
+    state |= {f"{PREFIX}{name}.lora_B.weight": second for name, (_, second) in layers.items()}
+    save_file(state | rows, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -82,7 +129,7 @@ def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> d
     weights_E = gate_table(config)[1 + config.experts.index(step)]
     layers = {}
     for name, first in tensors.items():
-        module, found, _ = name.removeprefix(_PREFIX).partition(".mote_A.")
+        module, found, _ = name.removeprefix(PREFIX).partition(".mote_A.")
         if found:
             rank = len(first) // config.total_experts
             weights = weights_E.mul(config.scaling(rank)).repeat_interleave(rank)
@@ -92,9 +139,17 @@ def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> d
 
 
 def lora_config(
-    config: MoteConfig, layers: Mapping[str, tuple[Tensor, Tensor]], base: str, revision: str | None
+    config: MoteConfig, layers: Mapping[str, tuple[Tensor, Tensor]], base: str, revision: str | None, rows: bool = True
 ) -> LoraConfig:
-    """The configuration of a step's LoRA: the layers by their names, `lora_alpha` such that each is scaled by 1."""
+    """The configuration of a step's LoRA: the layers by their names, `lora_alpha` such that each is scaled by 1.
+
+    Args:
+        config: The adapter's configuration.
+        layers: Of the step, see `step_lora`.
+        base: The base model's name.
+        revision: Its hub revision.
+        rows: Whether the markers' rows of the embedding go with it.
+    """
     ranks = {name: len(first) for name, (first, _) in layers.items()}
     usual = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != usual}
@@ -104,7 +159,7 @@ def lora_config(
         rank_pattern=others,
         alpha_pattern=others,
         target_modules=sorted(layers),
-        trainable_token_indices=config.trainable_token_indices,
+        trainable_token_indices=config.trainable_token_indices if rows else None,
         base_model_name_or_path=base,
         revision=revision or config.revision,
         task_type="CAUSAL_LM",
@@ -142,17 +197,10 @@ def export_merged(
     """
     check_new(out)
     config = adapter_config(adapter)
-    _check_exportable(adapter, config)
+    check_exportable(adapter, config)
     step = only_step(adapter_scheme(adapter, config), mode)
-    base = _base_name(adapter, config, model)
-    base_config = load_config(base, revision)
-    if getattr(base_config, "quantization_config", None):
-        raise UserError(
-            f"model: '{base}' is quantised, and nothing can be merged into its weights; give the model it was made of "
-            "with --model, or use --format peft-steps"
-        )
-    if dtype == "auto":
-        dtype = str(base_config.dtype or torch.float32).removeprefix("torch.")
+    base = base_name(adapter, config, model)
+    dtype = plain_dtype(base, revision, dtype)
     loaded = load(base, adapter, device="cpu", dtype=dtype, revision=revision)
     layers = step_lora(config, load_peft_weights(adapter, device="cpu"), step)
     plain, tokenizer = merge_step(loaded.model, layers), loaded.tokenizer
@@ -207,7 +255,12 @@ def opening_template(template: str, marker: str) -> str:
     return template.removesuffix("\n") + "{{ '" + marker + "' if add_generation_prompt else '' }}"
 
 
-def _check_exportable(adapter: str, config: MoteConfig) -> None:
+def check_exportable(adapter: str, config: MoteConfig) -> None:
+    """Make sure that the experts are those of steps.
+
+    Raises:
+        UserError: A gate chooses them.
+    """
     if isinstance(config, TokenGatedConfig):
         raise UserError(
             f"adapter: '{adapter}' has experts that a gate chooses per token, and no step of it is one LoRA; use it "
@@ -215,11 +268,31 @@ def _check_exportable(adapter: str, config: MoteConfig) -> None:
         )
 
 
-def _base_name(adapter: str, config: MoteConfig, model: str | None) -> str:
+def base_name(adapter: str, config: MoteConfig, model: str | None) -> str:
+    """The base model that is given, or that the adapter names.
+
+    Raises:
+        UserError: Neither.
+    """
     name = model or config.base_model_name_or_path
     if not name:
         raise UserError(f"model: the adapter '{adapter}' names no base model; give it with --model")
     return name
+
+
+def plain_dtype(base: str, revision: str | None, dtype: str) -> str:
+    """The dtype to write weights in: the one that is given, or for `auto` the one the base model is stored in.
+
+    Raises:
+        UserError: The base model is quantised.
+    """
+    config = load_config(base, revision)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"model: '{base}' is quantised, and nothing can be merged into its weights; give the model it was made of "
+            "with --model, or use --format peft-steps"
+        )
+    return str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 _STEP_CARD = """---

@@ -6,6 +6,7 @@ User text can never become a marker: the special tokens of a prompt come from th
 import re
 import secrets
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,25 +87,48 @@ def turn_ids(tokenizer: Any) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
-    """Ids of a dialogue up to where the assistant's turn begins.
-
-    The special tokens are those that the chat template gives for any contents. Where these contents, or what the
-    tokenizer's normaliser or the template makes of them, would add one, each content is tokenised by itself, as plain
-    characters; other dialogues give the ids that `apply_chat_template` would.
-    """
+    """Ids of a dialogue up to where the assistant's turn begins; see `encode_dialogue`."""
     messages = tuple(message.model_copy(update={"content": message.content.strip()}) for message in messages)
     messages = _fold_system(tokenizer, messages)
-    # A place holder no user can guess marks where each content goes; the parts around are the template's.
-    contents = {secrets.token_hex(16): message.content for message in messages}
-    held = [m.model_copy(update={"content": holder}) for m, holder in zip(messages, contents, strict=True)]
-    template = _render(tokenizer, held, True)
-    special, ids = special_ids(tokenizer), _ids(tokenizer, _render(tokenizer, messages, True))
+    rows = [{"role": message.role, "content": message.content} for message in messages]
+    return encode_dialogue(tokenizer, rows, None, lambda rows, tools: _render_rows(tokenizer, rows, True))
+
+
+def encode_dialogue(tokenizer: Any, dialogue: Any, tools: Any, render: Callable[[Any, Any], str]) -> list[int]:
+    """Ids of a dialogue whose special tokens are those that the chat template gives for any texts.
+
+    Where these texts, or what the tokenizer's normaliser or the template makes of them, would add one, each text is
+    tokenised by itself, as plain characters; other dialogues give the ids that `apply_chat_template` would.
+
+    Args:
+        tokenizer: The tokenizer.
+        dialogue: Messages as chat templates take them: texts in any nesting of objects and lists.
+        tools: Tools as chat templates take them, or None.
+        render: Renders a dialogue and tools.
+    """
+    # A place holder no user can guess marks where each text goes; the parts around are the template's.
+    texts: dict[str, str] = {}
+    template = render(_hold(dialogue, texts), _hold(tools, texts))
+    special, ids = special_ids(tokenizer), _ids(tokenizer, render(dialogue, tools))
     if [id_ for id_ in ids if id_ in special] == [id_ for id_ in _ids(tokenizer, template) if id_ in special]:
         return ids
     ids = []
-    for part in re.split(f"({'|'.join(contents)})", template):
-        ids += encode_text(tokenizer, contents[part]) if part in contents else _ids(tokenizer, part)
+    for part in re.split(f"({'|'.join(texts)})", template):
+        ids += encode_text(tokenizer, texts[part]) if part in texts else _ids(tokenizer, part)
     return ids
+
+
+def _hold(value: Any, texts: dict[str, str], key: str = "") -> Any:
+    """The value with a place holder for each text; roles and types, which templates decide by, stay where they can."""
+    if isinstance(value, dict):
+        return {name: _hold(part, texts, name) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hold(part, texts, key) for part in value]
+    if not isinstance(value, str) or not value or (key in ("role", "type") and value.isidentifier()):
+        return value
+    holder = secrets.token_hex(16)
+    texts[holder] = value
+    return holder
 
 
 def _fold_system(tokenizer: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -222,6 +246,11 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def _render(tokenizer: Any, messages: Any, generate: bool) -> str:
-    rows = [{"role": message.role, "content": message.content} for message in messages]
+    return _render_rows(
+        tokenizer, [{"role": message.role, "content": message.content} for message in messages], generate
+    )
+
+
+def _render_rows(tokenizer: Any, rows: Any, generate: bool) -> str:
     text: str = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generate)
     return text

@@ -9,7 +9,10 @@ from mote.cli.options import adapter_of, folder_of, options, settings_of
 from mote.cli.root import mote
 from mote.errors import UserError
 
-_FORMAT_HELP = "peft-steps: a plain PEFT LoRA a step; merged: a transformers model of a one-step mode."
+_FORMAT_HELP = (
+    "peft-steps: a plain PEFT LoRA a step; engine-steps: the same beside a base model with the markers' rows; merged: "
+    "a transformers model of a one-step mode; vllm: a folder for vLLM."
+)
 
 
 @mote.command()
@@ -29,8 +32,11 @@ def chat(
 
 @mote.command()
 @options("adapter", "model", "mode", "out")
-@click.option("--format", "form", type=click.Choice(["peft-steps", "merged"]), required=True, help=_FORMAT_HELP)
-@click.option("--dtype", help="Of a merged model; as the base model is stored where none is given.")
+@click.option(
+    "--format", "form", type=click.Choice(["peft-steps", "engine-steps", "merged", "vllm"]), required=True,
+    help=_FORMAT_HELP,
+)  # fmt: skip
+@click.option("--dtype", help="Of a model; as the base model is stored where none is given.")
 def export(
     overrides: tuple[str, ...],
     adapter: str | None,
@@ -39,20 +45,29 @@ def export(
     form: str,
     **flags: Any,
 ) -> None:
-    """Write a trained adapter as files that need no mote: OUT/<step>/ or one model in OUT."""
+    """Write a trained adapter for other programs: OUT/<step>/ or one model in OUT."""
     settings = settings_of(None, overrides, flags)
     model = settings.model if "model" in settings.model_fields_set else None
     adapter, folder = adapter_of(adapter), folder_of(out, "the folder to make")
     if form == "peft-steps" and (modes or flags["dtype"]):
         raise UserError(f"format: '{form}' writes every step as float32; leave out --mode and --dtype, or use merged")
+    if form == "engine-steps" and modes:
+        raise UserError(f"format: '{form}' writes every step; leave out --mode, or use merged")
     if len(modes) > 1:
-        raise UserError(f"mode: {list(modes)}: a merged model answers in one mode; give --mode once")
-    from mote.export import export_merged, export_steps
+        raise UserError(f"mode: {list(modes)}: a model has one mode of its own; give --mode once")
+    from mote.export import export_engine_steps, export_merged, export_steps
 
     if form == "peft-steps":
         folders = export_steps(adapter, folder, model, settings.revision)
-    else:
+    elif form == "engine-steps":
+        folders = export_engine_steps(adapter, folder, model, settings.dtype, settings.revision)
+    elif form == "merged":
         mode = modes[0] if modes else "direct"
         folders = [export_merged(adapter, folder, mode, model, settings.dtype, settings.revision)]
+    else:
+        from mote.vllm.folder import export_vllm
+
+        mode, budget = modes[0] if modes else "adaptive", settings.answer.max_step_tokens
+        folders = [export_vllm(adapter, folder, mode, model, settings.dtype, settings.revision, budget)]
     for written in folders:
         print(written)
