@@ -1,0 +1,149 @@
+"""vLLM with step experts against vLLM with their base model: the same prompts, 32 at once, on a CPU.
+
+    make .venv-vllm/.installed
+    .venv-vllm/bin/python benchmarks/vllm_experts.py    # 12 minutes on an idle core; writes vllm_experts.json
+    .venv-vllm/bin/python benchmarks/vllm_experts.py --shape wide --out benchmarks/vllm_wide.json
+
+A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), or on a random model as wide as Llama-3.2-1B with 4
+layers (`wide`): what the experts of a layer cost beside it goes with 1 / width. Three engines in one process with one
+thread take turns, each turn in another order: base, base again (A/A: what differs from 1 is noise), experts; once
+without compiled graphs, once with them. Every answer has the same number of tokens. The processor's own time stands
+beside the clock's: others on the machine move it less.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+)
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+import torch
+from peft import get_peft_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from vllm import LLM, SamplingParams
+from vllm import __version__ as vllm_version
+
+from mote.machine import environment
+from mote.models import EMBEDDED, fingerprint, load_base, model_folder
+from mote.tokens import add_markers
+from mote.tuner import MoteConfig
+from mote.vllm.folder import export_vllm
+
+RANK = 16
+NEW = 64  # tokens of an answer
+MODES = {"direct": 62, "analysis": 30, "full": 20}  # budgets of a step with which the steps fill an answer
+
+
+def base_folder(shape: str, folder: Path) -> str:
+    """The base model: the embedded one, or a random one of another width with its tokenizer."""
+    embedded = model_folder(EMBEDDED)
+    if shape == "small":
+        return embedded
+    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=8192, num_hidden_layers=4,
+                    num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+                    bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    ).save_pretrained(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def serve_random_experts(base_name: str, folder: Path) -> Path:
+    """A served folder with random experts on every linear layer."""
+    base = load_base(base_name, device="cpu")
+    config = MoteConfig(r=RANK, lora_alpha=2 * RANK, init_weights=False, base_fingerprint=fingerprint(base.model))
+    add_markers(base.tokenizer, config, base.model)
+    torch.manual_seed(0)
+    get_peft_model(base.model, config).save_pretrained(folder / "adapter")
+    base.tokenizer.save_pretrained(folder / "adapter")
+    return export_vllm(str(folder / "adapter"), folder / "served", model=base_name)
+
+
+def engine(folder: Path | str, eager: bool, rows: int) -> LLM:
+    return LLM(str(folder), dtype="float32", enforce_eager=eager, max_model_len=512, block_size=32, max_num_seqs=rows,
+               enable_prefix_caching=False, distributed_executor_backend="uni")  # fmt: skip
+
+
+def seconds(llm: LLM, prompts: Sequence[Any], experts: bool) -> tuple[float, float]:
+    """Of all answers, prompts included: by the clock, and of the processor."""
+    modes = [list(MODES)[i % len(MODES)] for i in range(len(prompts))]
+    params = [
+        SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True,
+                       extra_args={"mode": mode, "max_step_tokens": MODES[mode]} if experts else None)
+        for mode in modes
+    ]  # fmt: skip
+    clock, processor = time.perf_counter(), time.process_time()
+    done = llm.generate(prompts, params, use_tqdm=False)
+    taken = time.perf_counter() - clock, time.process_time() - processor
+    assert all(len(answer.outputs[0].token_ids) == NEW for answer in done)
+    return taken
+
+
+def measure(base: str, served: Path, eager: bool, given: argparse.Namespace) -> dict[str, Any]:
+    engines = {name: engine(folder, eager, given.rows) for name, folder in
+               {"base": base, "again": base, "experts": served}.items()}  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 4000, (given.rows, given.prompt), generator=draw).tolist()
+    prompts = [{"prompt_token_ids": row} for row in ids]
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for turn in range(given.rounds + 1):
+        order = list(engines.items())
+        for name, llm in order[turn % 3 :] + order[: turn % 3]:
+            spent = seconds(llm, prompts, name == "experts")
+            if turn:  # the first turn warms up
+                taken[name].append(spent)
+    for llm in engines.values():
+        llm.llm_engine.engine_core.shutdown()
+    clock = statistics.median(spent for spent, _ in taken["base"])
+    return {"base_tokens_per_second": round(given.rows * NEW / clock, 1)} | {
+        kind: {label: ratio(taken["base"], taken[name], which)
+               for label, name in (("A/A", "again"), ("experts", "experts"))}
+        for which, kind in enumerate(("tokens_per_second_over_base", "tokens_per_cpu_second_over_base"))
+    }  # fmt: skip
+
+
+def ratio(base: list[tuple[float, float]], own: list[tuple[float, float]], which: int) -> dict[str, float]:
+    values = [b[which] / o[which] for b, o in zip(base, own, strict=True)]
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--only", choices=["eager", "compiled"])
+    parser.add_argument("--shape", choices=["small", "wide"], default="small")
+    given = parser.parse_args()
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = base_folder(given.shape, Path(folder) / "base")
+        served = serve_random_experts(base, Path(folder))
+        for name in [given.only] if given.only else ["eager", "compiled"]:
+            result[name] = measure(base, served, name == "eager", given)
+            print(name, json.dumps(result[name]), flush=True)
+    result |= {
+        "what": "tokens per second of vLLM with step experts over its base model's, medians of paired rounds",
+        "shape": {"model": given.shape, "rank": RANK, "rows": given.rows, "prompt_tokens": given.prompt,
+                  "new_tokens": NEW, "rounds": given.rounds, "threads": 1, "dtype": "float32"},
+    }  # fmt: skip
+    result |= environment()
+    result["versions"]["vllm"] = vllm_version
+    given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
