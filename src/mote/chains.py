@@ -71,6 +71,13 @@ async def make_chains(
         raise errors.exceptions[0] from None  # the other chains were cancelled with it
 
 
+async def make_chain(
+    question: Question, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int
+) -> ChainRow:
+    """The chain of one question, by the same loop; nothing is written and `seconds` is 0."""
+    return await _Loop(engine, judge, scheme, settings, seed).chain(question)
+
+
 class _Clock:
     """Time that is shared out: of each second, one n-th to each of the n chains in the making."""
 

@@ -18,8 +18,8 @@ from mote.errors import UserError
 
 Rule = Literal["empty", "truncated", "marker", "looping", "echo", "copy", "language"]  # of mote.quality
 MethodName = Literal[
-    "mote", "mote-no-skip", "mote-no-share", "mote-neither", "lora", "lora-x2", "token-moe", "moelora", "separate",
-    "response-only", "four-experts",
+    "mote", "mote-built", "mote-no-skip", "mote-no-share", "mote-neither", "lora", "lora-x2", "token-moe", "moelora",
+    "separate", "response-only", "four-experts",
 ]  # fmt: skip
 DEFAULT_MODES = ("base", "direct", "analysis", "full", "adaptive")
 

@@ -1,4 +1,4 @@
-"""The methods that `train.method` names: MoTE, and what it is compared with (table 4 and figure 5 of the paper).
+"""The methods that `train.method` names: MoTE, and what it is compared with (tables 4 and 6 and figure 5 of the paper).
 
 A method is a change of settings, and of what is trained on of a chain. What each is exactly, and what it is not, stands
 in docs/decisions/0025. This module knows nothing of models or tokenizers.
@@ -24,6 +24,7 @@ class Method:
         gate: Factors of the gates' losses, by their names in `TokenGatedConfig`; None where no gate is trained.
         apart: Whether each step has a model of its own, trained on that step alone.
         response_only: Whether chains are cut to their answer.
+        built: Whether the shorter chains that skipping stands for are rows of their own.
         checks: Whether a fourth step is trained on the verdicts of the chains.
     """
 
@@ -34,11 +35,13 @@ class Method:
     gate: dict[str, Any] | None = None
     apart: bool = False
     response_only: bool = False
+    built: bool = False
     checks: bool = False
 
 
 METHODS: dict[str, Method] = {
     "mote": Method("an expert a step, a shared expert, step skipping"),
+    "mote-built": Method("the shorter chains built instead of masked", skips=False, built=True),
     "mote-no-skip": Method("without step skipping", skips=False),
     "mote-no-share": Method("without the shared expert", {"mix": 1.0}),
     "mote-neither": Method("without both", {"mix": 1.0}, skips=False),

@@ -1,4 +1,4 @@
-"""Several methods and seeds on the same chains."""
+"""Several methods and seeds on the same chains; the paper's tables."""
 
 from pathlib import Path
 
@@ -11,15 +11,27 @@ from mote.cli.root import mote
 @mote.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @options("out")
-def ablations(recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Train, answer and compare the variants of a RECIPE: one table, with intervals over seeds.
+@click.option("--judge", default="rule", show_default=True, help="Judge of the tasks, as in mote eval.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the upstream files; mote:test where none is.")
+@click.option("--dry-run", is_flag=True, help="Print what would be trained, asked and judged, and stop.")
+def ablations(
+    recipe: Path, overrides: tuple[str, ...], out: Path | None, judge: str, data: Path | None, dry_run: bool
+) -> None:
+    """Compare the variants of a RECIPE, or make a table of the paper: train, ask, judge, one table with intervals.
 
-    KEY=VALUE overrides a setting of the recipe that all variants share. The same command goes on where it was cut.
+    KEY=VALUE overrides a setting of the recipe that all variants share; recipe=FILE takes another one, seeds=[0] and
+    tasks=[hh-harm] replace those of the file. The same command goes on where it was cut.
     """
     from mote.ablations import load_ablations, run_ablations
-    from mote.ablations_table import markdown
+    from mote.ablations.rows import markdown
 
-    folder = folder_of(out)
     wanted = load_ablations(recipe, overrides)
+    if dry_run:
+        from mote.ablations.plan import table
+
+        print(table(wanted, judge, data))
+        return
+    folder = folder_of(out)
     with locked(folder):
-        print(markdown(run_ablations(wanted, folder)))
+        result = run_ablations(wanted, folder, judge, data)
+    print((folder / "table.md").read_text(encoding="utf-8") if wanted.table else markdown(result))

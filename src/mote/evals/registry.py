@@ -1,5 +1,6 @@
 """What Inspect finds under the name `mote` (entry point `inspect_ai`): the model provider, tasks, scorers, metrics."""
 
+from mote.evals.prompting import mote_prompting
 from mote.evals.provider import mote
 from mote.evals.scorers import exact, goodness, judged, share_of
 from mote.evals.tasks.ability import gsm8k, mmlu
@@ -20,6 +21,7 @@ __all__ = [
     "judged",
     "mmlu",
     "mote",
+    "mote_prompting",
     "share_of",
     "strongreject",
     "xstest",

@@ -72,6 +72,7 @@ class System(BaseModel):
         adapter: Folder of its adapter, if it has one.
         modes: Modes it answers in.
         fingerprint: Start of the sha256 of the adapter's weights; `base` without one, of an endpoint its name.
+        args: Further arguments of the model, by Inspect's names.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -81,6 +82,7 @@ class System(BaseModel):
     adapter: str | None
     modes: tuple[str, ...]
     fingerprint: str
+    args: dict[str, str | int | float | None] = {}
 
     @property
     def local(self) -> bool:

@@ -22,6 +22,7 @@ from inspect_ai.model import Model, get_model
 from mote.errors import MoteError, UserError
 from mote.evals import registry
 from mote.evals.collect import collect
+from mote.evals.prompting import PromptingAPI
 from mote.evals.provider import MoteAPI
 from mote.evals.rows import System
 from mote.evals.settings import Suite, TaskSettings, task_args
@@ -107,7 +108,7 @@ class SuiteRun:
             )
         finally:
             for task in tasks:
-                if task.model is not None and isinstance(task.model.api, MoteAPI):
+                if task.model is not None and isinstance(task.model.api, MoteAPI | PromptingAPI):
                     task.model.api.close()
         if not done:
             raise MoteError(_failure(group, logs))
@@ -126,7 +127,8 @@ class SuiteRun:
 
     def _model(self, system: System, mode: str) -> Model:
         if not system.local:
-            return get_model(system.model)
+            given: dict[str, Any] = {**system.args}
+            return get_model(system.model, **given)
         args: dict[str, Any] = {"mode": mode} | ({"adapter": system.adapter} if system.adapter else {})
         return get_model(
             system.model,

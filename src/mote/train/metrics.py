@@ -50,7 +50,9 @@ class Metrics(TrainerCallback):
         row |= {key: value for key, value in logs.items() if key != "epoch"}
         if "loss" in logs:
             now, seen = time.monotonic(), self.trainer.tokens_of_all()
-            row["tokens_per_second"] = round((seen - self.clock[1]) / max(now - self.clock[0], 1e-9), 1)
+            tokens, seconds = seen - self.clock[1], now - self.clock[0]
+            row |= {"tokens": tokens, "seconds": round(seconds, 3)}
+            row["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
             row["peak_memory_mb"] = peak_memory_mb()
             self.clock = (now, seen)
         if not state.is_world_process_zero:

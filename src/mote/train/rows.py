@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -44,8 +45,11 @@ def groups_of(
                     f"chains: a chain has a step '{strange}', the scheme '{scheme.name}' has {list(scheme.steps)}"
                 )
             cut = chain.model_copy(update={"steps": tuple(step for step in chain.steps if step.name in steps)})
-            row = encode_chain(tokenizer, cut, replace(markers, whole_rows=False), steps)
-            group += apart(row) if method.apart else [row]
+            encoded = [
+                encode_chain(tokenizer, one, replace(markers, whole_rows=False), steps)
+                for one in (shorter(cut) if method.built else [cut])
+            ]
+            group += apart(encoded[0]) if method.apart else encoded
         if method.checks and chain.rejected is None:
             answers = {check.answer: check.safe for check in chain.checks if check.score is not None}
             passes, fails = scheme.verdicts
@@ -63,6 +67,17 @@ def groups_of(
         if group:
             groups.append(group)
     return groups
+
+
+def shorter(chain: ChainRow) -> list[ChainRow]:
+    """A chain, and every chain that is left where steps before its answer are taken out.
+
+    These are all that skipping stands for: what a shorter chain without an answer would train is the beginning of one
+    of them.
+    """
+    *before, answer = chain.steps
+    kept = [some for count in range(len(before), -1, -1) for some in combinations(before, count)]
+    return [chain.model_copy(update={"steps": (*some, answer)}) for some in kept]
 
 
 def apart(row: Tokens) -> Group:
@@ -94,11 +109,15 @@ def _weighs(row: Tokens, weights_S: Tensor) -> bool:
     return any(weights_S[step] > 0 for step in trained)
 
 
-def split_groups(groups: Sequence[Group], share: float, seed: int) -> tuple[Group, Group]:
-    """Rows to train on and held-out rows, drawn from the seed; at least one chain to train on."""
+def split_groups(groups: Sequence[Group], share: float, seed: int, built: bool = False) -> tuple[Group, Group]:
+    """Rows to train on and held-out rows, drawn from the seed; at least one chain to train on.
+
+    Where shorter chains were `built`, of a held-out chain only the first row counts, the chain itself: so losses are
+    those of the same text as without them.
+    """
     order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
     count = min(round(len(groups) * share), len(groups) - 1)
     held = set(order[:count])
     kept = [row for i, group in enumerate(groups) if i not in held for row in group]
-    return kept, [row for i in sorted(held) for row in groups[i]]
+    return kept, [row for i in sorted(held) for row in (groups[i][:1] if built else groups[i])]

@@ -78,7 +78,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
             f"chains: none of the {len(chains)} chains can be trained on (safe, not rejected, at most "
             f"{settings.max_length} tokens); make more, or lower chains.threshold"
         )
-    train_rows, held_out = split_groups(groups, settings.held_out, recipe.seed)
+    train_rows, held_out = split_groups(groups, settings.held_out, recipe.seed, METHODS[settings.method].built)
     torch.manual_seed(recipe.seed)
     try:
         model = get_peft_model(base.model, config)

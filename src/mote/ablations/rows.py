@@ -1,10 +1,12 @@
-"""Results of ablations: means with intervals over seeds, and the table."""
+"""Typed rows of ablations: what was measured of each variant and seed, and the means over seeds."""
 
 import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict
+
+from mote.judges.protocol import JudgeCard
 
 # Student's t at 97.5 %, for 1 to 10 degrees of freedom; beyond, the normal distribution's is within 10 %.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -15,14 +17,50 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class Judged(_Part):
+    """A judged number of one variant and seed.
+
+    Attributes:
+        judge: Name of the judge.
+        low: Lower end of the 95 % interval over prompts.
+        high: Its upper end.
+        n: Prompts the number was taken over.
+        unparsed: Verdicts that could not be read, which it leaves out.
+        absent: Answers without the step that was to be judged, which it leaves out too.
+    """
+
+    judge: str
+    low: float | None
+    high: float | None
+    n: int
+    unparsed: int
+    absent: int
+
+
 class Measured(_Part):
-    """One variant with one seed; `measures` by their names."""
+    """One variant with one seed.
+
+    Attributes:
+        variant: Its name.
+        method: What was trained; `prompted` and `chains` where nothing was.
+        seed: The seed.
+        mode: The mode that its line of the paper's table shows; empty where only chains were counted.
+        trained_parameters: How many; 0 where nothing was trained.
+        chains: Chains that were trained on, or counted.
+        measures: Name -> number; those of answers end with their mode.
+        judged: What stands behind the judged ones of `measures`; also of those that no verdict could be read for.
+        judges: Cards of the judges.
+    """
 
     variant: str
     method: str
     seed: int
+    mode: str = ""
     trained_parameters: int
+    chains: int = 0
     measures: dict[str, float]
+    judged: dict[str, Judged] = {}
+    judges: tuple[JudgeCard, ...] = ()
 
 
 class Interval(_Part):

@@ -1,0 +1,102 @@
+"""What differs between a comparison of ours and the paper's, in sentences made from the settings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mote.ablations.judged import OWN_QUESTIONS, RATED, rates
+from mote.ablations.recipe import Ablations
+from mote.ablations.rows import Measured
+from mote.config import Recipe
+from mote.errors import UserError
+from mote.shapes import count_parameters, find_shape
+
+
+def differences(
+    wanted: Ablations,
+    rows: Sequence[Measured],
+    judge: str,
+    data: Path | None,
+    *,
+    model: str,
+    questions: str,
+    asked: str,
+    judged_by: str,
+    settings: Mapping[str, float],
+) -> list[str]:
+    """The sentences.
+
+    Args:
+        wanted: What is compared.
+        rows: What was measured.
+        judge: Who judged.
+        data: Folder of the upstream files, None where the package's own questions were asked.
+        model: The paper's model.
+        questions: What the paper's chains were made for.
+        asked: What the paper's systems were asked.
+        judged_by: The paper's judge.
+        settings: The paper's settings by their names; `batch` is that of an update.
+    """
+    recipe = wanted.recipe
+    limit = "all" if recipe.limit is None else f"at most {recipe.limit:,}"
+    notes = [
+        f"Model: {recipe.model} ({_size(recipe)}); the paper's: {model}.",
+        f"Chains: for {limit} questions of {recipe.questions}{_counted(rows)}; the paper's: {questions}.",
+    ]
+    if wanted.tasks:
+        most = "all" if recipe.answer.limit is None else f"at most {recipe.answer.limit:,}"
+        prompts = f"the files of {data.name}" if data else f"the package's own questions ({OWN_QUESTIONS})"
+        notes.append(f"Asked: {most} questions a task of {prompts}; the paper's: {asked}.")
+        notes.append(f"Judge: {_cards(rows) or judge}; the paper's: {judged_by}.")
+        if any(card.measures == "refusal" for row in rows for card in row.judges):
+            notes.append("Refusal is not harm: what the offline rule counts as `refusal` says nothing of the paper's "
+                         "Harm or goodness, and stands in columns of its own.")  # fmt: skip
+        left = [task for task in wanted.tasks if task in RATED and not rates(judge)]
+        if left:
+            notes.append(f"Not judged: {', '.join(left)}; they are ratings, give --judge llm:MODEL or inspect:MODEL.")
+    if any(row.trained_parameters for row in rows):
+        changed = [
+            f"{name} {value:g} (the paper's: {settings[name]:g})"
+            for name, value in _settings(recipe).items()
+            if name in settings and value != settings[name]
+        ]
+        notes.append(
+            f"Training: {', '.join(changed)}." if changed else "Training: the paper's rank, epochs, rate, batch."
+        )
+        notes.append(f"Seeds: {', '.join(map(str, wanted.seeds))}; the paper gives no interval.")
+    return notes
+
+
+def _size(recipe: Recipe) -> str:
+    """The model's parameters, as far as its shape tells."""
+    try:
+        shape, _ = find_shape(recipe, [])
+    except UserError:
+        return "its size is not known here"
+    count = count_parameters(shape)
+    return f"{count / 1e9:.1f}B parameters" if count >= 1e9 else f"{count / 1e6:.1f}M parameters"
+
+
+def _counted(rows: Sequence[Measured]) -> str:
+    counts = sorted({row.chains for row in rows if row.chains})
+    if not counts:
+        return ""
+    return f", {'to '.join(f'{count:,} ' for count in dict.fromkeys((counts[0], counts[-1])))}of them accepted"
+
+
+def _cards(rows: Sequence[Measured]) -> str:
+    """Every judge with what it measures and the start of its prompt's hash."""
+    cards = {(card.name, card.measures): card for row in rows for card in row.judges}
+    return ", ".join(
+        f"{name} ({measures}{f', prompt {card.prompts[:8]}' if card.prompts else ''})"
+        for (name, measures), card in sorted(cards.items())
+    )
+
+
+def _settings(recipe: Recipe) -> dict[str, float]:
+    train = recipe.train
+    return {
+        "experts.r": recipe.experts.r,
+        "train.num_train_epochs": train.num_train_epochs,
+        "train.learning_rate": train.learning_rate,
+        "batch": train.per_device_train_batch_size * train.gradient_accumulation_steps,
+    }

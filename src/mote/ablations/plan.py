@@ -1,0 +1,52 @@
+"""What a comparison will do, before anything starts: `mote ablations RECIPE --dry-run`."""
+
+from pathlib import Path
+
+from mote.ablations.judged import check_tasks, suite_of
+from mote.ablations.recipe import Ablations
+from mote.models import default_device
+from mote.plan import measure, plan
+
+
+def table(wanted: Ablations, judge: str, data: Path | None) -> str:
+    """The variants with what each trains and takes, and what is asked and judged, as text.
+
+    Raises:
+        UserError: A setting cannot work.
+    """
+    check_tasks(wanted, judge, data)
+    machine = measure(default_device())
+    shared = plan(wanted.recipe, machine)
+    chains = next(stage for stage in shared.stages if stage.name == "chains")
+    lines = [
+        f"plan of '{wanted.name}' (times are rough estimates for this machine)",
+        f"model    {wanted.recipe.model}: {shared.parameters:,} parameters in {shared.dtype}",
+        f"chains   {chains.what}: {_hours(chains.seconds)}",
+        "",
+        f"{'variant':<34}{'kind':<10}{'method':<16}{'seeds':>6}{'trained':>14}{'training':>12}",
+    ]
+    for variant in wanted.variants:
+        recipes = [recipe for its, recipe in wanted.runs() if its == variant]
+        row = f"{variant.name:<34}{variant.kind:<10}"
+        if variant.kind == "trained":
+            own = plan(recipes[0], machine)
+            training = next(stage.seconds for stage in own.stages if stage.name == "train") or 0.0
+            row += f"{variant.method:<16}{len(recipes):>6}{own.trainable:>14,}{_hours(training * len(recipes)):>12}"
+        lines.append(row.rstrip())
+    lines.append("")
+    suite = suite_of(wanted, wanted.recipe, judge, data)
+    for task in suite.tasks if wanted.tasks else ():
+        most = "all" if wanted.recipe.answer.limit is None else f"at most {wanted.recipe.answer.limit}"
+        lines.append(f"judged   {task.task} by {task.judge or judge}: {most} questions of {task.file} in each of "
+                     f"{', '.join(wanted.recipe.answer.modes)}")  # fmt: skip
+    left = [task for task in wanted.tasks if task not in {task.task for task in suite.tasks}]
+    if left:
+        lines.append(f"left out {', '.join(left)}: ratings, which '{judge}' cannot give; give --judge llm:MODEL")
+    lines += [f"note     {note}" for note in shared.notes]
+    return "\n".join(lines)
+
+
+def _hours(seconds: float | None) -> str:
+    return (
+        "not known" if seconds is None else f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+    )
