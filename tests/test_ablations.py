@@ -10,12 +10,11 @@ import yaml
 from test_methods import checked
 
 from mote.ablations import Ablations, load_ablations, run_ablations
-from mote.ablations_table import Measured, Result, interval, markdown, summary_of
+from mote.ablations.rows import Measured, Result, interval, markdown, summary_of
 from mote.errors import UserError
 from mote.records import ChainRow, read_rows, rewrite_rows
 from mote.run import Run
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes" / "ablations").glob("*.yaml"))
 SHARED = {
     "experts": {"r": 2}, "answer": {"limit": 2, "max_step_tokens": 3, "modes": ["base", "direct", "full", "adaptive"]},
     "train": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "held_out": 0.2},
@@ -28,22 +27,6 @@ def files(folder: Path, tiny: Path, variants: list[dict[str, Any]], seeds: list[
     (folder / "ablations.yaml").write_text(yaml.safe_dump({**data, "variants": variants}))
     rewrite_rows(folder / "chains.jsonl", checked())
     return folder / "ablations.yaml"
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_open_with_their_command_and_every_variant_can_work(recipe: Path, tmp_path: Path) -> None:
-    from mote.ablations import _recipe_of
-    from mote.steps import load_scheme
-    from mote.train import check_settings
-
-    first = recipe.read_text(encoding="utf-8").splitlines()[0]
-    assert first.startswith(f"# mote ablations recipes/ablations/{recipe.name} ")
-    wanted = load_ablations(recipe)
-    for variant in wanted.variants:
-        settings = _recipe_of(wanted, variant, 1)
-        check_settings(settings, load_scheme(settings.scheme), tmp_path)
-        assert settings.train.method == variant.method and settings.seed == 1 and "base" not in settings.answer.modes
-    assert len(wanted.seeds) == 3
 
 
 def test_variants_are_trained_answered_with_and_counted(tiny: Path, tmp_path: Path) -> None:
@@ -61,6 +44,7 @@ def test_variants_are_trained_answered_with_and_counted(tiny: Path, tmp_path: Pa
     assert not (tmp_path / "out" / "shared").exists()  # no variant needs them
     mote, apart, short = result.summary
     assert {"loss all", "loss analysis", "tokens direct", "tokens full", "tokens adaptive"} <= set(mote.measures)
+    assert mote.measures["tokens of training"].mean > 100 and mote.measures["seconds of training"].mean > 0
     assert "tokens adaptive" not in apart.measures and "tokens full" not in short.measures
     assert not any("base" in name for line in result.summary for name in line.measures)
     losses = [
@@ -107,12 +91,20 @@ def test_human_replies_take_the_place_of_chains(tiny: Path, tmp_path: Path) -> N
 
     ids = {question.text: question.id for question in load_questions(str(human), None)}
     rows = [row.model_copy(update={"id": ids.get(row.text, row.id)}) for row in checked(6)]
-    variant = {"name": "human", "method": "response-only", "replies": str(human)}
+    variant = {"name": "human", "method": "response-only", "replies": True}
     path = files(tmp_path, tiny, [{**variant, "chains": str(tmp_path / "c.jsonl")}], [0])
     rewrite_rows(tmp_path / "c.jsonl", rows)
-    run_ablations(load_ablations(path), tmp_path / "out")
+    run_ablations(load_ablations(path, [f"questions={human}"]), tmp_path / "out")
     found = read_rows(tmp_path / "out" / "human" / "seed-0" / "chains.jsonl", ChainRow)
     assert [[step.text for step in row.steps] for row in found] == [[f"people say {i}"] for i in range(4)]
+
+
+def test_keys_of_the_file_itself_are_overridden_too(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"model": "other/model", "limit": 5}))
+    path = files(tmp_path, tiny, [{"name": "a"}], [0])
+    wanted = load_ablations(path, ["seeds=[4, 5]", "tasks=[hh-harm]", f"recipe={tmp_path / 'other.yaml'}", "limit=7"])
+    assert (wanted.seeds, wanted.tasks, wanted.recipe.model, wanted.recipe.limit) == ((4, 5), ("hh-harm",), "other/model", 7)
+    assert wanted.recipe.answer.limit == 3  # the settings of the file stand above either recipe
 
 
 def test_intervals_are_students() -> None:
@@ -135,6 +127,7 @@ def test_intervals_are_students() -> None:
         ([{"name": "a", "method": "magic"}], "not a recipe of ablations: variants.0.method"),
         ([{"name": "a", "speed": 1}], "variants.0.speed"),
         ([], "variants"),
+        ([{"name": "a", "kind": "guessed"}], "variants.0.kind"),
     ],
 )
 def test_wrong_recipes_are_named(variants: Any, complaint: str, tiny: Path, tmp_path: Path) -> None:
@@ -147,8 +140,11 @@ def test_wrong_variants_are_named_before_anything_starts(tiny: Path, tmp_path: P
         ({"train.skip_p": 2}, "the variant 'a': train.skip_p"),
         ({"train.learning_rat": 2}, r"unknown setting 'train\.learning_rat'"),
         ({"answer.modes": ["base"]}, "'a' can answer in none of them"),
+        ({"scheme": "safety", "kind": "prompted"}, "the variant 'a': scheme=safety has several chains"),
     ):
-        wanted: Ablations = load_ablations(files(tmp_path, tiny, [{"name": "a", "settings": settings}], [0]))
+        kind = settings.pop("kind", "trained")
+        variant = {"name": "a", "kind": kind, "settings": settings}
+        wanted: Ablations = load_ablations(files(tmp_path, tiny, [variant], [0]))
         with pytest.raises(UserError, match=complaint):
             run_ablations(wanted, tmp_path / "out")
         assert not (tmp_path / "out").exists()

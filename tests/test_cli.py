@@ -606,7 +606,7 @@ OPTIONS = {
     "chains import": {"--format", "--writer", "--limit", "--out"},
     "chains export": {"--out", "--license", "--push", "--private"},
     "train": {"--recipe", "--model", "--chains", "--seed", "--limit", "--out"},
-    "ablations": {"--out"},
+    "ablations": {"--out", "--judge", "--data", "--dry-run"},
     "answer": {"--recipe", "--model", "--adapter", "--questions", "--mode", "--seed", "--limit", "--out"},
     "chat": {"--model", "--adapter", "--mode", "--seed", "--show-steps", "--answer-only"},
     "serve": {

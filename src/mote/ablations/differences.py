@@ -1,8 +1,9 @@
 """What differs between a comparison of ours and the paper's, in sentences made from the settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from mote.ablations.figures import PaperTable, paper_setup
 from mote.ablations.judged import OWN_QUESTIONS, RATED, rates
 from mote.ablations.recipe import Ablations
 from mote.ablations.rows import Measured
@@ -12,41 +13,30 @@ from mote.shapes import count_parameters, find_shape
 
 
 def differences(
-    wanted: Ablations,
-    rows: Sequence[Measured],
-    judge: str,
-    data: Path | None,
-    *,
-    model: str,
-    questions: str,
-    asked: str,
-    judged_by: str,
-    settings: Mapping[str, float],
+    wanted: Ablations, table: PaperTable, rows: Sequence[Measured], judge: str, data: Path | None
 ) -> list[str]:
     """The sentences.
 
     Args:
         wanted: What is compared.
+        table: The paper's table.
         rows: What was measured.
         judge: Who judged.
         data: Folder of the upstream files, None where the package's own questions were asked.
-        model: The paper's model.
-        questions: What the paper's chains were made for.
-        asked: What the paper's systems were asked.
-        judged_by: The paper's judge.
-        settings: The paper's settings by their names; `batch` is that of an update.
     """
+    setup = paper_setup()
+    settings = {**setup.settings, "batch": setup.batch}
     recipe = wanted.recipe
     limit = "all" if recipe.limit is None else f"at most {recipe.limit:,}"
     notes = [
-        f"Model: {recipe.model} ({_size(recipe)}); the paper's: {model}.",
-        f"Chains: for {limit} questions of {recipe.questions}{_counted(rows)}; the paper's: {questions}.",
+        f"Model: {recipe.model} ({_size(recipe)}); the paper's: {table.model or setup.model}.",
+        f"Chains: for {limit} questions of {recipe.questions}{_counted(rows)}; the paper's: {setup.questions}.",
     ]
     if wanted.tasks:
         most = "all" if recipe.answer.limit is None else f"at most {recipe.answer.limit:,}"
         prompts = f"the files of {data.name}" if data else f"the package's own questions ({OWN_QUESTIONS})"
-        notes.append(f"Asked: {most} questions a task of {prompts}; the paper's: {asked}.")
-        notes.append(f"Judge: {_cards(rows) or judge}; the paper's: {judged_by}.")
+        notes.append(f"Asked: {most} questions a task of {prompts}; the paper's: {table.prompts}.")
+        notes.append(f"Judge: {_cards(rows) or judge}; the paper's: {setup.judge}.")
         if any(card.measures == "refusal" for row in rows for card in row.judges):
             notes.append("Refusal is not harm: what the offline rule counts as `refusal` says nothing of the paper's "
                          "Harm or goodness, and stands in columns of its own.")  # fmt: skip
@@ -57,7 +47,7 @@ def differences(
         changed = [
             f"{name} {value:g} (the paper's: {settings[name]:g})"
             for name, value in _settings(recipe).items()
-            if name in settings and value != settings[name]
+            if value != settings[name]
         ]
         notes.append(
             f"Training: {', '.join(changed)}." if changed else "Training: the paper's rank, epochs, rate, batch."

@@ -4,95 +4,21 @@ A refusal rate has a column of its own: it never stands under the paper's Harm.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from mote.ablations.differences import differences
+from mote.ablations.figures import Column, PaperTable, paper_table
 from mote.ablations.recipe import Ablations
-from mote.ablations.rows import Interval, Judged, Measured, Result, interval
-from mote.errors import UserError
+from mote.ablations.rows import Judged, Measured, Result, interval
 
 OURS, PAPER = "ours", "paper"
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Column(_Strict):
-    """A column of the paper's table.
-
-    Attributes:
-        name: As the paper has it.
-        metric: Our name of the number.
-        percent: Whether it is printed in percent.
-        over: Row whose number is the unit.
-    """
-
-    name: str
-    metric: str
-    percent: bool = False
-    over: str | None = None
-
-
-class PaperRow(_Strict):
-    """A row of the paper's table.
-
-    Attributes:
-        name: As the paper has it.
-        ours: What stands for it here; its name where none is given.
-        model: The row's model, where it is not that of the table.
-        values: One a column; none where the paper prints no numbers.
-    """
-
-    name: str
-    ours: str = ""
-    model: str = ""
-    values: tuple[float, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Variant, mode or step of ours."""
-        return self.ours or self.name
-
-
-class PaperTable(_Strict):
-    """A table or figure of the paper.
-
-    Attributes:
-        title: Its number and what it is about.
-        prompts: What was asked.
-        model: The model, where the paper names one for the whole table.
-        columns: The columns.
-        by: Whether our rows are variants, or parts of the only one: its modes, or the steps of its chains.
-        rows: The rows.
-        says: What the text says of it.
-        here: How the numbers of ours are made, where that needs a word.
-    """
-
-    title: str
-    prompts: str
-    model: str = ""
-    columns: tuple[Column, ...]
-    by: Literal["variant", "part"] = "variant"
-    rows: tuple[PaperRow, ...]
-    says: str = ""
-    here: str = ""
-
-
-class PaperSetup(_Strict):
-    """The set-up of section 4.1: `settings` by their names in a recipe, and the batch of an update."""
-
-    model: str
-    questions: str
-    judge: str
-    settings: dict[str, float]
-    batch: int
 
 
 class Cell(_Strict):
@@ -148,6 +74,8 @@ class PaperComparison(_Strict):
     Attributes:
         title: The paper's table.
         columns: The paper's columns, then those that only we have.
+        of_paper: Those of them that are the paper's.
+        percent: Those that are in percent.
         lines: Row by row, ours above the paper's.
         says: What the paper's text says of it.
         differences: What differs, a sentence each.
@@ -155,45 +83,30 @@ class PaperComparison(_Strict):
 
     title: str
     columns: tuple[str, ...]
+    of_paper: tuple[str, ...]
+    percent: tuple[str, ...]
     lines: tuple[TableLine, ...]
     says: str
     differences: tuple[str, ...]
 
     def markdown(self) -> str:
         """The table and what differs, as text."""
-        rows = [["row", "whose", *self.columns], ["---"] * (len(self.columns) + 2)]
+        heads = [f"{name} %" if name in self.percent else name for name in self.columns]
+        rows = [["row", "whose", *heads], ["---"] * (len(self.columns) + 2)]
         for line in self.lines:
-            missing = "not measured" if line.whose == OURS else "not given"
-            cells = [line.cells[name].text() if name in line.cells else missing for name in self.columns]
-            rows.append([line.row, f"{line.whose}, {line.model}" if line.model else line.whose, *cells])
+            whose = f"{line.whose}, {line.model}" if line.model and line.whose == PAPER else line.whose
+            rows.append([line.row, whose, *(self._shown(line, name) for name in self.columns)])
         text = [f"# {self.title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
         text += [f"The paper's text: {self.says}.", ""] if self.says else []
         text += ["What differs:", "", *(f"- {difference}" for difference in self.differences), ""]
         return "\n".join(text)
 
-
-@cache
-def _figures() -> dict[str, Any]:
-    text = (resources.files("mote.ablations") / "figures.yaml").read_text(encoding="utf-8")
-    figures: dict[str, Any] = yaml.safe_load(text)
-    return figures
-
-
-def paper_setup() -> PaperSetup:
-    """The paper's set-up."""
-    return PaperSetup.model_validate(_figures()["setup"])
-
-
-def paper_table(name: str) -> PaperTable:
-    """A table of the paper by its name.
-
-    Raises:
-        UserError: It is not one of those that are known.
-    """
-    tables = _figures()["tables"]
-    if name not in tables:
-        raise UserError(f"table: '{name}' is none of {sorted(tables)}")
-    return PaperTable.model_validate(tables[name])
+    def _shown(self, line: TableLine, column: str) -> str:
+        if column in line.cells:
+            return line.cells[column].text()
+        if line.whose == OURS:
+            return "not measured"
+        return "not given" if column in self.of_paper else "-"
 
 
 def beside_the_paper(wanted: Ablations, result: Result, judge: str, data: Path | None) -> PaperComparison:
@@ -224,6 +137,8 @@ def beside_the_paper(wanted: Ablations, result: Result, judge: str, data: Path |
     return PaperComparison(
         title=table.title,
         columns=tuple(columns),
+        of_paper=tuple(column.name for column in table.columns),
+        percent=tuple(column.name for column in table.columns if column.percent),
         lines=tuple(lines),
         says=table.says,
         differences=tuple(_notes(wanted, table, result, lines, judge, data)),
@@ -233,52 +148,33 @@ def beside_the_paper(wanted: Ablations, result: Result, judge: str, data: Path |
 def _notes(
     wanted: Ablations, table: PaperTable, result: Result, lines: Sequence[TableLine], judge: str, data: Path | None
 ) -> list[str]:
-    setup = paper_setup()
     built = {line.row for line in lines if line.whose == OURS}
     missing = [row.name for row in table.rows if row.name not in built]
-    notes = differences(
-        wanted,
-        result.rows,
-        judge,
-        data,
-        model=table.model or setup.model,
-        questions=setup.questions,
-        asked=table.prompts,
-        judged_by=setup.judge,
-        settings={**setup.settings, "batch": setup.batch},
-    )
+    notes = differences(wanted, table, result.rows, judge, data)
     if table.here:
         notes.append(f"{table.here}.")
     if missing:
-        notes.append(f"Rows that are not built here: {', '.join(missing)}.")
+        notes.append(f"Rows without numbers of ours: {', '.join(missing)}.")
     if not any(row.values for row in table.rows):
         notes.append("It is a figure: the paper does not print its numbers.")
     return notes
 
 
 def _ours(table: PaperTable, rows: Sequence[Measured], part: str) -> dict[str, Cell]:
-    """Our cells of a row: those of the paper's columns, then the judged ones, tokens and loss that only we have."""
+    """Our cells of a row: the paper's columns, then judged numbers, tokens and loss that only we have."""
     by_part = table.by == "part"
     own = [row for row in rows if by_part or row.variant == part]
+    known = {column.metric for column in table.columns}
+    judged = [name.rpartition(" ")[0] for row in own for name in row.judged]
+    more = dict.fromkeys([*judged, "tokens", *([] if by_part else ["loss all"])])
     found: dict[str, Cell] = {}
-    for column in table.columns:
-        names = [f"{column.metric} {part}"] if by_part else [column.metric, *{f"{column.metric} {r.mode}" for r in own}]
+    for column in [*table.columns, *(Column(name=name, metric=name) for name in more if name not in known)]:
+        modes = [part] if by_part else list(dict.fromkeys(row.mode for row in own))
+        names = [*([] if by_part else [column.metric]), *(f"{column.metric} {mode}" for mode in modes)]
         unit = [row for row in rows if row.variant == column.over]
-        cell = _cell(own, names, 100 if column.percent else 1, unit)
+        cell = _cell(own, names, 100 if column.percent else 1, unit) if unit or not column.over else None
         if cell is not None:
             found[column.name] = cell
-    known = {column.metric for column in table.columns}
-    suffixes = {part} if by_part else {row.mode for row in own}
-    extra = dict.fromkeys(
-        name
-        for row in own
-        for name in [*row.judged, *(f"tokens {suffix}" for suffix in suffixes), "loss all"]
-        if name == "loss all" or (name.rpartition(" ")[2] in suffixes and name.rpartition(" ")[0] not in known)
-    )
-    for name in extra:
-        cell = _cell(own, [name], 1, [])
-        if cell is not None and not (by_part and name == "loss all"):
-            found[name if name == "loss all" else name.rpartition(" ")[0]] = cell
     return found
 
 
@@ -297,12 +193,12 @@ def _cell(rows: Sequence[Measured], names: Sequence[str], scale: float, unit: Se
     if unit:
         scale /= interval([row.measures[name] for row in unit]).mean
     values = [scale * row.measures[name] for row in rows if name in row.measures]
-    over = interval(values) if values else Interval(mean=0.0, half=None, seeds=0)
+    over = interval(values) if values else None
     judged: list[Judged] = [row.judged[name] for row in rows if name in row.judged]
     alone = judged[0] if len(judged) == 1 else None
     return Cell(
-        value=over.mean if values else None,
-        half=over.half,
+        value=over.mean if over else None,
+        half=over.half if over else None,
         low=scale * alone.low if alone and alone.low is not None else None,
         high=scale * alone.high if alone and alone.high is not None else None,
         n=sum(one.n for one in judged),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mote.ablations.figures import paper_table
 from mote.config import MethodName, Recipe, load_recipe
 from mote.errors import UserError
 from mote.evals.settings import TaskName
@@ -112,11 +113,14 @@ def load_ablations(path: Path, overrides: Sequence[str] = ()) -> Ablations:
         data |= {key: yaml.safe_load(value) for key, value in own.items()}
         given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         given += [override for override in overrides if override.partition("=")[0] not in _OWN]
-        return Ablations(**data, recipe=load_recipe(shared, given))
+        wanted = Ablations(**data, recipe=load_recipe(shared, given))
     except OSError as error:
         raise UserError(f"recipe: {path} cannot be read ({error.strerror}); recipes/paper/ has some") from error
     except (yaml.YAMLError, ValidationError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"recipe: {path} is not a recipe of ablations: {first_line(error)}") from error
+    if wanted.table is not None:
+        paper_table(wanted.table)  # must not be found out after hours of training
+    return wanted
 
 
 def recipe_of(wanted: Ablations, variant: Variant, seed: int) -> Recipe:
