@@ -103,7 +103,12 @@ def test_keys_of_the_file_itself_are_overridden_too(tiny: Path, tmp_path: Path) 
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({"model": "other/model", "limit": 5}))
     path = files(tmp_path, tiny, [{"name": "a"}], [0])
     wanted = load_ablations(path, ["seeds=[4, 5]", "tasks=[hh-harm]", f"recipe={tmp_path / 'other.yaml'}", "limit=7"])
-    assert (wanted.seeds, wanted.tasks, wanted.recipe.model, wanted.recipe.limit) == ((4, 5), ("hh-harm",), "other/model", 7)
+    assert (wanted.seeds, wanted.tasks, wanted.recipe.model, wanted.recipe.limit) == (
+        (4, 5),
+        ("hh-harm",),
+        "other/model",
+        7,
+    )
     assert wanted.recipe.answer.limit == 3  # the settings of the file stand above either recipe
 
 

@@ -175,6 +175,24 @@ def test_separate_models_are_loras_trained_on_one_step_each(tiny: Path) -> None:
         assert all(torch.equal(g[take].abs().sum(), g.abs().sum()) for g in gradients)  # type: ignore[index, union-attr]
 
 
+def test_built_chains_are_those_that_skipping_stands_for(tiny: Path, tmp_path: Path) -> None:
+    """All that end with the answer, the whole one first; of a held-out chain only that one counts."""
+    from mote.train.rows import split_groups
+
+    deepest, direct = chains(3)[2], chains(1)[0]
+    given, _, _ = rows(tiny, "mote-built", [deepest])
+    names = [tuple(dict.fromkeys(step for step in row.steps if step > 0)) for row in given]
+    assert names == [(1, 2, 3), (1, 3), (2, 3), (3,)]
+    for row, kept in zip(given, names, strict=True):
+        cut = deepest.model_copy(update={"steps": tuple(deepest.steps[step - 1] for step in kept)})
+        [alone], _, _ = rows(tiny, "mote-no-skip", [cut])
+        assert (row.ids, row.labels) == (alone.ids, alone.labels)
+    assert len(rows(tiny, "mote-built", [direct])[0]) == 1
+    groups = [given, given, given]
+    trained, held = split_groups(groups, 0.34, 0, built=True)
+    assert (len(trained), held) == (8, given[:1])
+
+
 def test_separate_rows_hold_every_label_of_a_chain_once(tiny: Path) -> None:
     given, _, _ = rows(tiny, "separate", chains(3)[2:])
     [whole], _, _ = rows(tiny, "mote", chains(3)[2:])

@@ -160,5 +160,36 @@ def test_a_failing_model_fails_the_log(tmp_path: Path) -> None:
     assert log.status == "error" and log.error and "there is no folder" in log.error.message
 
 
+def test_prompting_answers_by_the_stages_of_a_scheme(tiny: Path, tmp_path: Path) -> None:
+    """What the chain loop writes greedily, stage by stage; the steps are reasoning, and the first answer counts."""
+    import asyncio
+
+    from mote.chains import make_chain
+    from mote.config import ChainSettings
+    from mote.engines.local import LocalEngine
+    from mote.models import load_base
+    from mote.records import Message, Question
+    from mote.steps import load_scheme
+
+    model = get_model(f"mote-prompting/{tiny}", scheme="analysis-guidance", examples=1, max_step_tokens=8, device="cpu")
+    log = answered(tmp_path, model, QUESTIONS)
+    assert log.status == "success" and log.samples
+    settings = ChainSettings(max_tokens=8, temperature=0.0, examples=1, retries=0)
+    engine, scheme = LocalEngine(load_base(str(tiny), device="cpu"), 4), load_scheme("analysis-guidance")
+    for sample, text in zip(log.samples, QUESTIONS, strict=True):
+        question = Question(id="other", messages=(Message(role="user", content=text),))
+        row = asyncio.run(make_chain(question, engine, None, scheme, settings, 7))
+        content = sample.output.message.content
+        assert not isinstance(content, str)
+        assert [part.reasoning for part in content if isinstance(part, ContentReasoning)] == [
+            step.text for step in row.steps[:-1]
+        ]
+        assert sample.output.completion == row.steps[-1].text
+        assert sample.output.usage and sample.output.usage.output_tokens == row.tokens.made
+    model.api.close()
+    with pytest.raises(UserError, match="'safety' has several chains"):
+        get_model(f"mote-prompting/{tiny}", scheme="safety", memoize=False)
+
+
 def test_the_provider_is_found_by_its_name(tiny: Path) -> None:
     assert isinstance(provider(tiny).api, MoteAPI)

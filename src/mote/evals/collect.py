@@ -1,6 +1,8 @@
 """Inspect's logs -> `results.jsonl` and `summary.json`."""
 
 import math
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,16 @@ def collect(
         environment=environment,
     )
     write_json(folder / "summary.json", summary.model_dump(mode="json"))
+    _say_unparsed(rows)
     return folder / "summary.json"
+
+
+def _say_unparsed(rows: Sequence[EvalRow]) -> None:
+    """Say on stderr how many verdicts of which judge could not be read: no number holds them."""
+    asked = Counter((row.task, row.judge) for row in rows)
+    lost = Counter((row.task, row.judge) for row in rows if row.label == UNPARSED)
+    for (task, judge), count in sorted(lost.items()):
+        print(f"eval: {task}: {count} of {asked[task, judge]} verdicts of {judge} cannot be read", file=sys.stderr)
 
 
 def row_of(system: str, log: EvalLog, sample: EvalSample) -> tuple[JudgeCard, EvalRow]:
