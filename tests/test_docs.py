@@ -18,6 +18,8 @@ from pydantic import BaseModel
 
 from mote import summary
 from mote.ablations import load_ablations
+from mote.ablations.paper import Cell, PaperComparison, TableLine
+from mote.ablations.rows import Interval, Judged, Line, Measured, Result
 from mote.cli import mote
 from mote.cli.options import WithCommands
 from mote.config import Recipe, Shape, known_keys, load_recipe
@@ -147,9 +149,10 @@ def test_recipe_opens_with_its_command_and_is_in_the_page(recipe: Path) -> None:
 
 ROWS = (Question, Message, LeftOut, ChainRow, StepText, Check, ChainTokens, Answer, AnswerTokens)
 EVAL_ROWS = (EvalRow, System, Number, Estimate, Comparison, Paired, Cost)
+TABLE_ROWS = (Result, Measured, Judged, Line, Interval, PaperComparison, TableLine, Cell)
 
 
-@pytest.mark.parametrize("model", [*ROWS, *EVAL_ROWS], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [*ROWS, *EVAL_ROWS, *TABLE_ROWS], ids=lambda m: m.__name__)
 def test_every_field_of_a_row_has_its_line(model: type[BaseModel]) -> None:
     rows = table(section(ROOT / "docs" / "files.md", f"`{model.__name__}`"))
     inherited = fields(Question) if issubclass(model, Question) and model is not Question else []
