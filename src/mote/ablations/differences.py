@@ -28,10 +28,11 @@ def differences(
     settings = {**setup.settings, "batch": setup.batch}
     recipe = wanted.recipe
     limit = "all" if recipe.limit is None else f"at most {recipe.limit:,}"
-    notes = [
-        f"Model: {recipe.model} ({_size(recipe)}); the paper's: {table.model or setup.model}.",
-        f"Chains: for {limit} questions of {recipe.questions}{_counted(rows)}; the paper's: {setup.questions}.",
-    ]
+    notes = [f"Model: {recipe.model} ({_size(recipe)}); the paper's: {table.model or setup.model}."]
+    if any(row.chains for row in rows):
+        notes.append(
+            f"Chains: for {limit} questions of {recipe.questions}{_counted(rows)}; the paper's: {setup.questions}."
+        )
     if wanted.tasks:
         most = "all" if recipe.answer.limit is None else f"at most {recipe.answer.limit:,}"
         prompts = f"the files of {data.name}" if data else f"the package's own questions ({OWN_QUESTIONS})"
@@ -68,8 +69,6 @@ def _size(recipe: Recipe) -> str:
 
 def _counted(rows: Sequence[Measured]) -> str:
     counts = sorted({row.chains for row in rows if row.chains})
-    if not counts:
-        return ""
     return f", {'to '.join(f'{count:,} ' for count in dict.fromkeys((counts[0], counts[-1])))}of them accepted"
 
 
