@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from mote.evals.rows import ABSENT, Comparison, Cost, EvalRow, Number
 from mote.evals.stats import estimate, goodness, paired
@@ -15,6 +15,37 @@ Scores = dict[str, float]  # prompt -> the number that is averaged
 # What a mean over all prompts is called, by what the judge measures.
 _NAMES = {"harm": "harmless", "refusal": "refusal", "ability": "accuracy", "strongreject": "safety"}
 _CLASSES = (COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL)
+
+
+class Scored(NamedTuple):
+    """One headline metric of a system in a mode, prompt by prompt."""
+
+    task: str
+    metric: str
+    system: str
+    mode: str
+    rows: Sequence[EvalRow]  # those it is taken over
+    scores: Scores
+
+    @property
+    def name(self) -> str:
+        """System and mode, as in comparisons."""
+        return f"{self.system}/{self.mode}"
+
+
+def scored_of(rows: Sequence[EvalRow], k: float) -> list[Scored]:
+    """The headline metrics of all tasks, systems and modes, prompt by prompt.
+
+    Args:
+        rows: All rows.
+        k: Share of the techniques in goodness@k.
+    """
+    return [
+        Scored(task, metric, system, mode, part, scores)
+        for (task, system, mode), its in _grouped(rows, lambda row: (row.task, row.system, row.mode))
+        for metric, group, part, scores in _metrics(task, its, k)
+        if not group
+    ]
 
 
 def numbers_of(rows: Sequence[EvalRow], k: float, seed: int) -> list[Number]:
@@ -46,18 +77,15 @@ def numbers_of(rows: Sequence[EvalRow], k: float, seed: int) -> list[Number]:
 
 def comparisons_of(rows: Sequence[EvalRow], k: float, seed: int) -> list[Comparison]:
     """Every system and mode against the first one of its task (`base` where it is there), by headline metric."""
+    found: dict[tuple[str, str], dict[str, Scores]] = {}
+    for scored in scored_of(rows, k):
+        found.setdefault((scored.task, scored.metric), {})[scored.name] = scored.scores
     comparisons = []
-    for (task,), its in _grouped(rows, lambda row: (row.task,)):
-        found: dict[tuple[str, str], Scores] = {}
-        for (system, mode), part in _grouped(its, lambda row: (row.system, row.mode)):
-            for metric, group, _, scores in _metrics(task, part, k):
-                if not group:
-                    found[metric, f"{system}/{mode}"] = scores
-        for metric in dict.fromkeys(metric for metric, _ in found):
-            names = sorted((name for its_metric, name in found if its_metric == metric), key=_base_first)
-            for name in names[1:]:
-                result = paired(found[metric, names[0]], found[metric, name], seed)
-                comparisons.append(Comparison(task=task, metric=metric, first=names[0], second=name, result=result))
+    for (task, metric), scores in found.items():
+        first, *others = sorted(scores, key=_base_first)
+        for name in others:
+            result = paired(scores[first], scores[name], seed)
+            comparisons.append(Comparison(task=task, metric=metric, first=first, second=name, result=result))
     return comparisons
 
 

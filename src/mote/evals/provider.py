@@ -58,7 +58,7 @@ class MoteAPI(ModelAPI):
             followed, the last one as the budget in all.
         adapter: Folder of a trained adapter, or a hub id; none for the base model alone.
         mode: `direct`, `analysis`, `full`, `adaptive`, `adaptive+check` or `base`; where not given, `adaptive` with an
-            adapter.
+            adapter. With a budget behind it (`full@64`) that one holds in place of `max_step_tokens`.
         max_step_tokens: Budget of one step.
         check_threshold: Least probability of a safe answer, in the mode `adaptive+check`.
         batch_size: Rows that are written at once.
@@ -85,8 +85,9 @@ class MoteAPI(ModelAPI):
         dtype: str = "auto",
         revision: str | None = None,
     ) -> None:
-        self.adapter, self.mode = adapter, mode or ("adaptive" if adapter else BASE)
-        self.max_step_tokens, self.batch_size = max_step_tokens, batch_size
+        self.adapter = adapter
+        self.mode, budget = mode_and_budget(mode or ("adaptive" if adapter else BASE))
+        self.max_step_tokens, self.batch_size = budget or max_step_tokens, batch_size
         self.check_threshold = check_threshold
         self.device, self.dtype, self.revision = device, dtype, revision
         super().__init__(model_name, base_url, api_key, [], config)
@@ -135,7 +136,7 @@ class MoteAPI(ModelAPI):
             for stale in [other for other in _MODELS if other[:-1] == loaded[:-1]]:  # trained again in place
                 _MODELS.pop(stale).close()
             _MODELS[loaded] = Answering(lambda: _load(loaded))
-        _MODELS[loaded].modes.add(self.mode)
+        _MODELS[loaded].modes.add(self.mode if self.mode == BASE else f"{self.mode}@{self.max_step_tokens}")
         return _MODELS[loaded]
 
     async def generate(
@@ -192,12 +193,25 @@ def mote() -> type[ModelAPI]:
     return MoteAPI
 
 
-def check_system(adapter: str | None, mode: str) -> None:
-    """Make sure that an adapter is there and has a mode.
+def mode_and_budget(name: str) -> tuple[str, int | None]:
+    """A mode, and the budget of one step where it is named with one (`full@64`).
+
+    Raises:
+        UserError: What stands behind the @ is no budget.
+    """
+    mode, at, budget = name.partition("@")
+    if at and not (budget.isascii() and budget.isdigit() and int(budget) > 0):
+        raise UserError(f"mode: '{name}' has no budget behind the @; write tokens of a step, such as {mode}@64")
+    return mode, int(budget) if at else None
+
+
+def check_system(adapter: str | None, name: str) -> None:
+    """Make sure that an adapter is there and has a mode, which may be named with a budget.
 
     Raises:
         UserError: It is not, or it has not.
     """
+    mode, _ = mode_and_budget(name)
     if adapter is None:
         if mode != BASE:
             raise UserError(f"mode: '{mode}' needs a trained adapter; give one, or use the mode 'base'")

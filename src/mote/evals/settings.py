@@ -39,7 +39,7 @@ class TaskSettings(_Strict):
         file: Questions: a path (a relative one is looked for in the data folder), `mote:test` or `hub:OWNER/NAME`.
         judge: Who judges; the suite's judge where none is given.
         limit: Questions at most.
-        modes: Modes to run it in; all of the run's where none are given.
+        modes: Modes to run it in; all of the run's where none are given. A mode stands for all its budgets.
         args: Further arguments of the Inspect task, such as `techniques` or `cached`.
     """
 
@@ -132,20 +132,21 @@ def systems_of(
         model: Base model of all adapters.
         adapters: `FOLDER` or `NAME=FOLDER`.
         endpoints: `NAME=MODEL`, Inspect's name of the model.
-        modes: Modes; all where none are given and there is an adapter.
+        modes: Modes, also with a budget of their own (`full@64`); all where none are given and there is an adapter.
 
     Raises:
         UserError: A name is taken twice, or there is no such adapter or mode.
     """
-    from mote.evals.provider import check_system, fingerprint
+    from mote.evals.provider import check_system, fingerprint, mode_and_budget
 
     modes = modes or (DEFAULT_MODES if adapters else (BASE,))
-    own = tuple(mode for mode in modes if mode != BASE)
+    plain = tuple(mode for mode in modes if mode_and_budget(mode)[0] == BASE)
+    own = tuple(mode for mode in modes if mode not in plain)
     if own and not adapters:
         check_system(None, own[0])
     systems = []
-    if BASE in modes or not adapters:
-        systems.append(System(name=BASE, model=f"mote/{model}", adapter=None, modes=(BASE,), fingerprint=BASE))
+    if plain or not adapters:
+        systems.append(System(name=BASE, model=f"mote/{model}", adapter=None, modes=plain or (BASE,), fingerprint=BASE))
     for given in adapters:
         name, _, folder = given.rpartition("=")
         for mode in own:

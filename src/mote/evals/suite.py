@@ -23,7 +23,7 @@ from mote.errors import MoteError, UserError
 from mote.evals import registry
 from mote.evals.collect import collect
 from mote.evals.prompting import PromptingAPI
-from mote.evals.provider import MoteAPI
+from mote.evals.provider import MoteAPI, mode_and_budget
 from mote.evals.rows import System
 from mote.evals.settings import Suite, TaskSettings, task_args
 from mote.files import write_json
@@ -122,7 +122,7 @@ class SuiteRun:
             task_with(_inspect_task(task, args), model=model)
             for task, args in zip(self.suite.tasks, self.args, strict=True)
             for mode, model in models.items()
-            if task.modes is None or mode in task.modes
+            if task.modes is None or {mode, mode_and_budget(mode)[0]} & {*task.modes}
         ]
 
     def _model(self, system: System, mode: str) -> Model:
@@ -209,7 +209,7 @@ def _groups(systems: Sequence[System]) -> list[list[System]]:
 
 def _named(group: Sequence[System], log: EvalLog) -> tuple[str, EvalLog]:
     """A log with the name of its system: only the base model answers in the mode `base` beside an adapter."""
-    return (group[0] if _mode(log) == BASE else group[-1]).name, log
+    return (group[0] if mode_and_budget(_mode(log))[0] == BASE else group[-1]).name, log
 
 
 def _mode(log: EvalLog) -> str:
