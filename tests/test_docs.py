@@ -16,7 +16,7 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
-from mote import summary
+from mote.reporting import summary
 from mote.ablations import load_ablations
 from mote.ablations.paper import Cell, PaperComparison, TableLine
 from mote.ablations.rows import Interval, Judged, Line, Measured, Result

@@ -17,8 +17,9 @@ from mote.config import Recipe, dump_recipe
 from mote.errors import UserError
 from mote.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, Kind, Message, Question, StepText
 from mote.records import append_rows as append
-from mote.report import TEMPLATES, render, write_report
-from mote.summary import summarise
+from mote.reporting.pages import TEMPLATES
+from mote.reporting.report import render, write_report
+from mote.reporting.summary import summarise
 
 KEYS = ["name", "model", "scheme", "seed", "questions", "chains", "training", "answers", "stages", "environment"]
 DEPTHS = {"direct": ("response",), "analysis": ("analysis", "response"), "full": ("analysis", "guidance", "response")}
@@ -460,11 +461,11 @@ def test_colours_have_the_contrast_of_wcag_aa(scheme: int) -> None:
 def test_a_long_report_shows_its_first_questions_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [answer(question(f"q{number}"), "direct", {"response": 5}, 5) for number in range(5)]
     append(tmp_path / "answers" / "mote-direct.jsonl", rows)
-    monkeypatch.setattr("mote.report.SHOWN", 3)
+    monkeypatch.setattr("mote.reporting.report.SHOWN", 3)
     html = page(tmp_path)
     assert html.count("<article") == 3 and "The first 3 of 5 are shown" in html
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys; sys.modules['torch'] = None; import mote.report"
+    code = "import sys; sys.modules['torch'] = None; import mote.reporting.report"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -20,12 +20,14 @@ HUES = ("analysis", "guidance", "response", "check")  # the steps that have a co
 WIDTH, FONT = 400, 11.5  # in SVG units: on a phone a unit is a little under a pixel, on a desktop a little above
 TEXT, LINE, MUTED, PAGE = "#010101", "#010102", "#010103", "#010104"
 STEP = {"analysis": "#010201", "guidance": "#010202", "response": "#010203", "check": "#010204"}
+SYSTEMS = tuple(f"#01030{number}" for number in range(1, 7))  # colours of systems, taken in turn
 CSS = {
     TEXT: "currentColor",
     LINE: "var(--line)",
     MUTED: "var(--muted)",
     PAGE: "var(--page)",
     **{placeholder: f"var(--{step})" for step, placeholder in STEP.items()},
+    **{placeholder: f"var(--system-{number})" for number, placeholder in enumerate(SYSTEMS, 1)},
 }
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -61,7 +63,7 @@ def hue(step: str) -> str:
 def shares(found: Mapping[str, float], paper: Mapping[str, float]) -> str:
     """Bars: which share of the chains has each step; a tick on the bar marks the paper's share."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(26 * len(found) + 50)
+        figure, axes = new_figure(26 * len(found) + 50)
         for row, (step, share) in enumerate(found.items()):
             axes.barh(row, 100 * share, height=0.6, color=STEP.get(step, MUTED))
             if step in paper:
@@ -70,9 +72,9 @@ def shares(found: Mapping[str, float], paper: Mapping[str, float]) -> str:
             axes.text(103, row, f"{100 * share:.1f} %", va="center")
         axes.set_xlim(0, 120)
         axes.set_xticks([0, 25, 50, 75, 100])
-        _rows(axes, list(found))
+        label_rows(axes, list(found))
         axes.set_xlabel("% of accepted chains", loc="left")
-        return _svg(
+        return as_svg(
             figure, "shares", "Share of the accepted chains that have each step, with the paper's share as a tick"
         )
 
@@ -80,7 +82,7 @@ def shares(found: Mapping[str, float], paper: Mapping[str, float]) -> str:
 def losses(train: Points, held_out: Mapping[str, Points]) -> str:
     """Lines: the training loss, and the held-out loss as a whole (`all`) and of each step."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(240)
+        figure, axes = new_figure(240)
         if train:
             axes.plot(*zip(*train, strict=True), color=MUTED, linewidth=1.2, marker="." if len(train) < 3 else "")
         for name, points in held_out.items():
@@ -98,13 +100,13 @@ def losses(train: Points, held_out: Mapping[str, Points]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.set_title("loss a token", loc="left", fontsize=FONT)
         axes.set_xlabel("training step", loc="right")
-        return _svg(figure, "loss", "Training loss and held-out loss over the training steps")
+        return as_svg(figure, "loss", "Training loss and held-out loss over the training steps")
 
 
 def tokens(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Stacked bars: mean tokens of an answer, one bar a mode, one segment a step."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(26 * len(rows) + 50)
+        figure, axes = new_figure(26 * len(rows) + 50)
         most = max((sum(segments.values()) for segments in rows.values()), default=0) or 1
         for row, segments in enumerate(rows.values()):
             left = 0.0
@@ -116,42 +118,42 @@ def tokens(rows: Mapping[str, Mapping[str, float]]) -> str:
             axes.text(left + most / 60, row, f"{left:.1f}", va="center")
         axes.set_xlim(0, most * 1.15)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        _rows(axes, list(rows))
+        label_rows(axes, list(rows))
         axes.set_xlabel("mean tokens an answer", loc="left")
-        return _svg(figure, "tokens", "Mean tokens of an answer in each mode, by step")
+        return as_svg(figure, "tokens", "Mean tokens of an answer in each mode, by step")
 
 
 def outcomes(depths: Mapping[str, Mapping[str, int]]) -> str:
     """Stacked bars: how many chains of each depth were accepted, unsafe to the end and rejected."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(26 * len(depths) + 70)
+        figure, axes = new_figure(26 * len(depths) + 70)
         for row, counts in enumerate(depths.values()):
             left = 0
             for name, count in counts.items():
                 colour = OUTCOME[name]
                 axes.barh(row, count, left=left, height=0.6, color=colour, edgecolor=PAGE, linewidth=0.8, label=name)
                 left += count
-        _rows(axes, list(depths))
+        label_rows(axes, list(depths))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("chains", loc="left")
         handles, labels = axes.get_legend_handles_labels()
         named = dict(zip(labels, handles, strict=True))
         figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=len(named), frameon=False)
-        return _svg(figure, "outcomes", "Chains of each depth: accepted, unsafe to the end, rejected")
+        return as_svg(figure, "outcomes", "Chains of each depth: accepted, unsafe to the end, rejected")
 
 
 def lengths(words: Mapping[str, tuple[float, float]]) -> str:
     """Bars: median words of each step's text; the line goes on to what nine of ten do not exceed."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(26 * len(words) + 50)
+        figure, axes = new_figure(26 * len(words) + 50)
         for row, (step, (middle, most)) in enumerate(words.items()):
             axes.barh(row, middle, height=0.6, color=STEP.get(step, MUTED))
             axes.plot([middle, most], [row, row], color=TEXT, linewidth=1.2, marker="|", markevery=[1])
-        _rows(axes, list(words))
+        label_rows(axes, list(words))
         axes.set_xlim(0, 1.05 * max(most for _, most in words.values()) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("words: median, and 90 % have no more", loc="left")
-        return _svg(figure, "lengths", "Median and 90th percentile of the words of each step")
+        return as_svg(figure, "lengths", "Median and 90th percentile of the words of each step")
 
 
 def standalone(drawn: Sequence[str]) -> str:
@@ -170,18 +172,20 @@ def standalone(drawn: Sequence[str]) -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>"]) + "\n"
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure as wide as all of them."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _rows(axes: Axes, labels: Sequence[str]) -> None:
+def label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Name the rows of bars, the first one on top."""
     axes.set_yticks(range(len(labels)), [label if len(label) <= 32 else f"{label[:31]}…" for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.7)
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def as_svg(figure: Figure, name: str, label: str) -> str:
     """Draw a figure as an SVG element that can stand in a page beside others and looks the same every time."""
     sink = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):

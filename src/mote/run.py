@@ -218,7 +218,7 @@ class Run:
 
     def report(self) -> None:
         """Everything in the folder -> `report.json` and `report.html`; quick, so always made anew."""
-        from mote.report import write_report
+        from mote.reporting.report import write_report
 
         page = self.folder / "report.html"
 

@@ -3,21 +3,14 @@
 The rows stand in the page as data and are shown a few at a time, so that tens of thousands stay usable.
 """
 
-import base64
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from mote.errors import UserError
 from mote.files import write_atomic
 from mote.records import ChainRow, iter_rows
+from mote.reporting import pages
 from mote.stats import chains_file
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_page(path: Path, out: Path) -> None:
@@ -31,22 +24,13 @@ def write_page(path: Path, out: Path) -> None:
     rows = [_compact(row) for row in iter_rows(file, ChainRow)]
     if not rows:
         raise UserError(f"chains: {file} holds no chains; make some with `mote chains`")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (TEMPLATES / "chains.js.j2").read_text(encoding="utf-8")
-    page = environment.get_template("chains.html.j2").render(
+    page = pages.render(
+        "chains.html.j2",
+        styles=("report.css.j2", "browse.css.j2", "chains.css.j2"),
+        scripts=("browse.js.j2", "chains.js.j2"),
         name=f"{file.parent.resolve().name}/{file.name}",
         total=len(rows),
-        rows=Markup(_as_data(rows)),
-        style=Markup((TEMPLATES / "report.css.j2").read_text(encoding="utf-8")),
-        own_style=Markup((TEMPLATES / "chains.css.j2").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        rows=rows,
     )
     write_atomic(out, page)
 
@@ -66,8 +50,3 @@ def _compact(row: ChainRow) -> dict[str, Any]:
         "seconds": row.seconds,
     }
 
-
-def _as_data(rows: list[dict[str, Any]]) -> str:
-    """JSON that can stand in a script element: nothing in it can end the element."""
-    text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -79,7 +79,7 @@ def answer(
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
     """Write FOLDER/report.json and FOLDER/report.html from what is in the run folder."""
-    from mote.report import write_report
+    from mote.reporting.report import write_report
 
     if not folder.is_dir():
         raise UserError(f"report: {folder} is not a run folder; give the folder that `mote run` wrote")

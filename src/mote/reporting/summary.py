@@ -15,10 +15,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mote.config import DEFAULT_MODES, dump_recipe, load_recipe
+from mote.config import dump_recipe, load_recipe
 from mote.errors import UserError
+from mote.evals.rows import EvalRow
+from mote.files import sha256_of
 from mote.records import Answer, ChainRow, Question, read_rows
+from mote.reporting.evaluation import Evaluation, mode_rank, read_evaluation
 from mote.steps import Chain, first_line
+
+HASHED = ("questions.jsonl", "chains.jsonl", "adapter/adapter_model.safetensors", "evals/results.jsonl")
 
 Answers = dict[tuple[str, str], dict[str, Answer]]  # (system, mode) -> question id -> answer
 
@@ -132,7 +137,13 @@ class Asked(_Part):
 
 
 class Report(_Part):
-    """All that a report says; what is not in `report.json` is marked so."""
+    """All that a report says; what is not in `report.json` is marked so.
+
+    Attributes:
+        evaluation: What `mote eval` measured.
+        files: Files of the run -> start of their sha256.
+        settings: Every setting of the recipe.
+    """
 
     name: str
     model: str | None
@@ -142,11 +153,15 @@ class Report(_Part):
     chains: Chains | None
     training: Training | None
     answers: tuple[ModeAnswers, ...]
+    evaluation: Evaluation | None
     stages: tuple[Stage, ...]
     environment: dict[str, Any]
-    recipe: str | None = Field(exclude=True)
-    command: str = Field(exclude=True)
-    asked: tuple[Asked, ...] = Field(exclude=True)
+    files: dict[str, str]
+    settings: dict[str, Any]
+    recipe: str | None = Field(None, exclude=True)
+    command: str = Field("", exclude=True)
+    asked: tuple[Asked, ...] = Field((), exclude=True)
+    judged: tuple[EvalRow, ...] = Field((), exclude=True)
 
 
 class _Metric(BaseModel):
@@ -173,7 +188,8 @@ def summarise(folder: Path) -> Report:
     chains = read_rows(folder / "chains.jsonl", ChainRow)
     metrics = read_rows(folder / "metrics.jsonl", _Metric)
     answers = _read_answers(folder / "answers")
-    if not (recipe or environment or questions or chains or metrics or answers):
+    evaluation, judged = read_evaluation(folder) or (None, ())
+    if not (recipe or environment or questions or chains or metrics or answers or evaluation):
         raise UserError(f"report: {folder} holds no part of a run; make one with `mote run RECIPE --out {folder}`")
     stages = _stages(environment.pop("stages", []), folder / "environment.json")
     name = folder.resolve().name
@@ -186,11 +202,15 @@ def summarise(folder: Path) -> Report:
         chains=_chains(chains) if chains else None,
         training=_training(metrics, _read_object(folder / "adapter" / "adapter_config.json")) if metrics else None,
         answers=tuple(_mode(system, mode, list(rows.values())) for (system, mode), rows in answers.items()),
+        evaluation=evaluation,
         stages=stages,
         environment=environment,
+        files={name: digest[:16] for name in HASHED if (digest := sha256_of(folder / name))},
+        settings=recipe.model_dump(mode="json") if recipe else {},
         recipe=dump_recipe(recipe) if recipe else None,
         command=shlex.join(["mote", "run", f"{name}/recipe.yaml", "--out", f"{name}-again"]),
         asked=_side_by_side(answers),
+        judged=judged,
     )
 
 
@@ -217,12 +237,7 @@ def _read_answers(folder: Path) -> Answers:
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_rows(path, Answer):
             found.setdefault((row.system, row.mode), {})[row.id] = row
-    return dict(sorted(found.items(), key=lambda item: (item[0][0], _mode_rank(item[0][1]), item[0][1])))
-
-
-def _mode_rank(mode: str) -> int:
-    """Modes in their usual order, those of other schemes before the adaptive one."""
-    return DEFAULT_MODES.index(mode) if mode in DEFAULT_MODES[:-1] else len(DEFAULT_MODES) + (mode == DEFAULT_MODES[-1])
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], mode_rank(item[0][1]))))
 
 
 def _stages(rows: Any, path: Path) -> tuple[Stage, ...]:

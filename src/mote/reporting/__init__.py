@@ -1,0 +1,1 @@
+"""What a run folder holds, as `report.json` and pages that load nothing from anywhere."""
