@@ -16,7 +16,6 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
-from mote.reporting import summary
 from mote.ablations import load_ablations
 from mote.ablations.paper import Cell, PaperComparison, TableLine
 from mote.ablations.rows import Interval, Judged, Line, Measured, Result
@@ -27,6 +26,7 @@ from mote.errors import UserError
 from mote.evals.rows import Comparison, Cost, EvalRow, Number, Summary, System
 from mote.evals.stats import Estimate, Paired
 from mote.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, LeftOut, Message, Question, StepText
+from mote.reporting import summary
 from mote.train import training_arguments
 
 ROOT = Path(__file__).parent.parent

@@ -49,4 +49,3 @@ def _compact(row: ChainRow) -> dict[str, Any]:
         "tokens": [row.tokens.made, row.tokens.kept],
         "seconds": row.seconds,
     }
-

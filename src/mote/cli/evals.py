@@ -69,6 +69,7 @@ def evaluate(
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap.")
 @click.option("--limit", type=int, help="Use the first N rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder whose report is to show it.")
 def agreement(
     judge: str,
     files: tuple[Path, ...],
@@ -80,10 +81,12 @@ def agreement(
     seed: int,
     limit: int | None,
     as_json: bool,
+    out: Path | None,
 ) -> None:
     """Compare a judge's verdicts with the labels that people gave the same answers."""
     import asyncio
 
+    from mote.files import write_atomic
     from mote.judges import agreement as measures
     from mote.judges.labels import read_labels
     from mote.judges.named import open_judge
@@ -106,6 +109,9 @@ def agreement(
     else:
         card, said = asyncio.run(judged())
     report = measures.agreement(card, form, rows, said, seed)
+    if out is not None:
+        with locked(out):
+            write_atomic(out / "evals" / measures.file_name(report), measures.as_json(report) + "\n")
     print(measures.as_json(report) if as_json else measures.table(report))
 
 

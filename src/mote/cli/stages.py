@@ -77,10 +77,28 @@ def answer(
 
 @mote.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-def report(folder: Path) -> None:
-    """Write FOLDER/report.json and FOLDER/report.html from what is in the run folder."""
+@click.argument("other", type=click.Path(path_type=Path), required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Page of a comparison.  [default: comparison.html]")
+def report(folder: Path, other: Path | None, out: Path | None) -> None:
+    """Write FOLDER/report.json and FOLDER/report.html from what is in the run folder.
+
+    With OTHER compare the two, run folders or report.json files: one page, and a JSON file of the same name.
+    """
+    if other is not None:
+        from mote.reporting.compare_page import write_comparison
+
+        page = out or Path("comparison.html")
+        if page.suffix == ".json":
+            raise UserError(f"out: {page} is the page, beside which the JSON file is written; name it .html")
+        write_comparison(folder, other, page)
+        print(page)
+        return
     from mote.reporting.report import write_report
 
+    if out is not None:
+        raise UserError(
+            "out: one report is written into its folder; leave out --out, or give a second folder to compare"
+        )
     if not folder.is_dir():
         raise UserError(f"report: {folder} is not a run folder; give the folder that `mote run` wrote")
     write_report(folder)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -201,6 +202,12 @@ def as_json(report: AgreementReport) -> str:
     """The report as one JSON object, without the questions that the labels do not answer."""
     absent = {name for name in (*_QUESTIONS, "note") if getattr(report, name) is None}
     return report.model_dump_json(indent=2, exclude=absent)
+
+
+def file_name(report: AgreementReport) -> str:
+    """Name of the file in `evals/` of a run folder that keeps it, where a report looks for it."""
+    judge = re.sub(r"[^A-Za-z0-9]+", "-", report.judge.name).strip("-")
+    return f"agreement-{report.labels}-{report.judge.measures}-{judge}.json"
 
 
 def table(report: AgreementReport) -> str:

@@ -4,7 +4,6 @@ Reads `evals/` of a run folder and knows nothing of pages.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,7 +140,9 @@ def evaluated(
     scored = sorted(scored_of(rows, summary.k), key=lambda one: (one.task, order(one.system, one.mode)))
     numbers = {(n.task, n.metric, n.system, n.mode): n for n in summary.numbers if not n.group}
     if numbers.keys() != {one[:4] for one in scored}:
-        raise UserError("report: evals/summary.json and evals/results.jsonl do not belong together; run `mote eval` again")
+        raise UserError(
+            "report: evals/summary.json and evals/results.jsonl do not belong together; run `mote eval` again"
+        )
     return Evaluation(
         suite=summary.suite,
         command=summary.command,
@@ -260,9 +261,3 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"report: {path} is damaged ({first_line(error)}); remove it and make it again") from error
-
-
-def agreement_file(found: AgreementReport) -> str:
-    """Name of the file in `evals/` that keeps how far a judge agrees with people."""
-    judge = re.sub(r"[^A-Za-z0-9]+", "-", found.judge.name).strip("-")
-    return f"agreement-{found.labels}-{found.judge.measures}-{judge}.json"

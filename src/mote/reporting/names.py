@@ -31,7 +31,9 @@ _NAMES = {
     "tokens": Named("Tokens of an answer", "mean over all tasks", "lower"),
 }
 _AT = {
-    "goodness": Named("StrongREJECT goodness", "safety against the most successful techniques of each prompt", "higher"),
+    "goodness": Named(
+        "StrongREJECT goodness", "safety against the most successful techniques of each prompt", "higher"
+    ),
     "refusal": Named("Refusal under attack", "refusal against the most successful techniques of each prompt", ""),
 }
 SAFETY = ("harmless", "refusal", "goodness", "refusal_on_unsafe", "not_overrefuse", "safety")  # before any @

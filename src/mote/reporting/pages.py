@@ -8,13 +8,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 from markupsafe import Markup
 
 from mote import plots
-from mote.evals.stats import Estimate, Paired
+from mote.evals.stats import Estimate
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 DASH = "–"  # noqa: RUF001 (stands for "not recorded")
@@ -65,10 +65,8 @@ def _text(name: str) -> str:
 
 def _policy(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    scripts = f" script-src 'sha256-{digest}';" if script else ""
+    return f"default-src 'none'; style-src 'unsafe-inline';{scripts} img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def as_data(value: Any) -> Markup:
@@ -106,11 +104,23 @@ def measured(value: float | None, metric: str) -> str:
     return DASH if value is None else f"{_digits(value, metric)}{_unit(metric)}"
 
 
-def interval(found: Estimate | Paired, metric: str) -> str:
+class Bounded(Protocol):
+    """What has an interval."""
+
+    @property
+    def low(self) -> float | None:
+        """Its lower end."""
+
+    @property
+    def high(self) -> float | None:
+        """Its upper end."""
+
+
+def interval(found: Bounded, metric: str) -> str:
     """The 95 % interval of a metric or of a difference."""
     if found.low is None or found.high is None:
         return DASH
-    signed = isinstance(found, Paired)
+    signed = not isinstance(found, Estimate)
     return f"[{_digits(found.low, metric, signed)}, {_digits(found.high, metric, signed)}]"
 
 
@@ -132,8 +142,6 @@ def _unit(metric: str) -> str:
 
 def _digits(value: float, metric: str, signed: bool = False) -> str:
     sign = "+" if signed else ""
-    if _unit(metric):
-        text = f"{100 * value:{sign}.1f}"
-    else:
-        text = f"{value:{sign}.{1 if metric == 'tokens' else 2}f}"
+    digits = 1 if _unit(metric) or metric == "tokens" else 2
+    text = f"{100 * value if _unit(metric) else value:{sign}.{digits}f}"
     return text.replace("-", "\u2212")

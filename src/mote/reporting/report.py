@@ -120,5 +120,3 @@ def _labels(report: Report) -> list[str]:
     """What a column of answers is called: its mode, and its system where there are several."""
     several = len({row.system for row in report.answers}) > 1
     return [f"{row.system} · {row.mode}" if several else row.mode for row in report.answers]
-
-

@@ -62,7 +62,8 @@ def sample(rows: Sequence[EvalRow], columns: Columns, prompts: int = PROMPTS, ch
     for row in rows:
         found.setdefault((row.task, row.technique, row.id), [None] * len(columns))[place[row.system, row.mode]] = row
     every = {key: Judged(answers=tuple(answers)) for key, answers in found.items()}
-    chosen, left = set(), characters
+    chosen: set[tuple[str, str, str]] = set()
+    left = characters
     for key in _in_turn(every)[:prompts]:
         left -= sum(_characters(answer) for answer in every[key].answers if answer is not None)
         if left < 0 and chosen:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mote.config import dump_recipe, load_recipe
+from mote.config import Recipe, dump_recipe, load_recipe
 from mote.errors import UserError
 from mote.evals.rows import EvalRow
 from mote.files import sha256_of
@@ -195,9 +195,9 @@ def summarise(folder: Path) -> Report:
     name = folder.resolve().name
     return Report(
         name=recipe.name if recipe else name,
-        model=recipe.model if recipe else chains[0].model if chains else None,
+        model=_model(recipe, chains, evaluation),
         scheme=recipe.scheme if recipe else None,
-        seed=recipe.seed if recipe else chains[0].seed if chains else None,
+        seed=recipe.seed if recipe else chains[0].seed if chains else evaluation.seed if evaluation else None,
         questions=_questions(questions) if questions else None,
         chains=_chains(chains) if chains else None,
         training=_training(metrics, _read_object(folder / "adapter" / "adapter_config.json")) if metrics else None,
@@ -212,6 +212,12 @@ def summarise(folder: Path) -> Report:
         asked=_side_by_side(answers),
         judged=judged,
     )
+
+
+def _model(recipe: Recipe | None, chains: Sequence[ChainRow], evaluation: Evaluation | None) -> str | None:
+    if recipe or chains:
+        return recipe.model if recipe else chains[0].model
+    return evaluation.systems[0].model.removeprefix("mote/") if evaluation else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
