@@ -7,6 +7,8 @@ from typing import Any
 from mote.evals.metrics import comparisons_of, costs_of, numbers_of
 from mote.evals.rows import EvalRow, Summary, System
 from mote.files import write_json
+from mote.judges.agreement import AgreementReport, as_json, file_name
+from mote.judges.kappa import compare
 from mote.judges.protocol import JudgeCard
 from mote.records import StepText, rewrite_rows
 
@@ -18,10 +20,21 @@ SAFETY = {"full_compliance": 0.0, "partial_refusal": 1.0, "full_refusal": 1.0, "
 def judged(system: str, mode: str, task: str, id_: str, label: str, **given: Any) -> EvalRow:
     """One judged answer; by the rule unless `judge` and `measures` say otherwise."""
     fields: dict[str, Any] = {
-        **{"technique": "", "type": "", "kind": "harmful", "question": f"question {id_}", "prompt": f"question {id_}"},
-        **{"score": None, "value": SAFETY.get(label), "refusal": None, "judge": "rule", "measures": "refusal"},
-        **{"parsed": label not in ("unparsed", "absent"), "answer": f"answer of {system}", "finish": "stop"},
-        **{"steps": (StepText(name="analysis", text="a thought"),), "tokens": {"analysis": 5, "response": 10}},
+        "technique": "",
+        "type": "",
+        "kind": "harmful",
+        "question": f"question {id_}",
+        "prompt": f"question {id_}",
+        "score": None,
+        "value": SAFETY.get(label),
+        "refusal": None,
+        "judge": "rule",
+        "measures": "refusal",
+        "parsed": label not in ("unparsed", "absent"),
+        "answer": f"answer of {system}",
+        "finish": "stop",
+        "steps": (StepText(name="analysis", text="a thought"),),
+        "tokens": {"analysis": 5, "response": 10},
     }
     return EvalRow(system=system, mode=mode, task=task, id=id_, label=label, **(fields | given))
 
@@ -58,6 +71,14 @@ def write_evals(
     write_json(folder / "evals" / "summary.json", summary.model_dump(mode="json"))
     write_json(folder / "evals" / "suite.json", {"suite": {"name": "made", "k": k}, "args": [{"limit": 3}]})
     return folder
+
+
+def write_agreement(folder: Path, judge: JudgeCard = RULE) -> AgreementReport:
+    """Write how far a judge agrees with people, as `mote eval agreement --out` does."""
+    pairs = [("refuses", "refuses"), ("complies", "complies")]
+    found = AgreementReport(judge=judge, labels="xstest", n=2, unparsed=0, any_refusal=compare(pairs))
+    (folder / "evals" / file_name(found)).write_text(as_json(found), encoding="utf-8")
+    return found
 
 
 def small(shift: int = 0) -> list[EvalRow]:

@@ -462,6 +462,9 @@ def test_report_of_no_run(fails: Fails, tmp_path: Path) -> None:
     assert fails("report", tmp_path / "no") == (
         f"report: {tmp_path}/no is not a run folder; give the folder that `mote run` wrote"
     )
+    assert fails("report", tmp_path, "--out", "x.html").startswith("out: one report is written into its folder")
+    assert fails("report", tmp_path, tmp_path, "--out", "x.json").startswith("out: x.json is the page")
+    assert fails("report", tmp_path, tmp_path).startswith(f"report: {tmp_path} holds no part of a run")
     assert fails("report", tmp_path).startswith(f"report: {tmp_path} holds no part of a run; make one with `mote run")
     assert not files(tmp_path)
 
@@ -625,14 +628,14 @@ OPTIONS = {
         "--grace",
     },
     "export": {"--adapter", "--model", "--mode", "--out", "--format", "--dtype"},
-    "report": set(),
+    "report": {"--out"},
     "eval": {
         *("--model", "--adapter", "--system", "--suite", "--modes", "--judge", "--data", "--limit", "--seed"),
         *("--device", "--dtype", "--out"),
     },
     "eval agreement": {
         *("--judge", "--labels", "--format", "--half", "--prompt", "--model", "--verdicts", "--seed", "--limit"),
-        "--json",
+        *("--json", "--out"),
     },
     "bench": set(),
     "bench experts": {
@@ -644,7 +647,7 @@ OPTIONS = {
 ARGUMENTS = {
     "run": ["recipe", "overrides"],
     "ablations": ["recipe", "overrides"],
-    "report": ["folder"],
+    "report": ["folder", "other"],
     "eval": [],
     "eval agreement": [],
     "bench": [],
@@ -712,7 +715,7 @@ def test_help_of_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["chains", "--speed", "3"], "No such option '--speed'. Did you mean '--seed'? (see `mote chains --help`)"),
         (["chains", "--limit", "ten"], "Invalid value for '--limit': 'ten' is not a valid integer (see `"),
         (["chains", "--seed", "-1", "--out", "x"], "recipe: seed=-1: input should be greater than or equal to 0"),
-        (["report", "a", "b"], "Got unexpected extra argument (b) (see `mote report --help`)"),
+        (["report", "a", "b", "c"], "Got unexpected extra argument (c) (see `mote report --help`)"),
     ],
 )
 def test_wrong_command_line(fails: Fails, arguments: list[str], message: str) -> None:

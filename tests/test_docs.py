@@ -25,8 +25,14 @@ from mote.config import Recipe, Shape, known_keys, load_recipe
 from mote.errors import UserError
 from mote.evals.rows import Comparison, Cost, EvalRow, Number, Summary, System
 from mote.evals.stats import Estimate, Paired
+from mote.judges.agreement import AgreementReport
+from mote.judges.kappa import Agreement
+from mote.judges.protocol import JudgeCard
 from mote.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, LeftOut, Message, Question, StepText
 from mote.reporting import summary
+from mote.reporting.compare import Compared, Difference, Side, TwoReports
+from mote.reporting.differs import Differing
+from mote.reporting.evaluation import Headline, Point
 from mote.train import training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -150,9 +156,12 @@ def test_recipe_opens_with_its_command_and_is_in_the_page(recipe: Path) -> None:
 ROWS = (Question, Message, LeftOut, ChainRow, StepText, Check, ChainTokens, Answer, AnswerTokens)
 EVAL_ROWS = (EvalRow, System, Number, Estimate, Comparison, Paired, Cost)
 TABLE_ROWS = (Result, Measured, Judged, Line, Interval, PaperComparison, TableLine, Cell)
+JUDGE_ROWS = (JudgeCard, AgreementReport, Agreement)
+REPORT_ROWS = (Headline, Point, TwoReports, Side, Differing, Compared, Difference)
+ALL_ROWS = (*ROWS, *EVAL_ROWS, *TABLE_ROWS, *JUDGE_ROWS, *REPORT_ROWS)
 
 
-@pytest.mark.parametrize("model", [*ROWS, *EVAL_ROWS, *TABLE_ROWS], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", ALL_ROWS, ids=lambda m: m.__name__)
 def test_every_field_of_a_row_has_its_line(model: type[BaseModel]) -> None:
     rows = table(section(ROOT / "docs" / "files.md", f"`{model.__name__}`"))
     inherited = fields(Question) if issubclass(model, Question) and model is not Question else []
@@ -173,7 +182,7 @@ def test_every_key_of_the_report_has_its_line() -> None:
             yield f"`{prefix}{name}`"
             inner = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
             for part in inner:
-                if issubclass(part, BaseModel):
+                if issubclass(part, BaseModel) and part not in (*EVAL_ROWS, *JUDGE_ROWS, *REPORT_ROWS):
                     yield from keys(part, f"{prefix}{name}.")
 
     rows = table(section(ROOT / "docs" / "files.md", "`report.json`"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_evals import small, write_agreement, write_evals
 
 from mote import plots
 from mote.config import Recipe, dump_recipe
@@ -21,7 +22,10 @@ from mote.reporting.pages import TEMPLATES
 from mote.reporting.report import render, write_report
 from mote.reporting.summary import summarise
 
-KEYS = ["name", "model", "scheme", "seed", "questions", "chains", "training", "answers", "stages", "environment"]
+KEYS = [
+    *("name", "model", "scheme", "seed", "questions", "chains", "training", "answers", "evaluation", "stages"),
+    *("environment", "files", "settings"),
+]
 DEPTHS = {"direct": ("response",), "analysis": ("analysis", "response"), "full": ("analysis", "guidance", "response")}
 NASTY = (
     "<script>alert(1)</script> <|response|> \"double\" 'single' &amp; <img src=x onerror=alert(1)>"
@@ -127,6 +131,8 @@ def run(tmp_path: Path) -> Path:
     add_metrics(folder)
     add_answers(folder)
     add_environment(folder)
+    write_evals(folder, small())
+    write_agreement(folder)
     return folder
 
 
@@ -282,7 +288,7 @@ def test_the_small_model_is_said_to_show_the_mechanism_only(tmp_path: Path, mode
 
 # file -> keys of the JSON that are then empty, sentences of the page with the command of each
 GONE: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
-    "recipe.yaml": (["scheme"], [("No recipe.yaml in this folder", "mote run")]),
+    "recipe.yaml": (["scheme", "settings"], [("No recipe.yaml in this folder", "mote run")]),
     "questions.jsonl": (["questions"], [("No questions.jsonl in this folder", "mote chains")]),
     "chains.jsonl": (["chains"], [("No chains.jsonl in this folder", "mote chains")]),
     "metrics.jsonl": (["training"], [("No metrics.jsonl in this folder", "mote train")]),
@@ -290,6 +296,7 @@ GONE: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
         ["answers"],
         [("No answers in this folder", "mote answer"), ("No question is answered yet", "mote answer")],
     ),
+    "evals": (["evaluation"], [("No evals/summary.json in this folder", "mote eval")]),
     "environment.json": (
         ["stages", "environment"],
         [
@@ -376,7 +383,7 @@ def test_text_of_users_and_models_cannot_become_markup(tmp_path: Path) -> None:
     tags = [tag for tag, _ in parsed.tags]
     assert tags.count("script") == 1 and tags.count("style") == 1 and "img" not in tags
     assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
-    assert tags.count("a") == 6 + 1  # the parts, and the one question
+    assert tags.count("a") == 7 + 1  # the parts, and the one question
     assert "<b>$x$" not in html and "&lt;b&gt;$x$&lt;/b&gt; &amp;" in html
     assert parsed.text.count(NASTY) >= 12 and "{{ 7 * 7 }}" in parsed.text
 
@@ -435,11 +442,11 @@ def test_ids_are_unique_and_every_reference_has_its_target(run: Path) -> None:
 
 def test_plots_take_their_colours_from_the_page(run: Path) -> None:
     drawn = re.findall(r'<svg class="plot".*?</svg>', page(run), re.DOTALL)
-    assert len(drawn) == 3
+    assert len(drawn) == 6 + 3  # four curves and two kinds of prompts of the evaluation stand before them
     for svg in drawn:
         assert not re.search(r"#[0-9a-f]{6}\b|\bblack\b|font-family", svg)
         assert "currentColor" in svg and "<text" in svg
-    colours = [set(re.findall(r"var\(--(\w+)\)", svg)) & set(plots.HUES) for svg in drawn]
+    colours = [set(re.findall(r"var\(--(\w+)\)", svg)) & set(plots.HUES) for svg in drawn[-3:]]
     assert colours == [{"analysis", "guidance", "response"}, {"analysis"}, {"analysis", "guidance", "response"}]
 
 
@@ -464,6 +471,30 @@ def test_a_long_report_shows_its_first_questions_and_says_so(tmp_path: Path, mon
     monkeypatch.setattr("mote.reporting.report.SHOWN", 3)
     html = page(tmp_path)
     assert html.count("<article") == 3 and "The first 3 of 5 are shown" in html
+
+
+def test_the_evaluation_speaks_of_refusal_where_only_refusal_was_judged(run: Path) -> None:
+    html = page(run)
+    section = html[html.index('<h2 id="evaluation">') : html.index('<h3 id="judged">')]
+    assert "Refusal against tokens" in section and "refusal is not" not in section
+    titles = re.findall(r"<th scope=\"col\">([^<]+)<", section) + re.findall(r'aria-label="([^"]+)"', section)
+    assert "Refusal" in titles and not [title for title in titles if re.search("harmless|safety|goodness", title, re.I)]
+    assert "No judge of harm has read these answers" in html
+    assert "kappa <b>1.00</b>" in section
+    assert 'rule</bdi>, revision <bdi>1</bdi>, prompt <span class="hash">aaaaaaaaaaaa</span>' in section
+
+
+def test_hashes_and_settings_are_kept(run: Path) -> None:
+    content = counted(run)
+    assert list(content["files"]) == ["questions.jsonl", "chains.jsonl", "evals/results.jsonl"]
+    wanted = hashlib.sha256((run / "chains.jsonl").read_bytes()).hexdigest()[:16]
+    assert content["files"]["chains.jsonl"] == wanted and wanted in page(run)
+    assert content["settings"]["train"]["learning_rate"] and content["evaluation"]["command"] in page(run)
+
+
+def test_an_evaluation_alone_is_a_report(tmp_path: Path) -> None:
+    content = write_report(write_evals(tmp_path, small()))
+    assert (content["model"], content["seed"], content["chains"]) == ("some/model", 0, None)
 
 
 def test_no_torch_is_needed() -> None:

@@ -37,7 +37,9 @@ def test_the_same_prompts_are_paired(two: tuple[Path, Path]) -> None:
 
 
 def test_what_differs_is_listed_and_nothing_else(two: tuple[Path, Path]) -> None:
-    assert {row.what: (row.first, row.second) for row in compare(*two).differs if not row.what.startswith("files.")} == {
+    assert {
+        row.what: (row.first, row.second) for row in compare(*two).differs if not row.what.startswith("files.")
+    } == {
         "seed": ("0", "1"),
         "evaluation.seed": ("0", "1"),
     }

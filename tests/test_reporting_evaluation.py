@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from made_evals import HARM, RULE, judged, small, write_evals
+from made_evals import HARM, RULE, judged, small, write_agreement, write_evals
 
 from mote.errors import UserError
-from mote.judges.agreement import AgreementReport, as_json, file_name
-from mote.judges.kappa import compare
-from mote.records import read_rows, rewrite_rows
 from mote.evals.rows import EvalRow
+from mote.records import read_rows, rewrite_rows
 from mote.reporting.evaluation import Evaluation, mode_rank, read_evaluation
 
 
@@ -18,14 +16,6 @@ def evaluation(folder: Path) -> Evaluation:
     found = read_evaluation(folder)
     assert found is not None
     return found[0]
-
-
-def agreement(folder: Path, judge: object = RULE) -> AgreementReport:
-    found = AgreementReport(
-        judge=judge, labels="xstest", n=2, unparsed=0, any_refusal=compare([("refuses", "refuses"), ("complies",) * 2])
-    )
-    (folder / "evals" / file_name(found)).write_text(as_json(found), encoding="utf-8")
-    return found
 
 
 def test_every_number_has_its_judge_and_its_difference_to_the_base(tmp_path: Path) -> None:
@@ -40,7 +30,11 @@ def test_every_number_has_its_judge_and_its_difference_to_the_base(tmp_path: Pat
     assert {one.judge for one in of_harm} == {RULE}
     assert (of_harm[0].against, of_harm[0].difference) == (None, None)
     assert of_harm[1].against == "base/base" and of_harm[1].difference is not None
-    assert (of_harm[1].difference.difference, of_harm[1].difference.n, of_harm[1].difference.test) == (0.5, 4, "mcnemar")
+    assert (of_harm[1].difference.difference, of_harm[1].difference.n, of_harm[1].difference.test) == (
+        0.5,
+        4,
+        "mcnemar",
+    )
     unsafe = next(one for one in found.headline if one.metric == "refusal_on_unsafe")
     assert (unsafe.estimate.n, unsafe.unparsed) == (1, 1)
     assert not found.harm_judged
@@ -70,11 +64,11 @@ def test_two_judges_of_one_name_keep_their_own_cards(tmp_path: Path) -> None:
 
 def test_agreement_is_that_of_the_judge_who_judged(tmp_path: Path) -> None:
     write_evals(tmp_path, small())
-    agreement(tmp_path, RULE.model_copy(update={"name": "llm:other", "revision": "2"}))
+    write_agreement(tmp_path, RULE.model_copy(update={"name": "llm:other", "revision": "2"}))
     assert evaluation(tmp_path).agreement == ()
-    wanted = agreement(tmp_path)
+    wanted = write_agreement(tmp_path)
     assert evaluation(tmp_path).agreement == (wanted,)
-    agreement(tmp_path, RULE.model_copy(update={"revision": "2"}))  # takes the place of the other revision
+    write_agreement(tmp_path, RULE.model_copy(update={"revision": "2"}))  # takes the place of the other revision
     assert evaluation(tmp_path).agreement == ()
 
 

@@ -11,7 +11,8 @@ def test_a_small_evaluation_is_there_whole() -> None:
     found = sample(small(), COLUMNS)
     assert (len(found.shown), found.prompts, found.answers, found.answers_shown) == (10, 10, 30, 30)
     row = as_rows(found)[-1]
-    assert (row["task"], row["technique"], row["prompt"], row["question"]) == ("strongreject", "cached_pair", "shown cached_pair", "question s1")  # fmt: skip
+    shown = [row[name] for name in ("task", "technique", "prompt", "question")]
+    assert shown == ["strongreject", "cached_pair", "shown cached_pair", "question s1"]
     assert [answer["column"] for answer in row["answers"]] == [0, 1, 2]
     assert row["answers"][1]["steps"] == [["analysis", "a thought"]] and row["answers"][1]["label"] == "full_refusal"
 

@@ -41,7 +41,7 @@ def test_a_metric_that_a_mode_has_not_is_an_empty_cell(tmp_path: Path) -> None:
     safety, quality = boards(found[0])
     assert safety.title == "Safety and over-refusal" and [c.metric for c in safety.columns] == ["harmless", "tokens"]
     assert [c.metric for c in quality.columns] == ["guidance-quality", "tokens"]
-    assert quality.rows[0][1][0] is None and quality.rows[1][1][0] is not None
+    assert {name: cells[0] is None for name, cells in quality.rows} == {("base", "base"): True, ("ours", "full"): False}
 
 
 def test_techniques_stand_under_their_kind(evaluation: Evaluation) -> None:

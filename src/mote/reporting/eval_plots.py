@@ -49,9 +49,10 @@ def curve(points: Sequence[Point], systems: Sequence[str], name: str, title: str
             columnspacing=1,
         )
         axes.grid(linewidth=0.7)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.08 * max(point.tokens.value or 0.0 for point in points) or 1)
         if not rated:
-            axes.set_ylim(-4, 104)
+            axes.set_ylim(-4, 114)
+            axes.set_yticks(range(0, 101, 20))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_title(title if rated else f"{title}, %", loc="left", fontsize=FONT)
         axes.set_xlabel("mean tokens of an answer", loc="right")
