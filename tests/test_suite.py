@@ -158,6 +158,11 @@ def test_a_task_that_fails_ends_with_one_line_and_goes_on_once_mended(run: Any, 
     [
         (["--suite", "none"], "suite: 'none' cannot be read"),
         (["--modes", "full"], "mode: 'full' needs a trained adapter"),
+        (
+            ["--modes", "base,full@x"],
+            "mode: 'full@x' has no budget behind the @; write tokens of a step, such as full@64",
+        ),
+        (["--modes", "full@0"], "mode: 'full@0' has no budget behind the @"),
         (["--adapter", "nowhere"], "adapter: 'nowhere' holds no adapter"),
         (["--system", "peer"], "system: 'peer' is not NAME=MODEL"),
         (["--system", "base=mockllm/model"], "system: two systems are named 'base'"),
@@ -199,6 +204,14 @@ def test_the_base_model_stands_once_beside_its_adapters(adapter: Path) -> None:
         ("peer", ("base",)),
     ]
     assert [system.name for system in systems_of("some/model", [str(adapter)], [], ["full"])] == ["mote"]
+
+
+def test_a_mode_with_a_budget_of_its_own_is_the_base_models_or_the_adapters(adapter: Path) -> None:
+    systems = systems_of("some/model", [str(adapter)], [], ["base", "full", "base@8", "full@8"])
+    assert [(system.name, system.modes) for system in systems] == [
+        ("base", ("base", "base@8")),
+        ("mote", ("full", "full@8")),
+    ]
 
 
 @pytest.mark.parametrize("name", ["smoke", "paper"])
