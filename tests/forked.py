@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal as signals
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ def _command(arguments: list[str], log: Path, prepare: Callable[[], None] | None
     os.dup2(sink, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = ["mote", *arguments]
+    signals.signal(signals.SIGINT, signals.default_int_handler)  # which a shell's background jobs have switched off
     if prepare is not None:
         prepare()
     from mote.cli import main

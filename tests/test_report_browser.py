@@ -107,15 +107,22 @@ def test_a_real_evaluation_on_a_phone(reported: Path, opened: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
     page.select_option("#judged-filter [name=task]", "strongreject")
-    page.wait_for_function("document.querySelectorAll('#judged-rows article').length === 4")
+    shows(page, 4)
     page.select_option("#judged-filter [name=technique]", "rot13")
     page.select_option("#judged-filter [name=system]", "ours · full@3")
     page.check("#judged-filter [name=unfold]")
-    page.wait_for_function("document.querySelectorAll('#judged-rows article').length === 1")
+    shows(page, 1)
     assert page.locator("#judged-rows h4 bdi").all_text_contents() == [MODES[2]]
     page.locator("#judged-rows summary", has_text="analysis").click()
     assert page.locator("#judged-rows .thought").first.is_visible()
     assert counted(page) == "1 of 7 prompts · page 1 of 1"
+
+
+def shows(page: Any, prompts: int) -> None:
+    """Wait until so many prompts are there."""
+    from playwright.sync_api import expect
+
+    expect(page.locator("#judged-rows article")).to_have_count(prompts)
 
 
 def test_filters_and_search_find_answers(browser: Any, opened: Any, tmp_path: Path) -> None:
@@ -130,15 +137,15 @@ def test_filters_and_search_find_answers(browser: Any, opened: Any, tmp_path: Pa
     page.locator("#judged-part [data-turn='1']").first.click()
     assert page.locator("#judged-rows article").count() == 5
     page.fill("#judged-filter [name=words]", "PEER says 14")
-    page.wait_for_function("document.querySelectorAll('#judged-rows article').length === 1")
+    shows(page, 1)
     assert counted(page) == "1 of 15 prompts · page 1 of 1"
     page.fill("#judged-filter [name=words]", "")
     page.select_option("#judged-filter [name=type]", "definitions")
-    page.wait_for_function("document.querySelectorAll('#judged-rows article').length === 7")
+    shows(page, 7)
     page.select_option("#judged-filter [name=verdict]", "full_refusal")
-    page.wait_for_function("document.querySelectorAll('#judged-rows article').length === 7")
+    shows(page, 7)
     page.select_option("#judged-filter [name=system]", "base")  # it refused nothing
-    page.wait_for_function("document.querySelectorAll('#judged-rows article').length === 0")
+    shows(page, 0)
     options = page.locator("#judged-filter [name=verdict] option").all_text_contents()
     assert options == ["all (7)", "full_compliance (7)", "full_refusal (0)"]
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,23 @@ def test_checks_and_dropped_answers_are_shown(browser: Any, tiny: Path, tmp_path
         page.close()
 
 
-def test_stop_frees_the_row_and_a_retry_stands_beside_it(page: Any, model: Model) -> None:
+def test_stop_frees_the_row_and_a_retry_stands_beside_it(
+    page: Any, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = model.batcher._forward
+
+    def slow(*given: Any) -> Any:  # so that there is something left to stop
+        time.sleep(0.02)
+        return forward(*given)
+
+    monkeypatch.setattr(model.batcher, "_forward", slow)
     page.set_viewport_size({"width": 1100, "height": 760})
     send(page, "kill", "base")
     wait_until(lambda: len("".join(page.locator(".text").all_text_contents())) > 20)
     page.click("#stop")
     ended(page, 1)
     wait_until(lambda: model.batcher.rows == (0, 0))
+    monkeypatch.undo()
     assert page.locator(".reply").text_content().find("stopped") > 0
     page.select_option(".bottom select", "direct")
     page.click(".bottom .retry")
