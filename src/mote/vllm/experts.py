@@ -1,8 +1,8 @@
 """All experts of a linear layer of vLLM, added to what the layer computes, whatever its weights are stored as.
 
 Projections that vLLM packs into one layer (q, k, v; gate, up) have experts of their own: their A stand below each
-other, their B are the blocks of one matrix. Tensor parallelism cuts A where the layer cuts its inputs and B where it
-cuts its outputs. Shapes: T token, D model (in, out), E expert, R rank, P packed projection.
+other in one product, their B are a product each. Tensor parallelism cuts A where the layer cuts its inputs and B where
+it cuts its outputs. Shapes: T token, D model (in, out), E expert, R rank, P packed projection.
 """
 
 from collections.abc import Mapping
@@ -64,7 +64,8 @@ class WithExperts(QuantizeMethodBase):
         out: Tensor = self.method.apply(layer, x, bias)
         gates = self.gates[: x.shape[0]]
         hidden = layer.mote_A(x).view(x.shape[0], -1, gates.shape[1]) * gates[:, None]
-        out += layer.mote_B(hidden.flatten(1))
+        for place, (outputs, second) in enumerate(zip(layer.mote_outputs, layer.mote_B, strict=True)):
+            out[:, outputs] += second(hidden[:, place].contiguous())
         return out
 
 
@@ -79,17 +80,16 @@ def add_experts(layer: LinearBase, pairs: Mapping[int, Pair], gates: Tensor) -> 
     by_row = isinstance(layer, RowParallelLinear)
     inputs = layer.input_size_per_partition if by_row else layer.input_size
     part = _part(layer.tp_rank, inputs) if by_row else slice(None)
-    widths, columns = _widths(layer), gates.shape[1]
-    first = torch.zeros(columns * len(widths), inputs)
-    second = torch.zeros(sum(widths), columns * len(widths))
-    begin = 0
-    for place, width in enumerate(widths):
+    firsts, seconds, outputs, begin = [], [], [], 0
+    for place, width in enumerate(_widths(layer)):
         if place in pairs:
-            own = _part(place, columns)
-            first[own] = pairs[place][0][:, part]
-            second[begin : begin + width, own] = pairs[place][1][_outputs(layer, place, width)]
+            first, second = pairs[place]
+            firsts.append(first[:, part])
+            seconds.append(Product(second[_outputs(layer, place, width)].to(gates)))
+            outputs.append(slice(begin, begin + width))
         begin += width
-    layer.mote_A, layer.mote_B = Product(first.to(gates)), Product(second.to(gates))
+    layer.mote_A, layer.mote_B = Product(torch.cat(firsts).to(gates)), torch.nn.ModuleList(seconds)
+    layer.mote_outputs = outputs
     layer.quant_method = WithExperts(layer.quant_method, gates)
 
 
