@@ -1,9 +1,11 @@
 """A tiny random Llama with a real BPE tokenizer and chat template, made once per test session."""
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import Hub
@@ -72,6 +74,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of another tiny random Llama of the same shape."""
     return make_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; tests that need it are skipped where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    with pytest.importorskip("playwright.sync_api", reason="playwright is not installed").sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

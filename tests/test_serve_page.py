@@ -1,7 +1,6 @@
 """The chat page in a real browser."""
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ from mote.serve.server import Server
 from mote.steps import CHECKED
 
 PAGE = Path(mote.__file__).parent / "serve" / "page.html"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +30,6 @@ def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 def running(model: Model) -> Iterator[tuple[str, Server]]:
     with served(model, answers=AnswerSettings(max_step_tokens=700)) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with pytest.importorskip("playwright.sync_api", reason="playwright is not installed").sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

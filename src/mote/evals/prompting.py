@@ -7,9 +7,6 @@ from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
     ChatMessageAssistant,
-    Content,
-    ContentReasoning,
-    ContentText,
     GenerateConfig,
     ModelAPI,
     ModelOutput,
@@ -22,7 +19,7 @@ from mote.chains import make_chain
 from mote.config import ChainSettings
 from mote.engines import Engine
 from mote.errors import UserError
-from mote.evals.provider import dialogue
+from mote.evals.provider import content_of, dialogue
 from mote.records import Question
 from mote.steps import load_scheme
 
@@ -107,10 +104,7 @@ class PromptingAPI(ModelAPI):
         question = Question(id="asked", messages=dialogue(input))  # greedy: the seed of an id is not used
         row = await make_chain(question, self._engine, None, self.scheme, self.settings, seed=0)
         *steps, answer = row.steps
-        content: list[Content] = [ContentReasoning(reasoning=step.text, internal={"step": step.name}) for step in steps]
-        message = ChatMessageAssistant(
-            content=[*content, ContentText(text=answer.text)], model=self.model_name, source="generate"
-        )
+        message = ChatMessageAssistant(content=content_of(steps, answer.text), model=self.model_name, source="generate")
         made = row.tokens.made
         return ModelOutput(
             model=self.model_name,

@@ -5,7 +5,7 @@
 The reasoning steps come back as reasoning content, the response as the text that scorers see.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from mote.errors import UserError
 from mote.evals.answering import Answering, Settings, Written
 from mote.files import sha256_of
-from mote.records import Message
+from mote.records import Message, StepText
 from mote.steps import BASE, CHECKED
 
 
@@ -158,7 +158,8 @@ class MoteAPI(ModelAPI):
     def _output(self, written: Written) -> ModelOutput:
         answer = written.answer
         reasoning = answer.tokens.total - answer.tokens.steps.get(written.step, 0)
-        message = ChatMessageAssistant(content=_content(written), model=self.model_name, source="generate")
+        content = content_of((step for step in answer.steps if step.name != written.step), answer.answer)
+        message = ChatMessageAssistant(content=content, model=self.model_name, source="generate")
         return ModelOutput(
             model=self.model_name,
             choices=[
@@ -248,14 +249,10 @@ def dialogue(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     return tuple(Message.model_validate({"role": message.role, "content": message.text}) for message in messages)
 
 
-def _content(written: Written) -> list[Content]:
+def content_of(reasoning: Iterable[StepText], answer: str) -> list[Content]:
     """The reasoning steps as reasoning, each with its name; the answer as text."""
-    reasoning: list[Content] = [
-        ContentReasoning(reasoning=step.text, internal={"step": step.name})
-        for step in written.answer.steps
-        if step.name != written.step
-    ]
-    return [*reasoning, ContentText(text=written.answer.answer)]
+    steps: list[Content] = [ContentReasoning(reasoning=step.text, internal={"step": step.name}) for step in reasoning]
+    return [*steps, ContentText(text=answer)]
 
 
 @lru_cache(maxsize=64)
