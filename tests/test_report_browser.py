@@ -100,6 +100,7 @@ def test_a_real_evaluation_on_a_phone(reported: Path, opened: Any) -> None:
     page.select_option("#judged-filter [name=system]", "ours · full@3")
     page.check("#judged-filter [name=unfold]")
     shows(page, 1)
+    page.locator("#judged-rows .question").wait_for()
     assert page.locator("#judged-rows h4 bdi").all_text_contents() == [MODES[2]]
     page.locator("#judged-rows summary", has_text="analysis").click()
     assert page.locator("#judged-rows .thought").first.is_visible()
@@ -123,7 +124,7 @@ def test_filters_and_search_find_answers(browser: Any, opened: Any, tmp_path: Pa
     page = opened(tmp_path / "report.html")
     assert counted(page) == "15 of 15 prompts · page 1 of 2"
     page.locator("#judged-part [data-turn='1']").first.click()
-    assert page.locator("#judged-rows article").count() == 5
+    shows(page, 5)
     page.fill("#judged-filter [name=words]", "PEER says 14")
     shows(page, 1)
     assert counted(page) == "1 of 15 prompts · page 1 of 1"
