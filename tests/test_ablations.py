@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 import yaml
 from test_methods import checked
 
+from mote import cli
 from mote.ablations import Ablations, load_ablations, run_ablations
 from mote.ablations.rows import Measured, Result, interval, markdown, summary_of
 from mote.errors import UserError
+from mote.methods import METHODS
 from mote.records import ChainRow, read_rows, rewrite_rows
 from mote.run import Run
 
+ROOT = Path(__file__).parents[1]
 SHARED = {
     "experts": {"r": 2}, "answer": {"limit": 2, "max_step_tokens": 3, "modes": ["base", "direct", "full", "adaptive"]},
     "train": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "held_out": 0.2},
@@ -155,3 +159,19 @@ def test_wrong_variants_are_named_before_anything_starts(tiny: Path, tmp_path: P
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="cannot be read"):
         load_ablations(tmp_path / "no.yaml")
+
+
+def test_the_recipe_of_all_methods_has_them_all_and_its_plan_is_printed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ROOT / "recipes" / "comparisons" / "methods.yaml"
+    assert path.read_text().startswith("# mote ablations recipes/comparisons/methods.yaml ")
+    assert [variant.method for variant in load_ablations(path).variants] == [m for m in METHODS if m != "mote-built"]
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["ablations", path, f"model={tiny}", "--dry-run", "--out", tmp_path / "out"]
+        patch.setattr("sys.argv", ["mote", *map(str, words)])
+        cli.main()
+    said = capsys.readouterr().out
+    for method in METHODS:
+        assert (re.search(rf" {method} +1 +[\d,]+ ", said) is None) == (method == "mote-built")
+    assert "judged" not in said and not (tmp_path / "out").exists()

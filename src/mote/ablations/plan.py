@@ -34,16 +34,25 @@ def table(wanted: Ablations, judge: str, data: Path | None) -> str:
             row += f"{variant.method:<16}{len(recipes):>6}{own.trainable:>14,}{_hours(training * len(recipes)):>12}"
         lines.append(row.rstrip())
     lines.append("")
-    suite = suite_of(wanted, wanted.recipe, judge, data)
-    for task in suite.tasks if wanted.tasks else ():
-        most = "all" if wanted.recipe.answer.limit is None else f"at most {wanted.recipe.answer.limit}"
-        lines.append(f"judged   {task.task} by {task.judge or judge}: {most} questions of {task.file} in each of "
-                     f"{', '.join(wanted.recipe.answer.modes)}")  # fmt: skip
-    left = [task for task in wanted.tasks if task not in {task.task for task in suite.tasks}]
-    if left:
-        lines.append(f"left out {', '.join(left)}: ratings, which '{judge}' cannot give; give --judge llm:MODEL")
+    if wanted.tasks:
+        lines += _judged(wanted, judge, data)
     lines += [f"note     {note}" for note in shared.notes]
     return "\n".join(lines)
+
+
+def _judged(wanted: Ablations, judge: str, data: Path | None) -> list[str]:
+    """What is judged, and what cannot be."""
+    tasks = suite_of(wanted, wanted.recipe, judge, data).tasks
+    most = "all" if wanted.recipe.answer.limit is None else f"at most {wanted.recipe.answer.limit}"
+    modes = ", ".join(wanted.recipe.answer.modes)
+    lines = [
+        f"judged   {task.task} by {task.judge or judge}: {most} questions of {task.file} in each of {modes}"
+        for task in tasks
+    ]
+    left = [task for task in wanted.tasks if task not in {task.task for task in tasks}]
+    if left:
+        lines.append(f"left out {', '.join(left)}: ratings, which '{judge}' cannot give; give --judge llm:MODEL")
+    return lines
 
 
 def _hours(seconds: float | None) -> str:
