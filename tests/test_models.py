@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mote import models
 from mote.errors import MoteError, UserError
@@ -19,6 +20,13 @@ def test_fingerprints_tell_models_apart_in_any_dtype(tiny: Path, other_tiny: Pat
     assert fingerprint(first.model) == fingerprint(load_base(str(tiny), device="cpu", dtype="bfloat16").model)
     assert fingerprint(first.model) != fingerprint(load_base(str(other_tiny), device="cpu").model)
     assert first.model.dtype == torch.float32 and not first.model.training
+
+
+def test_a_gpt2_has_a_fingerprint_of_its_own() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+    before = fingerprint(model)
+    torch.nn.init.constant_(model.transformer.h[0].ln_2.weight, 0.5)
+    assert fingerprint(model) != before
 
 
 @pytest.mark.parametrize(

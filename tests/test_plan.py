@@ -162,6 +162,7 @@ def test_shape_of_the_recipe_comes_first() -> None:
 def test_expected_lengths_are_the_papers() -> None:
     scheme = load_scheme("safety")
     assert expected_steps(scheme, "adaptive") == pytest.approx(1 + 0.715 + 0.614)
+    assert expected_steps(scheme, "adaptive+check") == pytest.approx(1 + 2 * 0.715 + 3 * 0.614)
     assert [expected_steps(scheme, mode) for mode in ("base", "direct", "analysis", "full")] == [1, 1, 2, 3]
     assert expected_texts(scheme, retries=0) == pytest.approx(1 + 2 * 0.715 + 2 * 0.614)
     assert expected_texts(scheme, retries=2) > expected_texts(scheme, retries=0)

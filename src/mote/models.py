@@ -178,11 +178,11 @@ def fingerprint(model: nn.Module) -> str:
     """Tells base models apart, whatever dtype or quantisation they are loaded in.
 
     Norm weights differ between any two trainings and are left alone by adapters and quantisation; a few values of each
-    are taken in bfloat16, the coarsest dtype a model is loaded in.
+    are taken in bfloat16, the coarsest dtype a model is loaded in. GPT-2 calls its norms `ln_1`, `ln_2` and `ln_f`.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and "norm" in name:
+        if parameter.dim() == 1 and ("norm" in name or ".ln_" in name):
             values = parameter.detach()[:8].to("cpu", torch.bfloat16).view(torch.int16)
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]

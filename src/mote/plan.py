@@ -178,11 +178,16 @@ def _questions(source: str, limit: int | None, recipe: Recipe, setting: str, not
 
 
 def expected_steps(scheme: Scheme, mode: str) -> float:
-    """Steps of a chain: those of the mode, or with adaptive length the mean over REACH; 1 for the base model."""
+    """Steps that an answer writes: those of the mode; 1 for the base model.
+
+    With adaptive length it is the mean over REACH; an answer that checks itself writes every chain it reaches.
+    """
     if mode == BASE:
         return 1.0
     chains = scheme.chains_of(mode)
-    if mode not in (ADAPTIVE, CHECKED):
+    if mode == CHECKED:
+        return sum(_reach(depth) * len(chain) for depth, chain in enumerate(chains))
+    if mode != ADAPTIVE:
         return float(len(chains[0]))
     reached = [*(_reach(depth) for depth in range(len(chains))), 0.0]
     return sum((reached[i] - reached[i + 1]) * len(chain) for i, chain in enumerate(chains))

@@ -11,7 +11,7 @@ from mote.evals.stats import Estimate
 from mote.plots import FONT, MUTED, PAGE, STEP, STYLE, SYSTEMS, TEXT, as_svg, label_rows, new_figure
 from mote.reporting.evaluation import Point, mode_rank
 
-MARKERS = {"base": "o", "direct": "D", "analysis": "^", "full": "s", "adaptive": "*"}
+MARKERS = {"base": "o", "direct": "D", "analysis": "^", "full": "s", "adaptive": "*", "adaptive+check": "X"}
 CLASSES = {"full_compliance": STEP["analysis"], "partial_refusal": STEP["guidance"], "full_refusal": MUTED}
 
 
