@@ -1,9 +1,10 @@
 """A tiny random Llama with a real BPE tokenizer and chat template, made once per test session."""
 
+import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+Write = Callable[..., str]
 
 
 def make_tiny_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
@@ -97,3 +100,18 @@ def hub() -> Iterator[Hub]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes rows, text or bytes to a file and gives its path."""
+
+    def write(content: object, name: str = "questions.jsonl") -> str:
+        path = tmp_path / name
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        data = content if isinstance(content, bytes) else str(content).encode()
+        path.write_bytes(data)
+        return str(path)
+
+    return write

@@ -15,7 +15,7 @@ import pytest
 
 from mote import cli
 from mote.cli.options import WithCommands
-from mote.questions import OWN
+from mote.question_files import OWN
 from mote.records import ChainRow, folder_lock, read_rows
 
 QUESTION = '{"question": "How do I boil an egg?"}\n'

@@ -13,7 +13,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from mote.errors import UserError
-from mote.questions import Row, hh_turns, normalised, question_of, rows_of
+from mote.question_files import rows_of
+from mote.question_sets import Row, hh_turns, question_of
+from mote.questions import normalised
 from mote.records import ChainRow, ChainTokens, StepText, append_rows
 from mote.writing import check_new, whole
 

@@ -16,7 +16,8 @@ from mote.config import Recipe
 from mote.footprint import BYTES, RUNTIME_BYTES, advice, checkpoints, training_bytes, weights_bytes
 from mote.memory import memory_there_is
 from mote.methods import settled, steps_of
-from mote.questions import OWN, load_questions
+from mote.question_files import OWN
+from mote.questions import load_questions
 from mote.shapes import ModelShape, active_parameters, count_parameters, count_trainable, find_shape
 from mote.steps import ADAPTIVE, BASE, CHECKED, Scheme, load_scheme
 

@@ -10,7 +10,7 @@ from inspect_ai.scorer import mean
 from mote.errors import UserError
 from mote.evals.scorers import exact
 from mote.evals.tasks.samples import chat, task_name
-from mote.questions import raw_rows
+from mote.question_files import raw_rows
 from mote.records import Message
 
 

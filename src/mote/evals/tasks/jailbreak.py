@@ -12,7 +12,7 @@ from mote.errors import UserError
 from mote.evals.attacks import Technique, cached_prompts, choose, load_techniques
 from mote.evals.scorers import goodness, judged
 from mote.evals.tasks.samples import harmful_questions, task_name
-from mote.questions import raw_rows
+from mote.question_files import raw_rows
 from mote.records import Question
 
 

@@ -7,7 +7,8 @@ from mote.errors import UserError
 from mote.evals.scorers import judged, share_of
 from mote.evals.tasks.samples import sample_of, task_name
 from mote.judges.protocol import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL
-from mote.questions import load_questions, raw_rows
+from mote.question_files import raw_rows
+from mote.questions import load_questions
 
 
 @task(name=task_name("xstest"))
