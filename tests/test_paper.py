@@ -90,6 +90,16 @@ def test_there_is_a_recipe_for_each() -> None:
     assert list(RECIPES) == NAMES
 
 
+def test_recipes_ablations_is_the_same_folder_by_another_name() -> None:
+    other = ROOT / "recipes" / "ablations"
+    if not other.is_symlink():  # git without symbolic links writes a file that holds the name
+        assert other.read_text() == "paper"
+        return
+    assert other.resolve() == (ROOT / "recipes" / "paper").resolve()
+    for name, path in RECIPES.items():
+        assert load_ablations(other / path.name) == load_ablations(path), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_open_with_their_commands_and_every_variant_can_work(name: str, tmp_path: Path) -> None:
     head = [line for line in RECIPES[name].read_text().splitlines() if line.startswith("#")]
