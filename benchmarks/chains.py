@@ -22,7 +22,7 @@ import torch
 
 from mote.chains import make_chains
 from mote.config import ChainSettings
-from mote.engines import Completion, Engine, Prompt
+from mote.engines import Completion, Engine, Preference, Prompt
 from mote.engines.local import LocalEngine
 from mote.files import write_json
 from mote.judges.choice import ChoiceJudge
@@ -51,10 +51,9 @@ class FixedBatches:
         completion: Completion = await self._ask(prompt, None)
         return completion
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """See `Engine.choose`."""
-        score: float = await self._ask(prompt, choices)
-        return score
+        return Preference(await self._ask(prompt, choices))
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -16,6 +16,6 @@ def made(name: str, question: str, *, kind: str = "benign", score: float = 0.9, 
         steps=tuple(StepText(name=step, text=text) for step, text in given.items()),
         checks=(Check(depth="direct", answer=texts[-1] if texts else "", safe=safe, score=score),),
         **{"source": "hand", "model": "m", "prompts": "p", "seed": 0, "seconds": 2.0, **fields},
-        tokens=ChainTokens(made=30, kept=20),
+        tokens=ChainTokens(made=30, kept=20, read=100),
     )
     return row.model_copy(update={"kind": kind})

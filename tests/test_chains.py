@@ -11,7 +11,7 @@ import pytest
 
 from mote.chains import make_chains
 from mote.config import ChainSettings
-from mote.engines import Completion, Engine, Prompt
+from mote.engines import Completion, Engine, Preference, Prompt
 from mote.errors import MoteError
 from mote.judges.choice import ChoiceJudge, WordJudge
 from mote.judges.protocol import Judge
@@ -28,8 +28,8 @@ class Scripted:
 
     name = "scripted"
 
-    def __init__(self, safe_at: dict[str, int], finish: str = "stop") -> None:
-        self.safe_at, self.finish = safe_at, finish
+    def __init__(self, safe_at: dict[str, int], finish: str = "stop", read: int | None = 100) -> None:
+        self.safe_at, self.finish, self.read = safe_at, finish, read
         self.asked: list[Prompt] = []
         self.checks: dict[str, int] = {}
         self.now = self.most = 0  # requests at once
@@ -40,13 +40,13 @@ class Scripted:
         self.most = max(self.most, self.now)
         await asyncio.sleep(0)
         self.now -= 1
-        return Completion(f"text {len(self.asked)}", 7, self.finish)  # type: ignore[arg-type]
+        return Completion(f"text {len(self.asked)}", 7, self.finish, self.read)  # type: ignore[arg-type]
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         assert choices == ("safe", "unsafe")
         name = next(name for name in self.safe_at if name in prompt.messages[-1].content)
         self.checks[name] = self.checks.get(name, 0) + 1
-        return 0.9 if self.checks[name] > self.safe_at[name] else 0.1
+        return Preference(0.9 if self.checks[name] > self.safe_at[name] else 0.1, read=self.read)
 
     async def close(self) -> None:
         pass
@@ -99,6 +99,19 @@ def test_chains_are_as_long_as_the_question_needs(tmp_path: Path) -> None:
     # made: every generation; kept: those of the chain's steps
     assert [(row.tokens.made, row.tokens.kept) for row in rows] == [(7, 7), (21, 14), (35, 21), (35, 21)]
     assert [row.accepted for row in rows] == [True, True, True, False]
+    assert [row.tokens.read for row in rows] == [200, 500, 800, 800]  # each prompt, and those of the checks
+
+
+def test_what_was_read_is_not_known_where_a_server_does_not_say_and_another_models_checks_do_not_count(
+    tmp_path: Path,
+) -> None:
+    assert made(questions("hard"), Scripted({"hard": 2}, read=None), tmp_path / "c.jsonl")[0].tokens.read is None
+    engine = Scripted({"hard": 0})
+    judge = WordJudge(Scripted({}), partial(check_prompt, SCHEME, settings=settings(), seed=0), "", "llm:other")
+    given = settings(check="llm:other")
+    asyncio.run(make_chains(questions("hard"), engine, judge, SCHEME, given, 0, tmp_path / "d.jsonl"))
+    tokens = read_rows(tmp_path / "d.jsonl", ChainRow)[0].tokens
+    assert (tokens.made, tokens.read) == (35, 500)
 
 
 def test_each_stage_sees_what_was_written_before(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mote.chains import make_chains
 from mote.config import ChainSettings
-from mote.engines import Completion, Prompt
+from mote.engines import Completion, Preference, Prompt
 from mote.judges.choice import ChoiceJudge
 from mote.prompting import check_prompt
 from mote.records import ChainRow, Message, Question, read_rows
@@ -31,9 +31,9 @@ class Busy:
         await asyncio.sleep(prompt.seed % 7 / 1000)
         return Completion(f"text of {prompt.seed}", 3, "stop")
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         await asyncio.sleep(0.001)
-        return len(prompt.messages[-1].content) % 10 / 10
+        return Preference(len(prompt.messages[-1].content) % 10 / 10)
 
     async def close(self) -> None:
         pass

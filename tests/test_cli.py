@@ -293,8 +293,8 @@ def test_chains_are_counted_read_brought_in_and_passed_on(
     )
     assert "analysis > response" in run("stats", tmp_path / "in", "--plot", tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().startswith("<svg")
-    found = json.loads(run("stats", tmp_path / "in" / "chains.jsonl", "--json", "--price", "2"))
-    assert found["accepted"] == 1 and found["cost"]["dollars"] == 0
+    found = json.loads(run("stats", tmp_path / "in" / "chains.jsonl", "--json", "--price", "1", "2"))
+    assert found["accepted"] == 1 and found["cost"]["dollars"] is None and found["cost"]["unsaid"] == 1
     assert run("view", tmp_path / "in", "--out", tmp_path / "page.html") == f"{tmp_path}/page.html\n"
     assert run("export", tmp_path / "in", "--out", tmp_path / "set", "--license", "apache-2.0") == f"{tmp_path}/set\n"
     assert files(tmp_path / "set") == ["README.md", "data/train-00000-of-00001.parquet"]

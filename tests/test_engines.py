@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mote.engines import Completion, Engine, Prompt
+from mote.engines import Completion, Engine, Preference, Prompt
 from mote.engines.local import LocalEngine
 from mote.errors import UserError
 from mote.models import Base, load_base
@@ -41,8 +41,8 @@ def ask(engine: Engine, prompts: Sequence[Prompt]) -> list[Completion]:
     return asyncio.run(all_of_them())
 
 
-def choose(engine: Engine, prompts: Sequence[Prompt], choices: tuple[str, str]) -> list[float]:
-    async def all_of_them() -> list[float]:
+def choose(engine: Engine, prompts: Sequence[Prompt], choices: tuple[str, str]) -> list[Preference]:
+    async def all_of_them() -> list[Preference]:
         try:
             return list(await asyncio.gather(*(engine.choose(prompt, choices) for prompt in prompts)))
         finally:
@@ -61,7 +61,7 @@ def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Bas
         assert completion.text == base.tokenizer.decode(out, skip_special_tokens=True).strip()
         ended = base.tokenizer.eos_token_id in out.tolist()
         assert completion.finish == ("stop" if ended else "length")
-        assert completion.tokens == len(out)
+        assert (completion.tokens, completion.read) == (len(out), ids.shape[1])
 
 
 def test_sampled_rows_do_not_depend_on_their_batch(base: Base) -> None:
@@ -79,7 +79,8 @@ def test_choosing_is_the_next_words_probability(base: Base) -> None:
     for text, score in zip(TEXTS, scores, strict=True):
         ids = torch.tensor([encode_prompt(base.tokenizer, prompt(text).messages)])
         pair = base.model(input_ids=ids).logits[0, -1, [first, second]].softmax(0)
-        assert score == pytest.approx(float(pair[0].detach()), abs=1e-5)
+        assert score.score == pytest.approx(float(pair[0].detach()), abs=1e-5)
+        assert (score.tokens, score.read) == (0, ids.shape[1])
     with pytest.raises(UserError, match=r"one of .* is the beginning of the other"):
         choose(LocalEngine(base, 2), [prompt("x")], ("safe", "safe"))
 
@@ -91,7 +92,8 @@ def test_words_that_begin_alike_are_told_apart_by_what_follows(base: Base) -> No
     score = choose(LocalEngine(base, 2), [prompt("safe")], words)[0]
     ids = torch.tensor([[*encode_prompt(base.tokenizer, prompt("safe").messages), first[0]]])
     pair = base.model(input_ids=ids).logits[0, -1, [first[1], second[1]]].softmax(0)
-    assert score == pytest.approx(float(pair[0].detach()), abs=1e-5)
+    assert score.score == pytest.approx(float(pair[0].detach()), abs=1e-5)
+    assert score.read == ids.shape[1]
 
 
 def test_sampler_follows_the_distribution_inside_the_nucleus() -> None:

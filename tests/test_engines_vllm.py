@@ -74,6 +74,7 @@ def by_transformers(base: Base, text: str, ids: list[int] | None = None) -> Comp
         text=base.tokenizer.decode(new, skip_special_tokens=True).strip(),
         tokens=len(new),
         finish="stop" if ended else "length",
+        read=given.shape[1],
     )
 
 
@@ -93,12 +94,12 @@ async def all_at_once(engine: Engine) -> tuple[list[Completion], list[float], li
     """Greedy texts, choices, and sampled texts of all prompts, asked together."""
     try:
         written = await asyncio.gather(*(engine.write(prompt(text)) for text in TEXTS))
-        chosen = await asyncio.gather(*(engine.choose(prompt(text), ("safe", "unsafe")) for text in TEXTS))
+        preferred = await asyncio.gather(*(engine.choose(prompt(text), ("safe", "unsafe")) for text in TEXTS))
         sampled = [prompt(text, temperature=0.9, top_p=0.95, seed=2**63 - 1 - i) for i, text in enumerate(TEXTS)]
         drawn = await asyncio.gather(*(engine.write(one) for one in sampled))
         alone = [await engine.write(one) for one in sampled]
         assert alone == drawn  # the seed is the request's own
-        return written, chosen, drawn
+        return written, [one.score for one in preferred], drawn
     finally:
         await engine.close()
 

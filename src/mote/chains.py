@@ -113,7 +113,13 @@ class _Draft:
         self.chain: Chain = ()  # the steps that are kept
         self.stages: Chain = ()  # what is written for them
         self.made = 0
+        self.read: int | None = 0
         self.safe = False
+
+    def spend(self, written: int, read: int | None) -> None:
+        """Tokens of one request more; once a request does not say what it read, nothing is known of all."""
+        self.made += written
+        self.read = None if self.read is None or read is None else self.read + read
 
 
 class _Loop:
@@ -154,7 +160,7 @@ class _Loop:
     def _take(self, draft: _Draft, step: str, completion: Completion) -> None:
         draft.texts[step] = completion.text
         draft.tokens[step] = completion.tokens
-        draft.made += completion.tokens
+        draft.spend(completion.tokens, completion.read)
         draft.faults.pop(step, None)
         examples = [example.steps[step] for example in self.scheme.examples if step in example.steps]
         # An answer may use the words of its question and of its guidance.
@@ -175,6 +181,8 @@ class _Loop:
             return
         answer = draft.texts[self.scheme.answer]
         verdict = await self.judge.judge(draft.question.messages, answer)
+        if self.settings.checks_itself:
+            draft.spend(verdict.written, verdict.read)
         if self.judge.card.measures == "refusal":  # for smoke runs: it knows nothing of harm
             draft.safe = verdict.label in (PARTIAL_REFUSAL, FULL_REFUSAL) or draft.question.kind == "benign"
         else:
@@ -193,6 +201,6 @@ class _Loop:
             model=self.engine.name,
             prompts=self.prompts,
             seed=self.seed,
-            tokens=ChainTokens(made=draft.made, kept=sum(draft.tokens[step] for step in draft.chain)),
+            tokens=ChainTokens(made=draft.made, kept=sum(draft.tokens[step] for step in draft.chain), read=draft.read),
             seconds=0.0,  # known when it is done
         )

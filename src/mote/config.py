@@ -52,6 +52,11 @@ class ChainSettings(_Settings):
     mix: bool = Field(False, description="keep chains that other settings made in the same file")
     max_question_chars: int = Field(20_000, ge=1, description="longer questions are refused")
 
+    @property
+    def checks_itself(self) -> bool:
+        """Whether the model that writes the chains checks them too."""
+        return self.check in ("self", "verdict")
+
 
 class ExpertSettings(_Settings):
     """The step experts (section 3.2); `r` and `lora_alpha` are per expert."""

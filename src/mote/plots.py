@@ -156,6 +156,21 @@ def lengths(words: Mapping[str, tuple[float, float]]) -> str:
         return as_svg(figure, "lengths", "Median and 90th percentile of the words of each step")
 
 
+def spent(each: Mapping[str, float]) -> str:
+    """Bars: tokens that were read and written for one accepted chain."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(26 * len(each) + 50)
+        most = max(each.values())
+        for row, count in enumerate(each.values()):
+            axes.barh(row, count, height=0.6, color=MUTED)
+            axes.text(count + most / 60, row, f"{count:.1f}", va="center")
+        label_rows(axes, list(each))
+        axes.set_xlim(0, most * 1.15)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel("tokens an accepted chain", loc="left")
+        return as_svg(figure, "spent", "Tokens read and tokens written for one accepted chain")
+
+
 def standalone(drawn: Sequence[str]) -> str:
     """Plots one below the other as an SVG file of its own, in light colours on a white page."""
     parts, top = [], 0.0

@@ -73,10 +73,15 @@ class Check(_Row):
 
 
 class ChainTokens(_Row):
-    """Tokens the model wrote for a chain, and those of them that the chain kept."""
+    """Tokens the model wrote for a chain, those of them that the chain kept, and those it read.
+
+    What its own checks read and wrote counts; what another model's checks did does not. `read` is None where it is not
+    known: a server does not say it, or the row is older than the field.
+    """
 
     made: int
     kept: int
+    read: int | None = None
 
 
 class ChainRow(Question):

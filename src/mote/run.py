@@ -263,7 +263,7 @@ class Run:
         scheme, settings, name = self.scheme, self.recipe.chains, self.recipe.chains.check
         asked = partial(check_prompt, scheme, settings=settings, seed=self.recipe.seed)
         prompts = scheme.prompts_hash(settings.examples)
-        if name in ("self", "verdict") and not scheme.checked:
+        if settings.checks_itself and not scheme.checked:
             yield None
         elif name == "self":
             yield ChoiceJudge(engine, asked, prompts, name, settings.threshold, words=scheme.verdicts)

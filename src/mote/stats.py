@@ -11,6 +11,7 @@ from statistics import mean, median
 
 from pydantic import BaseModel, ConfigDict
 
+from mote.costs import Cost, Price, Spent, cost_lines, or_dash
 from mote.diversity import self_bleu, signature
 from mote.duplicates import NearDuplicates, dialogue_of, text_of
 from mote.errors import UserError
@@ -64,30 +65,6 @@ class Text(_Part):
     self_bleu: float | None
     paper_self_bleu: float | None
     sampled: int
-
-
-class Cost(_Part):
-    """What was spent; of tokens, those that were written (prompts are not recorded).
-
-    Attributes:
-        tokens: Written in all, those thrown away too.
-        kept: Tokens of the chains as they stand.
-        seconds: Of all chains.
-        tokens_each: Tokens written for one accepted chain.
-        seconds_each: Seconds for one accepted chain.
-        price: US dollars a million tokens, as given.
-        dollars: In all.
-        dollars_each: For one accepted chain.
-    """
-
-    tokens: int
-    kept: int
-    seconds: float
-    tokens_each: float | None
-    seconds_each: float | None
-    price: float | None
-    dollars: float | None
-    dollars_each: float | None
 
 
 class ChainStats(_Part):
@@ -151,12 +128,12 @@ def chains_file(path: Path) -> Path:
     return file
 
 
-def chain_stats(path: Path, price: float | None = None, sample: int = SAMPLE, tokenizer: str = "13a") -> ChainStats:
+def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, tokenizer: str = "13a") -> ChainStats:
     """Count a file of chains.
 
     Args:
         path: `chains.jsonl`, or a folder that has one.
-        price: US dollars a million tokens, None where money is not to be counted.
+        price: Of tokens, None where money is not to be counted.
         sample: Texts that Self-BLEU is taken of at most.
         tokenizer: Of Self-BLEU, by sacrebleu's name.
 
@@ -169,8 +146,8 @@ def chain_stats(path: Path, price: float | None = None, sample: int = SAMPLE, to
     reasons: Counter[str] = Counter()
     texts: dict[str, _Texts] = {}
     questions, chains = NearDuplicates(NEAR), NearDuplicates(NEAR)
-    near_questions = near_chains = tokens = kept = 0
-    seconds = 0.0
+    near_questions = near_chains = 0
+    spent = Spent()
     for row in iter_rows(file, ChainRow):
         outcomes[tuple(step.name for step in row.steps), _outcome(row)] += 1
         models[row.model] += 1
@@ -178,7 +155,7 @@ def chain_stats(path: Path, price: float | None = None, sample: int = SAMPLE, to
             reasons[row.rejected] += 1
         near_questions += questions.add(row.id, dialogue_of(row)) is not None
         near_chains += chains.add(row.id, text_of(row)) is not None
-        tokens, kept, seconds = tokens + row.tokens.made, kept + row.tokens.kept, seconds + row.seconds
+        spent.add(row)
         if row.accepted:
             for name, text in [*((step.name, step.text) for step in row.steps), (WHOLE, text_of(row))]:
                 texts.setdefault(name, _Texts(sample)).add(text)
@@ -200,7 +177,7 @@ def chain_stats(path: Path, price: float | None = None, sample: int = SAMPLE, to
         sample=sample,
         seed=SEED,
         bleu=signature(tokenizer),
-        cost=_cost(tokens, kept, seconds, of["accepted"], price),
+        cost=spent.cost(of["accepted"], price),
     )
 
 
@@ -236,20 +213,6 @@ def _text(name: str, found: _Texts, accepted: int, tokenizer: str) -> Text:
     )
 
 
-def _cost(tokens: int, kept: int, seconds: float, accepted: int, price: float | None) -> Cost:
-    dollars = None if price is None else tokens * price / 1e6
-    return Cost(
-        tokens=tokens,
-        kept=kept,
-        seconds=seconds,
-        tokens_each=tokens / accepted if accepted else None,
-        seconds_each=seconds / accepted if accepted else None,
-        price=price,
-        dollars=dollars,
-        dollars_each=dollars / accepted if dollars is not None and accepted else None,
-    )
-
-
 def table(stats: ChainStats) -> str:
     """The numbers as text; a dash where there is none."""
     lines = [
@@ -269,32 +232,21 @@ def table(stats: ChainStats) -> str:
         head = f"{'of accepted chains':<18}{'share %':>9}{'paper':>7}  {'words: mean':>11}{'median':>8}{'p90':>6}"
         lines += ["", head + f"  {'Self-BLEU':>9}{'of':>6}{'paper':>7}"]
     for text in stats.texts:
-        shares = f"{100 * text.share:>9.1f}{_number(text.paper_share and 100 * text.paper_share, 1):>7}"
+        shares = f"{100 * text.share:>9.1f}{or_dash(text.paper_share and 100 * text.paper_share, 1):>7}"
         words = f"{text.words.mean:>11.1f}{text.words.median:>8g}{text.words.p90:>6}"
-        bleu = f"{_number(text.self_bleu, 2):>9}{text.sampled:>6}{_number(text.paper_self_bleu, 2):>7}"
+        bleu = f"{or_dash(text.self_bleu, 2):>9}{text.sampled:>6}{or_dash(text.paper_self_bleu, 2):>7}"
         lines.append(f"{text.name:<18}{shares}  {words}  {bleu}")
-    cost = stats.cost
     lines += [
         "",
         f"Self-BLEU: {stats.bleu}, at most {stats.sample} texts drawn with seed {stats.seed}; lower is more diverse",
         f"near-duplicates (similarity {stats.near:g}): {stats.near_questions} questions, {stats.near_chains} chains",
+        *cost_lines(stats.cost),
     ]
-    if cost.tokens:
-        each = _number(cost.tokens_each, 1), _number(cost.seconds_each, 2)
-        lines.append(f"tokens: {cost.tokens} written, {cost.kept} kept; {each[0]} written an accepted chain")
-        lines.append(f"seconds: {cost.seconds:.1f} in all; {each[1]} an accepted chain")
-    else:
-        lines.append("tokens and seconds: not recorded, these chains were written elsewhere")
-    if cost.price is not None:
-        lines.append(
-            f"money: {cost.dollars:.4f} USD at {cost.price:g} USD a million tokens written; "
-            f"{_number(cost.dollars_each, 6)} USD an accepted chain"
-        )
     return "\n".join(lines)
 
 
 def plots_of(stats: ChainStats) -> list[str]:
-    """The shares beside the paper's, the outcomes of each depth, and the lengths, as SVG elements."""
+    """The shares beside the paper's, the outcomes of each depth, the lengths and the tokens, as SVG elements."""
     from mote import plots
 
     depths = {" > ".join(row.steps): {kind: getattr(row, kind) for kind in _OUTCOMES} for row in stats.depths}
@@ -303,8 +255,7 @@ def plots_of(stats: ChainStats) -> list[str]:
         steps = [text for text in stats.texts if text.name != WHOLE]
         drawn.insert(0, plots.shares({text.name: text.share for text in steps}, PAPER_SHARES))
         drawn.append(plots.lengths({text.name: (text.words.median, text.words.p90) for text in stats.texts}))
+    each = {"read": stats.cost.read_each, "written": stats.cost.tokens_each}
+    if known := {name: count for name, count in each.items() if count}:
+        drawn.append(plots.spent(known))
     return drawn
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

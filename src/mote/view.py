@@ -46,6 +46,6 @@ def _compact(row: ChainRow) -> dict[str, Any]:
         "verdict": row.rejected or ("accepted" if row.safe else "unsafe"),
         "checks": [[check.depth, check.safe, check.score, check.answer] for check in row.checks],
         "model": row.model,
-        "tokens": [row.tokens.made, row.tokens.kept],
+        "tokens": [row.tokens.made, row.tokens.kept, row.tokens.read],
         "seconds": row.seconds,
     }

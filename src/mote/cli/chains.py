@@ -14,16 +14,21 @@ _PATH = click.argument("path", type=click.Path(path_type=Path))
 @_PATH
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path), help="Also draw shares, outcomes and lengths to this SVG file."
+    "--plot", type=click.Path(path_type=Path), help="Also draw shares, outcomes, lengths and tokens to this SVG file."
 )
-@click.option("--price", type=click.FloatRange(min=0), help="US dollars a million tokens written, to count money.")
+@click.option("--price", type=click.FloatRange(min=0), nargs=2, metavar="READ WRITTEN",
+              help="US dollars a million tokens read and a million written, to count money.")  # fmt: skip
 @click.option("--sample", type=click.IntRange(min=2), default=200, help="Texts that Self-BLEU is taken of at most.")
 @click.option("--tokenizer", type=click.Choice(TOKENIZERS), default="13a", help="Of Self-BLEU, by sacrebleu's name.")
-def stats(path: Path, as_json: bool, plot: Path | None, price: float | None, sample: int, tokenizer: str) -> None:
+def stats(
+    path: Path, as_json: bool, plot: Path | None, price: tuple[float, float] | None, sample: int, tokenizer: str
+) -> None:
     """Count the chains of PATH, a chains.jsonl or the run folder of one, beside the paper's numbers."""
+    from mote.costs import Price
     from mote.stats import chain_stats, plots_of, table
 
-    found = chain_stats(path, price, sample, tokenizer)
+    of_tokens = Price(read=price[0], written=price[1]) if price is not None else None
+    found = chain_stats(path, of_tokens, sample, tokenizer)
     if plot is not None:
         from mote.files import write_atomic
         from mote.plots import standalone

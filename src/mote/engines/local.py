@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mote.batching import Batcher, Request
-from mote.engines.protocol import Completion, Prompt
+from mote.engines.protocol import Completion, Preference, Prompt
 from mote.errors import UserError
 from mote.grammar import FreeText
 from mote.models import Base
@@ -39,9 +39,9 @@ class LocalEngine:
         )  # fmt: skip
         ended = written[-1] == eos
         text = self.tokenizer.decode(written[:-1] if ended else written, skip_special_tokens=True).strip()
-        return Completion(text=text, tokens=len(written), finish="stop" if ended else "length")
+        return Completion(text, len(written), "stop" if ended else "length", read=len(ids))
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """See `Engine.choose`; compares the first tokens in which the words differ, behind those they begin with alike.
 
         Raises:
@@ -55,8 +55,9 @@ class LocalEngine:
         ids = encode_prompt(self.tokenizer, prompt.messages)
         shared = self._shared_tokens(prompt, ids)
         alike, words = found
-        score: float = await self._ask(Request([*ids, *alike], FreeText(0), 1, shared, words=words))
-        return score
+        asked = [*ids, *alike]
+        score: float = await self._ask(Request(asked, FreeText(0), 1, shared, words=words))
+        return Preference(score, read=len(asked))
 
     async def close(self) -> None:
         """See `Engine.close`."""

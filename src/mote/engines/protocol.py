@@ -32,11 +32,34 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back: the text, its number of tokens and whether it ended by itself."""
+    """What came back.
+
+    Attributes:
+        text: What was written.
+        tokens: Tokens that were written.
+        finish: Whether it ended by itself.
+        read: Tokens of the prompt, those of a shared beginning too; None where a server does not say.
+    """
 
     text: str
     tokens: int
     finish: Finish
+    read: int | None = None
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Which of two words a model would write next.
+
+    Attributes:
+        score: The probability of the first against the second.
+        tokens: Tokens that were written to know it.
+        read: Tokens of the prompt; None where a server does not say.
+    """
+
+    score: float
+    tokens: int = 0
+    read: int | None = None
 
 
 class Engine(Protocol):
@@ -47,7 +70,7 @@ class Engine(Protocol):
     async def write(self, prompt: Prompt) -> Completion:
         """Go on with a dialogue."""
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """The probability of the first choice against the second as the next word."""
 
     async def close(self) -> None:

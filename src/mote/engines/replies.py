@@ -46,6 +46,7 @@ class Usage(BaseModel):
     """Token counts."""
 
     completion_tokens: int = 0
+    prompt_tokens: int | None = None
 
 
 class Reply(BaseModel):
@@ -53,6 +54,11 @@ class Reply(BaseModel):
 
     choices: list[Choice] = Field(min_length=1)
     usage: Usage | None = None
+
+    @property
+    def counted(self) -> Usage:
+        """Its token counts; none where the server does not count."""
+        return self.usage or Usage()
 
 
 def may_pass(error: APIStatusError) -> bool:

@@ -10,7 +10,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAioHt
 from pydantic import ValidationError
 
 from mote.engines.endpoints import Endpoint, Endpoints, backoff
-from mote.engines.protocol import Completion, Prompt
+from mote.engines.protocol import Completion, Preference, Prompt
 from mote.engines.replies import Choice, Reply, may_pass, said, wait_of
 from mote.errors import MoteError, UserError
 
@@ -63,7 +63,7 @@ class ServerEngine:
         }
 
     async def write(self, prompt: Prompt) -> Completion:
-        """See `Engine.write`; `tokens` is 0 where the server does not count them.
+        """See `Engine.write`; where the server does not count, `tokens` is 0 and `read` None.
 
         Raises:
             UserError: The server refuses the request (400, 401, 404, ...): it is not repeated.
@@ -73,11 +73,12 @@ class ServerEngine:
         choice = reply.choices[0]
         return Completion(
             text=_text(choice),
-            tokens=reply.usage.completion_tokens if reply.usage else 0,
+            tokens=reply.counted.completion_tokens,
             finish="stop" if choice.finish_reason == "stop" else "length",
+            read=reply.counted.prompt_tokens,
         )
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """See `Engine.choose`; from the log-probabilities of the first token, or from the written word without them.
 
         Raises:
@@ -93,9 +94,9 @@ class ServerEngine:
                 for i, name in enumerate(choices):
                     if word and name.lower().startswith(word):
                         mass[i] += math.exp(candidate.logprob)
-        if sum(mass) > 0:
-            return mass[0] / sum(mass)
-        return 1.0 if _text(choice).lower().startswith(choices[0].lower()) else 0.0
+        written = 1.0 if _text(choice).lower().startswith(choices[0].lower()) else 0.0
+        score = mass[0] / sum(mass) if sum(mass) > 0 else written
+        return Preference(score, reply.counted.completion_tokens, reply.counted.prompt_tokens)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -3,9 +3,10 @@
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from mote.engines.protocol import Completion, Prompt
+from mote.engines.protocol import Completion, Preference, Prompt
 from mote.errors import MoteError, UserError
 from mote.models import load_tokenizer, model_folder
 from mote.tokens import encode_prompt
@@ -63,8 +64,9 @@ class VllmEngine:
             UserError: vLLM refuses the prompt, for instance because it is too long for the model.
             MoteError: vLLM's engine has ended.
         """
+        ids = encode_prompt(self._tokenizer, prompt.messages)
         done = await self._ask(
-            prompt,
+            ids,
             max_tokens=prompt.max_tokens,
             temperature=prompt.temperature,
             top_p=prompt.top_p,
@@ -74,10 +76,13 @@ class VllmEngine:
         )
         text = self._tokenizer.decode(done.token_ids, skip_special_tokens=True).strip()
         return Completion(
-            text=text, tokens=len(done.token_ids), finish="stop" if done.finish_reason == "stop" else "length"
+            text=text,
+            tokens=len(done.token_ids),
+            finish="stop" if done.finish_reason == "stop" else "length",
+            read=len(ids),
         )
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """See `Engine.choose`; compares the first tokens of the two words.
 
         Raises:
@@ -87,19 +92,21 @@ class VllmEngine:
         first, second = (self._tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in choices)
         if first == second:
             raise UserError(f"check: {choices} begin with the same token of {self.name}; use chains.check=rule")
-        done = await self._ask(prompt, max_tokens=1, temperature=0.0, logprob_token_ids=[first, second])
+        ids = encode_prompt(self._tokenizer, prompt.messages)
+        done = await self._ask(ids, max_tokens=1, temperature=0.0, logprob_token_ids=[first, second])
         given = done.logprobs[0]
-        return 1 / (1 + math.exp(given[second].logprob - given[first].logprob))
+        score = 1 / (1 + math.exp(given[second].logprob - given[first].logprob))
+        return Preference(score, tokens=1, read=len(ids))
 
     async def close(self) -> None:
         """End the engine's process and give back its memory."""
         self._engine.shutdown()
         del self._engine  # its finaliser cannot run any more once the interpreter ends
 
-    async def _ask(self, prompt: Prompt, **params: Any) -> Any:
+    async def _ask(self, ids: Sequence[int], **params: Any) -> Any:
         from vllm.exceptions import VLLMClientError, VLLMServerError
 
-        asked = {"prompt_token_ids": encode_prompt(self._tokenizer, prompt.messages)}
+        asked = {"prompt_token_ids": list(ids)}
         sampling = self._params(output_kind=self._whole, detokenize=False, **params)
         try:
             async for output in self._engine.generate(asked, sampling, request_id=str(next(self._ids))):

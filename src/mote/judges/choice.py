@@ -51,12 +51,14 @@ class ChoiceJudge:
         Raises:
             MoteError: The model could not be asked.
         """
-        score = await self._chooser.choose(self._ask(question, answer), self._words)
+        found = await self._chooser.choose(self._ask(question, answer), self._words)
         return Verdict(
-            label=SAFE if score >= self._threshold else UNSAFE,
-            score=score,
-            raw=f"p({self._words[0]}) = {score:.4f}",
+            label=SAFE if found.score >= self._threshold else UNSAFE,
+            score=found.score,
+            raw=f"p({self._words[0]}) = {found.score:.4f}",
             parsed=True,
+            written=found.tokens,
+            read=found.read,
         )
 
 
@@ -83,7 +85,10 @@ class WordJudge:
         Raises:
             MoteError: The model could not be asked.
         """
-        text = (await self._writer.write(self._ask(question, answer))).text
+        done = await self._writer.write(self._ask(question, answer))
+        return self._read(done.text).model_copy(update={"written": done.tokens, "read": done.read})
+
+    def _read(self, text: str) -> Verdict:
         said = next((word for word in _WORD.findall(text.lower()) if word in self._words), None)
         if said is None:
             return unparsed(text)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.engines.protocol import Completion, Prompt
+from mote.engines.protocol import Completion, Preference, Prompt
 from mote.records import Message
 
 COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL = "full_compliance", "partial_refusal", "full_refusal"
@@ -22,6 +22,8 @@ class Verdict(BaseModel):
         score: The number on the judge's scale, None where there is none; unparsed verdicts never have one.
         raw: What the judge wrote or found.
         parsed: Whether `raw` holds a verdict.
+        written: Tokens that a model wrote for it.
+        read: Tokens of the prompts that a model read for it; None where nobody counted.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -30,6 +32,8 @@ class Verdict(BaseModel):
     score: float | None
     raw: str
     parsed: bool
+    written: int = 0
+    read: int | None = None
 
 
 class JudgeCard(BaseModel):
@@ -75,7 +79,7 @@ class Chooser(Protocol):
 
     name: str
 
-    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """The probability of the first choice against the second as the next word."""
 
 

@@ -66,6 +66,7 @@ class Chains(_Part):
     shares: dict[str, float]
     mean_tokens_made: float | None
     mean_tokens_kept: float | None
+    mean_tokens_read: float | None
     mean_seconds: float | None
 
 
@@ -275,6 +276,7 @@ def _chains(rows: Sequence[ChainRow]) -> Chains:
         else {},
         mean_tokens_made=_mean(row.tokens.made for row in rows),
         mean_tokens_kept=_mean(row.tokens.kept for row in rows),
+        mean_tokens_read=_mean(row.tokens.read for row in rows if row.tokens.read is not None),
         mean_seconds=_mean(row.seconds for row in rows),
     )
 
