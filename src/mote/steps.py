@@ -153,7 +153,7 @@ class Scheme(_Strict):
 
     def goes_on(self, stage: str) -> bool:
         """Whether a stage is the next turn of the dialogue itself (its template shows `last`) or reads it as text."""
-        return _LAST in self._shown(stage)
+        return stage in self._going_on
 
     def render(self, stage: str, **values: str) -> str:
         """The user turn that asks for a stage.
@@ -173,6 +173,10 @@ class Scheme(_Strict):
     @cached_property
     def _compiled(self) -> dict[str, Template]:
         return {stage: _TEMPLATES.from_string(text) for stage, text in self.templates.items()}
+
+    @cached_property
+    def _going_on(self) -> frozenset[str]:
+        return frozenset(stage for stage in self.templates if _LAST in self._shown(stage))
 
     def _shown(self, stage: str) -> set[str]:
         """The variables that a stage's template shows."""
