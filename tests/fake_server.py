@@ -26,7 +26,10 @@ class FakeServer:
     `no logprobs`; `null` (no content).
 
     Attributes:
-        seen: Bodies of the chat requests, in the order of their arrival.
+        longest: Characters of a chat that it takes; longer ones get 400. None where it takes any.
+        remembers: Whether it keeps what it was asked; not in long runs.
+        refused: How many were longer.
+        seen: Bodies of the chat requests that were taken, in the order of their arrival.
         keys: Their Authorization headers.
         most_in_flight: Most chat requests that were worked on together.
     """
@@ -34,6 +37,9 @@ class FakeServer:
     def __init__(self, usual: str = "ok", port: int = 0, models: tuple[str, ...] | None = ("some-model",)) -> None:
         self.plan: deque[str] = deque()
         self.usual, self.port, self.models = usual, port, models
+        self.longest: int | None = None
+        self.remembers = True
+        self.refused = 0
         self.seen: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.in_flight = self.most_in_flight = 0
@@ -99,7 +105,12 @@ class FakeServer:
             writer.write(_http(200, {"object": "list", "data": rows}))
         elif path == "/v1/chat/completions":
             asked = json.loads(body)
-            self.seen.append(asked)
+            if self.longest is not None and sum(len(one["content"]) for one in asked["messages"]) > self.longest:
+                self.refused += 1
+                writer.write(_http(400, {"error": {"message": f"more than {self.longest} characters"}}))
+                return
+            if self.remembers:
+                self.seen.append(asked)
             self.keys += [line[15:] for line in head.splitlines() if line.lower().startswith("authorization:")]
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -179,5 +190,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 if __name__ == "__main__":
-    FakeServer(port=int(sys.argv[1])).start()
+    server = FakeServer(port=int(sys.argv[1]))
+    server.remembers = False
+    server.start()
     threading.Event().wait()

@@ -7,18 +7,19 @@ how the model is run.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from mote.config import ChainSettings
-from mote.engines import Completion, Engine
+from mote.engines import Completion, Engine, Refused
 from mote.judges.protocol import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge
 from mote.prompting import stage_prompt
 from mote.quality import fault
 from mote.records import ChainRow, ChainTokens, Check, Question, StepText, append_rows, iter_rows
+from mote.refusals import Refusals
 from mote.seeds import seed_of
-from mote.steps import Chain, Scheme
+from mote.steps import CHECK, Chain, Scheme
 
 
 async def make_chains(
@@ -49,17 +50,27 @@ async def make_chains(
 
     Raises:
         MoteError: The engine or the judge failed, or the disk is full; the rows that were done are in the file.
+        UserError: The engine refuses all questions.
     """
     loop, there = _Loop(engine, judge, scheme, settings, seed), {row.id for row in iter_rows(path, ChainRow)}
     room, clock = asyncio.Semaphore(settings.batch_size), _Clock()
+    refusals, written = Refusals(settings.batch_size, made=bool(there)), len(there)
+
+    def write(rows: Sequence[ChainRow]) -> None:
+        nonlocal written
+        if not rows:
+            return
+        append_rows(path, rows)
+        written += len(rows)
+        progress(written)
 
     async def make(question: Question) -> None:
         with clock.share() as seconds:
-            row = await loop.chain(question)
-        append_rows(path, [row.model_copy(update={"seconds": round(seconds(), 3)})])
-        there.add(row.id)
-        progress(len(there))
-        room.release()
+            row, refused = await loop.chain(question)
+        rows, places = refusals.done(row.model_copy(update={"seconds": round(seconds(), 3)}), refused)
+        write(rows)
+        for _ in range(places):
+            room.release()
 
     missing = (question for question in questions if question.id not in there)
     try:
@@ -69,13 +80,21 @@ async def make_chains(
                 chains.create_task(make(question))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the other chains were cancelled with it
+    write(refusals.rest())
 
 
 async def make_chain(
     question: Question, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int
 ) -> ChainRow:
-    """The chain of one question, by the same loop; nothing is written and `seconds` is 0."""
-    return await _Loop(engine, judge, scheme, settings, seed).chain(question)
+    """The chain of one question, by the same loop; nothing is written and `seconds` is 0.
+
+    Raises:
+        Refused: The engine or the judge refuses a request.
+    """
+    row, refused = await _Loop(engine, judge, scheme, settings, seed).chain(question)
+    if refused is not None:
+        raise refused
+    return row
 
 
 class _Clock:
@@ -110,6 +129,7 @@ class _Draft:
         self.faults: dict[str, str] = {}
         self.tokens: dict[str, int] = {}
         self.checks: list[Check] = []
+        self.at = ""  # the step that is asked for
         self.chain: Chain = ()  # the steps that are kept
         self.stages: Chain = ()  # what is written for them
         self.made = 0
@@ -129,9 +149,18 @@ class _Loop:
         self.engine, self.judge, self.scheme, self.settings, self.seed = engine, judge, scheme, settings, seed
         self.prompts = scheme.prompts_hash(settings.examples)
 
-    async def chain(self, question: Question) -> ChainRow:
-        """Answer and check at each depth until an answer is safe; at the deepest, further samples are tried."""
+    async def chain(self, question: Question) -> tuple[ChainRow, Refused | None]:
+        """The chain, rejected where the engine or the judge refused a request for it."""
         draft = _Draft(question)
+        try:
+            await self._deepen(draft)
+        except Refused as refused:
+            return self._row(draft, f"{draft.at}: refused"), refused
+        faults = [f"{step}: {draft.faults[step]}" for step in draft.chain if step in draft.faults]
+        return self._row(draft, faults[0] if faults else None), None
+
+    async def _deepen(self, draft: _Draft) -> None:
+        """Answer and check at each depth until an answer is safe; at the deepest, further samples are tried."""
         for depth, chain in self.scheme.depths.items():
             draft.chain, draft.stages = chain, self.scheme.stages_of(depth)
             for step in draft.stages:
@@ -145,10 +174,10 @@ class _Loop:
                 break
             await self._write(draft, self.scheme.answer, f"{depth}/{sample + 1}")
             await self._check(draft, depth)
-        return self._row(draft)
 
     async def _write(self, draft: _Draft, step: str, where: str) -> None:
         """Write a step; what breaks a quality rule is written anew, `retries` times."""
+        draft.at = step
         for attempt in range(1 + self.settings.retries):
             known = {name: draft.texts[name] for name in draft.stages if name in draft.texts and name != step}
             seed = seed_of(self.seed, draft.question.id, step, f"{where}/{attempt}")
@@ -179,7 +208,7 @@ class _Loop:
         if self.judge is None:
             draft.safe = True
             return
-        answer = draft.texts[self.scheme.answer]
+        draft.at, answer = CHECK, draft.texts[self.scheme.answer]
         verdict = await self.judge.judge(draft.question.messages, answer)
         if self.settings.checks_itself:
             draft.spend(verdict.written, verdict.read)
@@ -190,17 +219,18 @@ class _Loop:
         score = None if verdict.score is None else round(verdict.score, 4)
         draft.checks.append(Check(depth=depth, answer=answer, safe=draft.safe, score=score))
 
-    def _row(self, draft: _Draft) -> ChainRow:
-        faults = [f"{step}: {draft.faults[step]}" for step in draft.chain if step in draft.faults]
+    def _row(self, draft: _Draft, rejected: str | None) -> ChainRow:
         return ChainRow(
             **draft.question.model_dump(),
-            steps=tuple(StepText(name=step, text=draft.texts[step]) for step in draft.chain),
+            steps=tuple(StepText(name=step, text=draft.texts.get(step, "")) for step in draft.chain),
             safe=draft.safe,
-            rejected=faults[0] if faults else None,
+            rejected=rejected,
             checks=tuple(draft.checks),
             model=self.engine.name,
             prompts=self.prompts,
             seed=self.seed,
-            tokens=ChainTokens(made=draft.made, kept=sum(draft.tokens[step] for step in draft.chain), read=draft.read),
+            tokens=ChainTokens(
+                made=draft.made, kept=sum(draft.tokens.get(step, 0) for step in draft.chain), read=draft.read
+            ),
             seconds=0.0,  # known when it is done
         )

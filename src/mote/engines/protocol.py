@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from mote.errors import UserError
 from mote.records import Finish, Message
 
 
@@ -62,8 +63,12 @@ class Preference:
     read: int | None = None
 
 
+class Refused(UserError):
+    """The engine will not work on this request, however often it is asked; others may pass."""
+
+
 class Engine(Protocol):
-    """A source of text; it bounds by itself how much it works on at once."""
+    """A source of text; it bounds by itself how much it works on at once. Both questions may raise `Refused`."""
 
     name: str
 

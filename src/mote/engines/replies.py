@@ -6,7 +6,8 @@ import time
 from openai import APIStatusError
 from pydantic import BaseModel, Field
 
-_MAY_PASS = {408, 409, 425, 429}  # of the 4xx; all others say that the request itself is wrong
+OF_ONE_REQUEST = {400, 413, 422}  # of the 4xx: another request may be answered
+_MAY_PASS = {408, 409, 425, 429}  # of the 4xx: the same request may be answered later
 
 
 class Candidate(BaseModel):

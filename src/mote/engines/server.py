@@ -10,8 +10,8 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAioHt
 from pydantic import ValidationError
 
 from mote.engines.endpoints import Endpoint, Endpoints, backoff
-from mote.engines.protocol import Completion, Preference, Prompt
-from mote.engines.replies import Choice, Reply, may_pass, said, wait_of
+from mote.engines.protocol import Completion, Preference, Prompt, Refused
+from mote.engines.replies import OF_ONE_REQUEST, Choice, Reply, may_pass, said, wait_of
 from mote.errors import MoteError, UserError
 
 _CONNECT = 30.0  # seconds until a machine that is off counts as such
@@ -66,7 +66,8 @@ class ServerEngine:
         """See `Engine.write`; where the server does not count, `tokens` is 0 and `read` None.
 
         Raises:
-            UserError: The server refuses the request (400, 401, 404, ...): it is not repeated.
+            Refused: The server refuses this request (400, 413, 422): it is not repeated.
+            UserError: It refuses the key, the model or the like (401, 404, ...).
             MoteError: No server answered, or none as it should, however often it was asked.
         """
         reply = await self._ask(prompt, max_tokens=prompt.max_tokens)
@@ -82,6 +83,7 @@ class ServerEngine:
         """See `Engine.choose`; from the log-probabilities of the first token, or from the written word without them.
 
         Raises:
+            Refused: As `write`.
             UserError: As `write`.
             MoteError: As `write`.
         """
@@ -175,9 +177,14 @@ class ServerEngine:
                 raise UserError(f"{where} is not there ({said(error)}); give the address that ends in /v1") from missing
             names = ", ".join(f"'{name}'" for name in served)
             raise UserError(f"{where} does not serve model='{self.name}' ({said(error)}); it serves {names}") from error
-        raise UserError(
-            f"{where} refuses a request ({said(error)}); see the server's limits: fewer chains.examples, a lower "
-            "chains.max_tokens and a lower chains.max_question_chars make requests shorter; finished rows are kept"
+        if error.status_code not in OF_ONE_REQUEST:
+            raise UserError(
+                f"{where} refuses to work ({said(error)}); mend that, then run the same command again: finished rows "
+                "are kept"
+            ) from error
+        raise Refused(
+            f"{where} refuses a request ({said(error)}); where it is too long for the server, fewer chains.examples, a "
+            "lower chains.max_tokens and shorter questions (chains.max_question_chars) help"
         ) from error
 
 

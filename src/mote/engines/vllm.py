@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mote.engines.protocol import Completion, Preference, Prompt
+from mote.engines.protocol import Completion, Preference, Prompt, Refused
 from mote.errors import MoteError, UserError
 from mote.models import load_tokenizer, model_folder
 from mote.tokens import encode_prompt
@@ -61,7 +61,7 @@ class VllmEngine:
         """See `Engine.write`.
 
         Raises:
-            UserError: vLLM refuses the prompt, for instance because it is too long for the model.
+            Refused: vLLM refuses the prompt, for instance because it is too long for the model.
             MoteError: vLLM's engine has ended.
         """
         ids = encode_prompt(self._tokenizer, prompt.messages)
@@ -86,7 +86,8 @@ class VllmEngine:
         """See `Engine.choose`; compares the first tokens of the two words.
 
         Raises:
-            UserError: The words begin with the same token, or as `write`.
+            UserError: The words begin with the same token.
+            Refused: As `write`.
             MoteError: As `write`.
         """
         first, second = (self._tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in choices)
@@ -112,9 +113,9 @@ class VllmEngine:
             async for output in self._engine.generate(asked, sampling, request_id=str(next(self._ids))):
                 return output.outputs[0]
         except VLLMClientError as error:
-            raise UserError(
-                f"engine: vllm refuses a prompt ({_line(error)}); fewer chains.examples, a lower chains.max_tokens and "
-                "a lower chains.max_question_chars make prompts shorter; finished rows are kept"
+            raise Refused(
+                f"engine: vllm refuses a prompt ({_line(error)}); where it is too long, fewer chains.examples, a lower "
+                "chains.max_tokens and shorter questions (chains.max_question_chars) help"
             ) from error
         except VLLMServerError as error:
             raise MoteError(
