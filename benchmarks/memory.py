@@ -1,0 +1,127 @@
+"""Memory of `mote chains` while it makes chains for 100,000 questions, with a server that answers at once.
+
+    .venv/bin/python benchmarks/memory.py        # about half an hour on one core; writes benchmarks/memory.json
+
+The command runs as a user runs it, in a process of its own, against `tests/fake_server.py` in another one. Its resident
+memory is read from /proc whenever a mark of finished chains is passed. What a chain leaves behind would show as growth
+between the marks; what stands before the first one is Python, the libraries and the ids of the questions.
+"""
+
+import argparse
+import json
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mote.files import write_json
+from mote.machine import environment
+from mote.questions import load_questions
+from mote.words import words_of
+
+FAKE = Path(__file__).parent.parent / "tests" / "fake_server.py"
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the questions, at which memory is read
+LOOK = 0.2  # seconds between looks
+SETTINGS = {"chains.batch_size": 256, "chains.check": "rule", "chains.retries": 0}  # which passes what is benign
+
+
+def main() -> None:
+    """Make the chains, watch the process, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=100_000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    given = parser.parse_args()
+    marks = [round(share * given.questions) for share in SHARES]
+    with tempfile.TemporaryDirectory() as folder, server() as address:
+        run = Path(folder) / "run"
+        questions = Path(folder) / "questions.jsonl"
+        write_questions(questions, given.questions)
+        command = [sys.executable, "-m", "mote.cli", "chains", "--engine", address, "--model", "some-model"]
+        command += ["--questions", str(questions), "--out", str(run)]
+        command += [f"{key}={value}" for key, value in SETTINGS.items()]
+        with open(Path(folder) / "log", "wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            resident = watched(process, run / "chains.jsonl", marks)
+        if process.wait() or len(resident) < len(marks):
+            sys.exit((Path(folder) / "log").read_text()[-2000:])
+    growth = resident[marks[-1]] / resident[marks[0]] - 1
+    result: dict[str, Any] = {
+        "what": "resident memory of mote chains, MB, when so many chains are finished",
+        "shape": {"questions": given.questions, "engine": "a server that answers at once", **SETTINGS},
+        "resident_mb": {str(mark): round(mb, 1) for mark, mb in resident.items()},
+        "growth_from_first_to_last_mark": round(growth, 4),
+        "bar": 0.05,
+        "met": growth < 0.05,
+        **environment(),
+    }
+    write_json(given.out, result)
+    print(json.dumps(result["resident_mb"] | {"growth": result["growth_from_first_to_last_mark"]}, indent=2))
+
+
+def write_questions(path: Path, count: int) -> None:
+    """Questions that are all different, of words of the package's own set, as long as those."""
+    own = [words_of(question.text) for question in load_questions("mote:train", None)]
+    words, lengths, draw = (
+        sorted({word for text in own for word in text}),
+        [len(text) for text in own],
+        random.Random(0),
+    )
+    with open(path, "w", encoding="utf-8") as sink:
+        for number in range(count):
+            text = " ".join(draw.choices(words, k=draw.choice(lengths)))
+            sink.write(json.dumps({"id": f"q{number}", "question": f"{text} {number}?", "kind": "benign"}) + "\n")
+
+
+def watched(process: "subprocess.Popen[bytes]", chains: Path, marks: list[int]) -> dict[int, float]:
+    """Megabytes at each mark of finished chains, or as far as the process came."""
+    found: dict[int, float] = {}
+    finished = place = 0
+    while len(found) < len(marks) and process.poll() is None:
+        time.sleep(LOOK)
+        if chains.exists():
+            with open(chains, "rb") as file:
+                file.seek(place)
+                new = file.read()
+            finished, place = finished + new.count(b"\n"), place + len(new)
+        if finished >= (mark := marks[len(found)]):
+            found[mark] = resident_mb(process.pid)
+            print(f"{mark} chains: {found[mark]:.1f} MB", flush=True)
+    return found
+
+
+def resident_mb(pid: int) -> float:
+    """What Linux says that a process holds in memory."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The address of a server of our own, for as long as the block lasts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, str(FAKE), str(port)])
+    address = f"http://127.0.0.1:{port}/v1"
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/models", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()
