@@ -10,23 +10,20 @@ between the marks; what stands before the first one is Python, the libraries and
 import argparse
 import json
 import random
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from server import FAKE, process
 
 from mote.files import write_json
 from mote.machine import environment
 from mote.questions import load_questions
 from mote.words import words_of
 
-FAKE = Path(__file__).parent.parent / "tests" / "fake_server.py"
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the questions, at which memory is read
 LOOK = 0.2  # seconds between looks
 SETTINGS = {"chains.batch_size": 256, "chains.check": "rule", "chains.retries": 0}  # which passes what is benign
@@ -39,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
     marks = [round(share * given.questions) for share in SHARES]
-    with tempfile.TemporaryDirectory() as folder, server() as address:
+    with tempfile.TemporaryDirectory() as folder, process([sys.executable, str(FAKE)], "/v1/models") as address:
         run = Path(folder) / "run"
         questions = Path(folder) / "questions.jsonl"
         write_questions(questions, given.questions)
@@ -47,9 +44,9 @@ def main() -> None:
         command += ["--questions", str(questions), "--out", str(run)]
         command += [f"{key}={value}" for key, value in SETTINGS.items()]
         with open(Path(folder) / "log", "wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-            resident = watched(process, run / "chains.jsonl", marks)
-        if process.wait() or len(resident) < len(marks):
+            running = subprocess.Popen(command, stdout=log, stderr=log)
+            resident = watched(running, run / "chains.jsonl", marks)
+        if running.wait() or len(resident) < len(marks):
             sys.exit((Path(folder) / "log").read_text()[-2000:])
     growth = resident[marks[-1]] / resident[marks[0]] - 1
     result: dict[str, Any] = {
@@ -68,22 +65,19 @@ def main() -> None:
 def write_questions(path: Path, count: int) -> None:
     """Questions that are all different, of words of the package's own set, as long as those."""
     own = [words_of(question.text) for question in load_questions("mote:train", None)]
-    words, lengths, draw = (
-        sorted({word for text in own for word in text}),
-        [len(text) for text in own],
-        random.Random(0),
-    )
+    words = sorted({word for text in own for word in text})
+    draw = random.Random(0)
     with open(path, "w", encoding="utf-8") as sink:
         for number in range(count):
-            text = " ".join(draw.choices(words, k=draw.choice(lengths)))
+            text = " ".join(draw.choices(words, k=len(draw.choice(own))))
             sink.write(json.dumps({"id": f"q{number}", "question": f"{text} {number}?", "kind": "benign"}) + "\n")
 
 
-def watched(process: "subprocess.Popen[bytes]", chains: Path, marks: list[int]) -> dict[int, float]:
+def watched(running: "subprocess.Popen[bytes]", chains: Path, marks: list[int]) -> dict[int, float]:
     """Megabytes at each mark of finished chains, or as far as the process came."""
     found: dict[int, float] = {}
     finished = place = 0
-    while len(found) < len(marks) and process.poll() is None:
+    while len(found) < len(marks) and running.poll() is None:
         time.sleep(LOOK)
         if chains.exists():
             with open(chains, "rb") as file:
@@ -91,7 +85,7 @@ def watched(process: "subprocess.Popen[bytes]", chains: Path, marks: list[int]) 
                 new = file.read()
             finished, place = finished + new.count(b"\n"), place + len(new)
         if finished >= (mark := marks[len(found)]):
-            found[mark] = resident_mb(process.pid)
+            found[mark] = resident_mb(running.pid)
             print(f"{mark} chains: {found[mark]:.1f} MB", flush=True)
     return found
 
@@ -100,27 +94,6 @@ def resident_mb(pid: int) -> float:
     """What Linux says that a process holds in memory."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The address of a server of our own, for as long as the block lasts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(FAKE), str(port)])
-    address = f"http://127.0.0.1:{port}/v1"
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/models", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":
