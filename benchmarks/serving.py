@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/serving.py --rounds 1 --new 8 --out /tmp/serving.json
 
 Every answer has a random adapter of rank 16. The variants of a measure take turns in one process, each ratio is taken
-within a round, and the reference runs a second time as the A/A control: what that one differs from 1 is noise.
+within a round, and the reference runs a second time as the A/A control: what that one differs from 1 is noise. For one row
+the reference also runs with its weights laid out as `mote.load` lays them out: what is above that is the experts' price.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import mote
 from mote.decode import Limits, Model, as_question, load
 from mote.grammar import FreeText
 from mote.machine import environment
-from mote.models import EMBEDDED, fingerprint, load_base
+from mote.models import EMBEDDED, fingerprint, lay_out_by_columns, load_base
 from mote.serve.server import Server, listen
 from mote.serve.settings import ServeSettings
 from mote.tokens import add_markers, encode_prompt
@@ -198,7 +199,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=300, help="tokens of each prompt")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
-    base = load_base(given.model, device="cpu").model.eval()
+    base, laid_out = (load_base(given.model, device="cpu").model for _ in range(2))
+    lay_out_by_columns(laid_out)
     with tempfile.TemporaryDirectory() as folder:
         model = load(given.model, random_adapter(given.model, Path(folder)), device="cpu")
     result: dict[str, Any] = {
@@ -211,14 +213,14 @@ def main() -> None:
     }  # fmt: skip
     for name, rows in (("one row", 1), ("16 rows", 16)):
         ids = prompts(model, rows, given.prompt)
-        measured = in_turn(
-            {
-                "generate of the base": lambda ids=ids: generated(base, ids, given.new),
-                "A/A": lambda ids=ids: generated(base, ids, given.new),
-                "running batch": lambda ids=ids: batched(model, ids, given.new),
-            },
-            given.rounds,
-        )
+        variants: dict[str, Callable[[], float]] = {
+            "generate of the base": lambda ids=ids: generated(base, ids, given.new),
+            "A/A": lambda ids=ids: generated(base, ids, given.new),
+            "running batch": lambda ids=ids: batched(model, ids, given.new),
+        }
+        if rows == 1:
+            variants["generate, laid out by columns"] = lambda ids=ids: generated(laid_out, ids, given.new)
+        measured = in_turn(variants, given.rounds)
         result[name] = {
             "seconds_a_token": {key: round(statistics.median(values), 5) for key, values in measured.items()},
             "ratio": ratios(measured, "generate of the base"),

@@ -92,20 +92,13 @@ def test_only_what_the_gradients_need_is_saved() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folded_equals_plain(dtype: torch.dtype) -> None:
     given = tensors(torch.float32, (3, 1))
-    first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
-    first.weight.data, second.weight.data = given["first"], given["second"]
     table = torch.tensor([[0.1] * WIDTH, [0.5] * 4 + [0.0] * 4 + [1.5] * 4]).to(dtype)
     x, result, gate = given["x"].to(dtype), given["result"].to(dtype), table[1].expand(3, 1, WIDTH)
-    columns = columns_of(table)
-    a, b = fold(first.weight, second.weight, columns[1], dtype)
+    a, b = fold(given["first"], given["second"], columns_of(table)[1], dtype)
     assert a.shape == (8, 6) and b.shape == (7, 8) and a.dtype == b.dtype == dtype
     expected = plain(x.float(), result.float(), given["first"], given["second"], gate.float())
-    folds: Any = {}
-    with torch.no_grad():
-        for _ in range(2):
-            found = add_experts(x, result.clone(), first, second, Route(gate, columns, ((0, 3, 1),), folds), True)
-    assert list(folds) == [(1, id(first.weight))]
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    found = result + linear(linear(x, a), b)
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -201,12 +201,13 @@ def test_with_the_adapter_off_a_loop_need_not_say_anything() -> None:
         assert torch.equal(model.generate(**given), model.generate(**given, use_cache=False))
 
 
-# --- folded weights
+# --- kept weights
 
 
-def folded(model: Any) -> list[int]:
-    """How many folded weights are kept for each text that is being written."""
-    return [len(folds) for folds in model.get_base_model().mote_router._folds.values()]
+def kept(model: Any) -> list[dict[int | None, int]]:
+    """How many layers' weights are kept for each text that is being written, by the step (None: different ones)."""
+    texts = model.get_base_model().mote_router._texts.values()
+    return [{step: len(layers) for (_, step), layers in text.items()} for text in texts]
 
 
 def in_step(step: str, rows: int = 2, length: int = 5) -> Tensor:
@@ -226,23 +227,26 @@ def logits_of(model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"rank_pattern": {"q_proj": 2}}], ids=str)
 @pytest.mark.parametrize("step", START)
-def test_folded_equals_dense(step: str, changes: dict[str, Any]) -> None:
+def test_writing_equals_dense(step: str, changes: dict[str, Any]) -> None:
     model, ids = adapted(**changes), in_step(step)
     cache = DynamicCache(config=model.get_base_model().config)
     text, logits = logits_of(model, ids, past_key_values=cache)
-    assert folded(model) == [sum(isinstance(module, MoteLinear) for module in model.modules())]
+    assert kept(model) == [{list(START).index(step) + 1: sum(isinstance(m, MoteLinear) for m in model.modules())}]
     dense = model(input_ids=text).logits[:, ids.shape[1] - 1 : -1]
     torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_in_different_steps_or_in_the_question_are_not_folded() -> None:
+def test_rows_in_different_steps_keep_all_columns_and_those_in_the_question_none() -> None:
     model = adapted()
     mixed = in_step("analysis")
     mixed[1, -1] = START["response"]
-    for ids in (mixed, in_step("analysis")[:, :-1]):
+    for ids, expected in ((mixed, [{None: 14}]), (in_step("analysis")[:, :-1], [])):
         cache = DynamicCache(config=model.get_base_model().config)
-        logits_of(model, ids, past_key_values=cache)
-        assert not any(folded(model))
+        text, logits = logits_of(model, ids, past_key_values=cache)
+        assert kept(model) == expected
+        dense = model(input_ids=text).logits[:, ids.shape[1] - 1 : -1]
+        torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
+        del cache
 
 
 def change(model: Any, how: str) -> None:
@@ -282,8 +286,8 @@ def test_new_weights_are_seen_where_generate_goes_on_from_a_cache() -> None:
     text, _ = logits_of(model, ids, past_key_values=cache)
     change(model, "data.copy_")
     dense = model(input_ids=text[:, -1:], past_key_values=copy.deepcopy(cache), context_ids=text).logits
-    _, folded = logits_of(model, text, past_key_values=cache)
-    torch.testing.assert_close(folded[:, :1], dense, atol=1e-5, rtol=1e-5)
+    _, after = logits_of(model, text, past_key_values=cache)
+    torch.testing.assert_close(after[:, :1], dense, atol=1e-5, rtol=1e-5)
 
 
 def test_a_text_of_ones_own_loop_sees_the_weights_of_its_beginning() -> None:
@@ -315,20 +319,20 @@ def test_the_next_turn_of_ones_own_loop_sees_new_weights() -> None:
                 model(input_ids=more, past_key_values=cache, context_ids=ids)
             ids = torch.cat([ids, torch.tensor([[7], [8]])], dim=1)
             before = copy.deepcopy(cache)
-            folded_logits = model(input_ids=ids[:, -1:], past_key_values=cache, context_ids=ids).logits
+            written_logits = model(input_ids=ids[:, -1:], past_key_values=cache, context_ids=ids).logits
     dense = model(input_ids=ids[:, -1:], past_key_values=before, context_ids=ids).logits
-    torch.testing.assert_close(folded_logits, dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(written_logits, dense, atol=1e-5, rtol=1e-5)
 
 
-def test_folded_weights_go_with_the_cache() -> None:
+def test_kept_weights_go_with_the_cache() -> None:
     model = adapted()
     out = model.generate(
         input_ids=in_step("response"), max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
         suppress_tokens=[2, *range(64, 70)],
     )  # fmt: skip
-    assert len(folded(model)) == 1
+    assert len(kept(model)) == 1
     del out
-    assert not folded(model)
+    assert not kept(model)
 
 
 def test_training_after_writing_works() -> None:

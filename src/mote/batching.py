@@ -294,7 +294,9 @@ class Batcher:
             _groups(writing, device),
             [part for _, part in parts],
         )
-        routing = {"step_ids": torch.tensor([steps], device=device)} if self._markers is not None else {}
+        routing = {}
+        if self._markers is not None:
+            routing = {"step_ids": torch.tensor([steps], device=device), "document_ids": work.slots[None]}
         with running(work), _attention_of(self._model.config):
             logits: Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),

@@ -20,7 +20,7 @@ from mote.checking import SelfCheck, Verdicts
 from mote.errors import UserError
 from mote.events import Event, Events
 from mote.grammar import FreeText, OpenStep, StepGrammar
-from mote.models import Base, fingerprint, load_base
+from mote.models import Base, fingerprint, lay_out_by_columns, load_base
 from mote.records import Answer, AnswerTokens, Check, Finish, Message, Question, StepText
 from mote.routing import Markers
 from mote.seeds import seed_of
@@ -337,6 +337,7 @@ def load(
     """
     if adapter is None:
         alone = load_base(model, device, dtype, revision)
+        lay_out_by_columns(alone.model)
         return Model(alone, alone.model, None, load_scheme("safety"), batch_size)
     config = adapter_config(str(adapter))
     base = load_base(model, device, dtype, revision)
@@ -349,7 +350,8 @@ def load(
 
 
 def attach(base: Base, adapter: str, config: MoteConfig, batch_size: int = 16) -> Model:
-    """Put an adapter on a base model that is loaded already."""
+    """Put an adapter on a base model that is loaded already; the base's weights are laid out for writing."""
+    lay_out_by_columns(base.model)
     tokenizer = adapter_tokenizer(adapter, config)
     model = PeftModel.from_pretrained(base.model, adapter).eval()
     scheme = adapter_scheme(adapter, config).only(config.experts)

@@ -101,7 +101,7 @@ class TokenGatedLinear(nn.Module, BaseTunerLayer):
 
     def _route(self, name: str) -> Route | None:
         calls = self.router.calls() if self.router is not None else ()
-        return calls[-1].get((name, self.configs[name].r)) if calls else None
+        return calls[-1][0].get((name, self.configs[name].r)) if calls else None
 
     def _contrast(
         self, x_N: Tensor, first: Tensor, second: Tensor, chosen_N: Tensor, config: TokenGatedConfig

@@ -2,8 +2,8 @@
 
 The plain form is the reference, and what a compiler gets. The fused form adds into the base layer's output and keeps
 only what its hand-derived gradients need. On a CPU, where time goes with the number of products, tokens of one step
-that stand together are multiplied with the columns of their own experts alone (segmented); and while a row is written
-token by token, these columns are kept (folded).
+that stand together are multiplied with the columns of their own experts alone (segmented). Text that is written token by
+token has a way of its own (`mote.tuner.writing`).
 Shapes: N tokens of all rows, D model (in, out), E expert, R rank, S step.
 """
 
@@ -29,13 +29,11 @@ class Route:
         gate: Weight of every expert's columns for every token (B, T, E*R), scaling included.
         columns: The columns that count, for each step from the question on.
         segments: Stretches of tokens in one step, where it pays to use them; without any, no token has a step.
-        folds: Where to keep the one segment's own A and B of each layer, while a row is written.
     """
 
     gate: Tensor
     columns: Sequence[Columns] = ()
     segments: tuple[Segment, ...] | None = None
-    folds: dict[tuple[int, int], Fold] | None = None
 
 
 def add_experts(
@@ -77,10 +75,6 @@ def add_experts(
             x, result, a, b, _gate(route, x, result), own and result.is_contiguous(), weight
         )
         return fused
-    if route.folds is not None:
-        found = _kept(route.folds, route.segments[0][2], a, b, route.columns, result.dtype)
-        delta = linear(linear(x.to(result.dtype), found[0]), found[1])
-        return result.add_(delta) if own else result + delta
     segmented: Tensor = Segmented.apply(  # type: ignore[no-untyped-call]
         x, result, a, b, route.columns, route.segments, own and result.is_contiguous(), weight
     )
@@ -251,21 +245,6 @@ def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) ->
     """`take` with the weights multiplied into B: a plain LoRA."""
     a, b, weights = take(first, second, columns, dtype)
     return a, b * weights
-
-
-def _kept(
-    folds: dict[tuple[int, int], Fold],
-    step: int,
-    first: Tensor,
-    second: Tensor,
-    columns: Sequence[Columns],
-    dtype: torch.dtype,
-) -> Fold:
-    """`fold`, once for a step of a layer."""
-    found = folds.get((step, id(first)))
-    if found is None:
-        found = folds[step, id(first)] = fold(first, second, columns[step], dtype)
-    return found
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -68,6 +68,9 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         """Base output plus the step experts' (B, T, out)."""
         if self._disable_adapters:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        writing = self.router.writing()
+        if writing is not None and (written := writing.forward(self, x)) is not None:
+            return written
         names = [name for name in self.active_adapters if name in self.ranks]  # type: ignore[union-attr]
         weight = self._frozen_weight(x, names[0]) if x.requires_grad and len(names) == 1 else None
         if weight is None:

@@ -21,12 +21,12 @@ from mote.routing import NO_STEP, QUESTION, document_starts, step_ids
 from mote.tuner.call import cache_length, goes_on, packed_documents
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
-from mote.tuner.experts import Columns, Fold, Route, Segment, columns_of
+from mote.tuner.experts import Columns, Route, Segment, columns_of
+from mote.tuner.writing import FEW, Texts, Writing
 
 Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
 Table = tuple[Tensor, Sequence[Columns]]  # weights of all columns for every step (1 + S + 1, E*R); those that count
-Calls = tuple[Routes, ...]  # of the forward passes that run in a thread, the innermost last
-Folds = dict[tuple[int, int], Fold]  # what `Route.folds` holds
+Calls = tuple[tuple[Routes, Writing | None], ...]  # the forward passes that run in a thread, the innermost last
 
 _SEGMENT = 16  # tokens in a segment, on average, from which it is faster than all columns for all tokens
 
@@ -81,12 +81,12 @@ class Router:
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_tables", "_folds", "_thread")}
+        return {name: value for name, value in vars(self).items() if name not in ("_tables", "_texts", "_thread")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._tables: dict[tuple[str, int, torch.device, torch.dtype], Table] = {}
-        self._folds: WeakKeyDictionary[Cache, Folds] = WeakKeyDictionary()  # of the text in each cache
+        self._texts: WeakKeyDictionary[Cache, Texts] = WeakKeyDictionary()  # what is kept for those in a cache
         self._thread = _Thread()
 
     def attach(self, model: nn.Module) -> None:
@@ -124,7 +124,7 @@ class Router:
         self._configs.pop(adapter, None)
         self._ranks.pop(adapter, None)
         self._tables = {key: table for key, table in self._tables.items() if key[0] != adapter}
-        self._folds.clear()
+        self._texts.clear()
 
     def _active(self) -> dict[str, MoteConfig]:
         """The adapters that read the tokens."""
@@ -151,14 +151,19 @@ class Router:
                 not follow from what it was called with.
         """
         calls = self._thread.running.calls
-        if not calls or (adapter, rank) not in calls[-1]:
+        if not calls or (adapter, rank) not in calls[-1][0]:
             raise RuntimeError(
                 "mote: the step of each token is unknown: call the model with `input_ids` (its tokenizer has the step "
                 "markers and MoteConfig.markers their ids) or give `step_ids` of shape (rows, tokens); behind a cache "
                 "give it `context_ids` too, all ids of the rows so far, and give those as `generate`'s `input_ids`, "
                 "without `prefill_chunk_size`"
             )
-        return calls[-1][adapter, rank]
+        return calls[-1][0][adapter, rank]
+
+    def writing(self) -> Writing | None:
+        """The running forward pass, where it goes on with texts by a few tokens on a CPU."""
+        calls = self._thread.running.calls
+        return calls[-1][1] if calls else None
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: build the routes from `step_ids` if given, else from the ids.
@@ -186,8 +191,11 @@ class Router:
             documents = packed_documents(given)
         if steps is None:
             steps = self._steps_of_call(given, context, documents)
-        folds = None if torch.compiler.is_compiling() else self._folds_of_call(given)
-        self._thread.running.calls += (self._routes(model, steps, drawn, documents, folds),)
+        routes = self._routes(model, steps, drawn, documents)
+        writing = (
+            None if torch.compiler.is_compiling() else self._writing_of_call(model, given, steps, documents, routes)
+        )
+        self._thread.running.calls += ((routes, writing),)
         if model.training:
             bind_checkpoints(model, self)
         return args, kwargs
@@ -219,18 +227,37 @@ class Router:
             )
         return self.steps(ids if context is None else context, ids.shape[1], documents)
 
-    def _folds_of_call(self, given: Mapping[str, Any]) -> Folds | None:
-        """Where to keep folded weights; None where not one token a row is written on a CPU.
+    def _writing_of_call(
+        self,
+        model: nn.Module,
+        given: Mapping[str, Any],
+        steps: Tensor | Mapping[str, Tensor],
+        documents: Tensor | None,
+        routes: Routes,
+    ) -> Writing | None:
+        """The pass as one that writes a token of each row or document on a CPU; None where it is another one.
 
-        They last as long as the cache of the text, up to the next prompt in it: new weights come with a new text.
+        What is kept for it lasts as long as the cache of the text, up to the next prompt in it: new weights come with
+        a new text.
         """
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None or not isinstance(cache, Cache):
             return None
-        if ids.shape[1] == 1 and ids.device.type == "cpu" and not torch.is_grad_enabled():
-            return self._folds.setdefault(cache, {})
-        self._folds.pop(cache, None)
-        return None
+        if ids.shape[1] > 1 and (documents is None or bool((documents.diff(dim=1) == 0).any())):
+            self._texts.pop(cache, None)
+            return None
+        if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or len(self._active()) != 1:
+            return None
+        (adapter,) = self._active()
+        own = steps.get(adapter) if isinstance(steps, Mapping) else steps
+        if own is None or own.device.type != "cpu" or own.numel() > FEW:
+            return None
+        found = own.unique().tolist()
+        if QUESTION in found:
+            return None
+        step = found[0] if len(found) == 1 else None
+        kept = self._texts.setdefault(cache, {}).setdefault((adapter, step), {})
+        return Writing(adapter, step, own.numel(), routes, kept)
 
     def _routes(
         self,
@@ -238,7 +265,6 @@ class Router:
         given: Tensor | Mapping[str, Tensor],
         drawn: Tensor | None,
         documents: Tensor | None,
-        folds: Folds | None,
     ) -> Routes:
         dtype = _compute_dtype(model)
         routes: Routes = {}
@@ -251,10 +277,9 @@ class Router:
             if config.mix == 0:  # every step is read alike
                 steps = torch.where(steps == NO_STEP, steps, 1)
             segments = None if torch.compiler.is_compiling() else _segments(steps)
-            written = folds if segments and len(segments) == 1 and segments[0][2] != QUESTION else None
             for rank in self._ranks[adapter]:
                 table, columns = self._table(adapter, rank, steps.device, dtype)
-                routes[adapter, rank] = Route(table[steps], columns, segments, written)
+                routes[adapter, rank] = Route(table[steps], columns, segments)
         return routes
 
     def prepare_inputs(
@@ -277,7 +302,7 @@ class Router:
             return inputs
         cache, new, begins = inputs.get("past_key_values"), tokens.shape[1], bool(kwargs.get("is_first_iteration"))
         if begins and isinstance(cache, Cache):
-            self._folds.pop(cache, None)
+            self._texts.pop(cache, None)
         # A static cache's length lies on the device: it is read for prompts and guesses, not for every token written.
         if (new == 1 and not begins) or cache_length(cache) + new == input_ids.shape[1]:
             inputs["step_ids"] = {name: steps.to(tokens.device) for name, steps in self.steps(input_ids, new).items()}

@@ -1,0 +1,103 @@
+"""The experts' product while text is written on a CPU: a few tokens a pass, where time goes to calls and to weights.
+
+For each layer all that a pass needs is looked up once a text and kept: then a pass takes three products a layer, without
+a call of the base layer, and where all tokens are in one step it reads the columns of that step alone.
+Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mote.routing import NO_STEP
+from mote.tuner.experts import Route, fold, is_whole
+
+if TYPE_CHECKING:
+    from mote.tuner.layer import MoteLinear
+
+FEW = 64  # tokens of a pass, at most: a stretch of a prompt has more
+
+
+class Weights(NamedTuple):
+    """A layer's own part.
+
+    Attributes:
+        base: Weight (out, in) and bias of the base layer, None where it must be called: it is no plain linear layer,
+            or somebody watches it.
+        a: A of the columns that count (in, 2R or E*R); None where no token has a step.
+        b: B of them (2R or E*R, out), with the columns' weights where they are one step's.
+    """
+
+    base: tuple[Tensor, Tensor | None] | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+Kept = dict[nn.Module, Weights]
+Texts = dict[tuple[str, int | None], Kept]  # of an adapter and a step, None for tokens in different ones
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A forward pass over a few tokens that go on with texts.
+
+    Attributes:
+        adapter: The one that is active.
+        step: Of all tokens; None where they are in different ones.
+        tokens: How many.
+        routes: By rank.
+        kept: What was looked up in earlier passes.
+    """
+
+    adapter: str
+    step: int | None
+    tokens: int
+    routes: Mapping[tuple[str, int], Route]
+    kept: Kept
+
+    def forward(self, layer: "MoteLinear", x: Tensor) -> Tensor | None:
+        """`MoteLinear.forward` of this pass: (B, T, out), or None where the layer has to go the plain way."""
+        found = self.kept.get(layer) or self._look_up(layer, x.dtype)
+        if found is None or x.shape[:-1].numel() != self.tokens:
+            return None
+        base, a, b = found
+        result: Tensor = layer.base_layer(x) if base is None else linear(x, *base)
+        if a is None or b is None:
+            return result
+        hidden_N = x.reshape(-1, x.shape[-1]) @ a
+        if self.step is None:
+            hidden_N *= self.routes[self.adapter, layer.ranks[self.adapter]].gate.view(hidden_N.shape)
+        if base is None:
+            return result + (hidden_N @ b).view_as(result)
+        result.view(-1, result.shape[-1]).addmm_(hidden_N, b)
+        return result
+
+    def _look_up(self, layer: "MoteLinear", dtype: torch.dtype) -> Weights | None:
+        """A layer's part, kept for later passes; None where the adapter is not on it or its weights lie elsewhere."""
+        if self.adapter not in layer.ranks:
+            return None
+        first, second = layer.mote_A[self.adapter].weight, layer.mote_B[self.adapter].weight
+        assert isinstance(first, Tensor) and isinstance(second, Tensor)
+        if not (is_whole(first, torch.device("cpu")) and is_whole(second, torch.device("cpu"))):
+            return None
+        a, b = first.to(dtype), second.to(dtype)
+        if self.step is not None and self.step != NO_STEP:
+            columns = self.routes[self.adapter, layer.ranks[self.adapter]].columns
+            a, b = fold(first, second, columns[self.step], dtype)
+        none = self.step == NO_STEP
+        found = Weights(_plain(layer.base_layer, dtype), None if none else a.t(), None if none else b.t())
+        self.kept[layer] = found
+        return found
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer that may be used without a call of it."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if layer.weight.dtype != dtype or not is_whole(layer.weight, torch.device("cpu")):
+        return None
+    return layer.weight, layer.bias
