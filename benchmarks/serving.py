@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/serving.py --rounds 1 --new 8 --out /tmp/serving.json
 
 Every answer has a random adapter of rank 16. The variants of a measure take turns in one process, each ratio is taken
-within a round, and the reference runs a second time as the A/A control: what that one differs from 1 is noise. For one row
-the reference also runs with its weights laid out as `mote.load` lays them out: what is above that is the experts' price.
+within a round, and the reference runs a second time as the A/A control: what that one differs from 1 is noise. For one
+row the reference also runs with its weights laid out as `mote.load` lays them out: what is above that is what the
+experts cost.
 """
 
 import argparse

@@ -186,9 +186,10 @@ def lay_out_by_columns(model: nn.Module) -> None:
         for weight in module.parameters(recurse=False):
             users[id(weight)] = users.get(id(weight), 0) + 1
     for module in model.modules():
-        if type(module) is nn.Linear and users[id(module.weight)] == 1 and module.weight.device.type == "cpu":
-            if module.weight.dtype == torch.float32:  # others are computed in other ways, and were not measured
-                module.weight.data = module.weight.data.t().contiguous().t()
+        if type(module) is not nn.Linear or users[id(module.weight)] > 1:
+            continue
+        if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:  # others were not measured
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def fingerprint(model: nn.Module) -> str:

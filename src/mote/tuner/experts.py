@@ -2,8 +2,8 @@
 
 The plain form is the reference, and what a compiler gets. The fused form adds into the base layer's output and keeps
 only what its hand-derived gradients need. On a CPU, where time goes with the number of products, tokens of one step
-that stand together are multiplied with the columns of their own experts alone (segmented). Text that is written token by
-token has a way of its own (`mote.tuner.writing`).
+that stand together are multiplied with the columns of their own experts alone (segmented). Text that is written token
+by token has a way of its own (`mote.tuner.writing`).
 Shapes: N tokens of all rows, D model (in, out), E expert, R rank, S step.
 """
 

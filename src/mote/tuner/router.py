@@ -252,10 +252,10 @@ class Router:
         own = steps.get(adapter) if isinstance(steps, Mapping) else steps
         if own is None or own.device.type != "cpu" or own.numel() > FEW:
             return None
-        found = own.unique().tolist()
+        found = set(own.flatten().tolist())
         if QUESTION in found:
             return None
-        step = found[0] if len(found) == 1 else None
+        step = found.pop() if len(found) == 1 else None
         kept = self._texts.setdefault(cache, {}).setdefault((adapter, step), {})
         return Writing(adapter, step, own.numel(), routes, kept)
 

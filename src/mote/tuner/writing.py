@@ -1,7 +1,7 @@
 """The experts' product while text is written on a CPU: a few tokens a pass, where time goes to calls and to weights.
 
-For each layer all that a pass needs is looked up once a text and kept: then a pass takes three products a layer, without
-a call of the base layer, and where all tokens are in one step it reads the columns of that step alone.
+For each layer all that a pass needs is looked up once a text and kept: then a pass takes three products a layer,
+without a call of the base layer, and where all tokens are in one step it reads the columns of that step alone.
 Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 """
 
