@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mote import models
 from mote.errors import MoteError, UserError
-from mote.models import EMBEDDED, PLAIN_CHAT_TEMPLATE, fingerprint, load_base, load_tokenizer
+from mote.models import EMBEDDED, PLAIN_CHAT_TEMPLATE, fingerprint, lay_out_by_columns, load_base, load_tokenizer
 from mote.records import Message
 from mote.tokens import encode_prompt, turn_ids
 
@@ -83,3 +84,31 @@ def test_the_embedded_model_speaks() -> None:
     out = base.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12)
     assert "Paris" in base.tokenizer.decode(out[0, ids.shape[1] :])
     assert turn_ids(base.tokenizer) == [base.tokenizer.convert_tokens_to_ids("<|im_start|>")]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_layout_by_columns_changes_nothing_but_the_speed(tied: bool, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "tiny", tied=tied)
+    plain, laid_out = (load_base(str(folder), device="cpu").model for _ in range(2))
+    before = {name: value.data_ptr() for name, value in laid_out.state_dict().items()}
+    lay_out_by_columns(laid_out)
+    moved = {name for name, value in laid_out.state_dict().items() if value.data_ptr() != before[name]}
+    linear = {f"{name}.weight" for name, module in laid_out.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert moved == (linear - {"lm_head.weight"} if tied else linear)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(laid_out(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+    laid_out.save_pretrained(tmp_path / "saved")
+    again = type(plain).from_pretrained(tmp_path / "saved")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(laid_out.state_dict()[name], value) and torch.equal(again.state_dict()[name], value)
+    laid_out.train()(input_ids=ids, labels=ids).loss.backward()
+    plain.train()(input_ids=ids, labels=ids).loss.backward()
+    for (name, parameter), other in zip(laid_out.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_weights_of_another_dtype_stay_as_they_are(tiny: Path) -> None:
+    model = load_base(str(tiny), device="cpu", dtype="bfloat16").model
+    lay_out_by_columns(model)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())

@@ -41,7 +41,7 @@ def write(model: Any, cache: Any, steps: list[int], plainly: bool = False) -> Te
 
 def kept(model: Any, cache: Any) -> dict[Any, int]:
     """How many layers are kept of a text, by adapter and step."""
-    return {key: len(layers) for key, layers in model.get_base_model().mote_router._texts.get(cache, {}).items()}
+    return {key: len(part.now) for key, part in model.get_base_model().mote_router._texts.get(cache, {}).items()}
 
 
 @given(st.lists(st.lists(st.sampled_from(STEPS), min_size=4, max_size=4), min_size=1, max_size=5))
@@ -76,7 +76,7 @@ def test_a_plain_layer_is_computed_without_a_call_of_it_and_a_watched_one_with()
     torch.testing.assert_close(write(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
     assert calls == ["hook"]
     (weights,) = model.get_base_model().mote_router._texts[cache].values()
-    assert [weights[layer].base is None for layer in layers] == [True, True] + [False] * 12
+    assert [weights.now[layer].base is None for layer in layers] == [True, True] + [False] * 12
 
 
 def gpt2() -> Any:
@@ -171,3 +171,23 @@ def test_other_passes_go_the_plain_way(what: str) -> None:
     cache = DynamicCache(config=model.get_base_model().config)
     with torch.autocast("cpu", enabled=what == "autocast"):
         assert passes(model, input_ids=ids, step_ids=steps, past_key_values=cache) is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_next_text_of_a_cache_sees_new_weights_in_the_same_memory(mode: Any) -> None:
+    model, places = adapted(), []
+    layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
+    cache = DynamicCache(config=model.get_base_model().config)
+    for turn in range(3):
+        with torch.no_grad():
+            layer.mote_A["default"].weight += turn
+        ids = torch.tensor([[5, 6, 7]])
+        with mode() if turn else torch.inference_mode():
+            model(input_ids=ids, past_key_values=cache, step_ids=torch.ones_like(ids))
+            before = copy.deepcopy(cache)
+            call = {"input_ids": ids[:, :1], "step_ids": torch.ones(1, 1, dtype=torch.long)}
+            found = model(past_key_values=cache, **call).logits
+        (part,) = model.get_base_model().mote_router._texts[cache].values()
+        places.append(part.now[layer].a.data_ptr())
+        torch.testing.assert_close(found, model(past_key_values=before, **call).logits, atol=1e-5, rtol=1e-5)
+    assert len(set(places)) == 1

@@ -22,7 +22,7 @@ from mote.tuner.call import cache_length, goes_on, packed_documents
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
 from mote.tuner.experts import Columns, Route, Segment, columns_of
-from mote.tuner.writing import FEW, Texts, Writing
+from mote.tuner.writing import FEW, Kept, Texts, Writing
 
 Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
 Table = tuple[Tensor, Sequence[Columns]]  # weights of all columns for every step (1 + S + 1, E*R); those that count
@@ -244,7 +244,7 @@ class Router:
         if ids is None or not isinstance(cache, Cache):
             return None
         if ids.shape[1] > 1 and (documents is None or bool((documents.diff(dim=1) == 0).any())):
-            self._texts.pop(cache, None)
+            self._end_text(cache)
             return None
         if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or len(self._active()) != 1:
             return None
@@ -256,8 +256,13 @@ class Router:
         if QUESTION in found:
             return None
         step = found.pop() if len(found) == 1 else None
-        kept = self._texts.setdefault(cache, {}).setdefault((adapter, step), {})
+        kept = self._texts.setdefault(cache, {}).setdefault((adapter, step), Kept())
         return Writing(adapter, step, own.numel(), routes, kept)
+
+    def _end_text(self, cache: Cache) -> None:
+        """A prompt comes in this cache: what was kept for its last text is looked up anew."""
+        for kept in self._texts.get(cache, {}).values():
+            kept.end_text()
 
     def _routes(
         self,
@@ -302,7 +307,7 @@ class Router:
             return inputs
         cache, new, begins = inputs.get("past_key_values"), tokens.shape[1], bool(kwargs.get("is_first_iteration"))
         if begins and isinstance(cache, Cache):
-            self._texts.pop(cache, None)
+            self._end_text(cache)
         # A static cache's length lies on the device: it is read for prompts and guesses, not for every token written.
         if (new == 1 and not begins) or cache_length(cache) + new == input_ids.shape[1]:
             inputs["step_ids"] = {name: steps.to(tokens.device) for name, steps in self.steps(input_ids, new).items()}
