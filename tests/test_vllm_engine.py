@@ -23,7 +23,7 @@ from mote.decode import Model  # noqa: E402
 from mote.records import Message  # noqa: E402
 from mote.steps import BASE  # noqa: E402
 from mote.tokens import encode_prompt  # noqa: E402
-from mote.vllm import steps  # noqa: E402
+from mote.vllm import models, steps  # noqa: E402
 from mote.vllm.renderer import StepRenderer  # noqa: E402
 from mote.vllm.route import chunk_steps  # noqa: E402
 
@@ -230,8 +230,18 @@ def test_two_tensor_parallel_processes(kv_heads: int, tmp_path: Path, monkeypatc
     assert len(equal(written, {n: reference(model, *request, BUDGET) for n, request in enumerate(asked)})) == 16
 
 
-def test_compiled(served: Path, asked: list[Asked], expected: dict[int, list[int]]) -> None:
-    engine = Engine(served, **TIGHT, enforce_eager=False)
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "plain"])
+def test_both_forms_of_the_experts(
+    merged: bool,
+    eager: bool,
+    served: Path,
+    asked: list[Asked],
+    expected: dict[int, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "mergeable", lambda vllm_config: merged)  # a GPU runs the plain form
+    engine = Engine(served, **TIGHT, enforce_eager=eager)
     written = engine.answers(asked)
     engine.close()
     assert len(equal(written, expected)) == len(asked)

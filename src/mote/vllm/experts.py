@@ -2,11 +2,12 @@
 
 Projections that vLLM packs into one layer (q, k, v; gate, up) have experts of their own: their A stand below each
 other in one product, their B are a product each. Tensor parallelism cuts A where the layer cuts its inputs and B where
-it cuts its outputs. Shapes: T token, D model (in, out), E expert, R rank, P packed projection.
+it cuts its outputs. `mote.vllm.merged` computes the same with fewer products where a batch's steps can be looked at.
+Shapes: T token, D model (in, out), E expert, R rank, P packed projection, S step.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,36 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 Pair = tuple[Tensor, Tensor]  # A (E*R, in) and B (out, E*R)
+
+
+class Part(NamedTuple):
+    """The experts of one projection that are this process's.
+
+    Attributes:
+        outputs: Where the projection's outputs are among those of the layer.
+        first: A (E*R, in).
+        second: B (out, E*R).
+    """
+
+    outputs: slice
+    first: Tensor
+    second: Tensor
+
+
+class Gates:
+    """The gates of the running batch, in a buffer that a compiled graph can read.
+
+    Args:
+        table: Gates of the question, of each step and of the base model's tokens (1 + S + 1, E*R).
+        most: Most tokens of a batch.
+    """
+
+    def __init__(self, table: Tensor, most: int) -> None:
+        self.table, self.buffer = table, table[:1].repeat(most, 1)
+
+    def set(self, steps: Tensor) -> None:
+        """Take the gates of a batch whose tokens are in these steps (T,)."""
+        torch.index_select(self.table, 0, steps.long(), out=self.buffer[: len(steps)])
 
 
 class Product(torch.nn.Module):
@@ -45,10 +76,10 @@ class WithExperts(QuantizeMethodBase):
 
     Args:
         method: The layer's own.
-        gates: The router's buffer (most tokens, E*R), whose first rows are the gates of the running batch.
+        gates: Of the running batch.
     """
 
-    def __init__(self, method: QuantizeMethodBase, gates: Tensor) -> None:
+    def __init__(self, method: QuantizeMethodBase, gates: Gates) -> None:
         self.method, self.gates = method, gates
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -62,35 +93,41 @@ class WithExperts(QuantizeMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs (T, out) of inputs x (T, in)."""
         out: Tensor = self.method.apply(layer, x, bias)
-        gates = self.gates[: x.shape[0]]
+        gates = self.gates.buffer[: x.shape[0]]
         hidden = layer.mote_A(x).view(x.shape[0], -1, gates.shape[1]) * gates[:, None]
         for place, (outputs, second) in enumerate(zip(layer.mote_outputs, layer.mote_B, strict=True)):
             out[:, outputs] += second(hidden[:, place].contiguous())
         return out
 
 
-def add_experts(layer: LinearBase, pairs: Mapping[int, Pair], gates: Tensor) -> None:
+def add_experts(layer: LinearBase, pairs: Mapping[int, Pair], gates: Gates) -> None:
     """Put experts on a layer.
 
     Args:
         layer: A linear layer of vLLM.
         pairs: Experts by the position of their projection in the layer; the others get none.
-        gates: The router's buffer.
+        gates: Of the running batch.
     """
+    parts = parts_of(layer, pairs, gates.buffer)
+    layer.mote_A = Product(torch.cat([part.first for part in parts]))
+    layer.mote_B = torch.nn.ModuleList(Product(part.second) for part in parts)
+    layer.mote_outputs = [part.outputs for part in parts]
+    layer.quant_method = WithExperts(layer.quant_method, gates)
+
+
+def parts_of(layer: LinearBase, pairs: Mapping[int, Pair], like: Tensor) -> list[Part]:
+    """The experts of a layer that are this process's, with dtype and device of another tensor."""
     by_row = isinstance(layer, RowParallelLinear)
     inputs = layer.input_size_per_partition if by_row else layer.input_size
     part = _part(layer.tp_rank, inputs) if by_row else slice(None)
-    firsts, seconds, outputs, begin = [], [], [], 0
+    parts, begin = [], 0
     for place, width in enumerate(_widths(layer)):
         if place in pairs:
             first, second = pairs[place]
-            firsts.append(first[:, part])
-            seconds.append(Product(second[_outputs(layer, place, width)].to(gates)))
-            outputs.append(slice(begin, begin + width))
+            own = second[_outputs(layer, place, width)]
+            parts.append(Part(slice(begin, begin + width), first[:, part].to(like), own.to(like)))
         begin += width
-    layer.mote_A, layer.mote_B = Product(torch.cat(firsts).to(gates)), torch.nn.ModuleList(seconds)
-    layer.mote_outputs = outputs
-    layer.quant_method = WithExperts(layer.quant_method, gates)
+    return parts
 
 
 def _part(rank: int, size: int) -> slice:

@@ -13,7 +13,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from mote.vllm.experts import add_experts
+from mote.vllm import experts, merged
 from mote.vllm.served import Served
 from mote.vllm.steps import StepCache
 
@@ -28,9 +28,10 @@ class StepExperts:
         dtype, device = vllm_config.model_config.dtype, vllm_config.device_config.device
         nothing = [0.0] * len(served.gates[0])  # what experts add to the base model's tokens
         table = torch.tensor([*served.gates, nothing], dtype=dtype, device=device)
-        self.mote_table = table.repeat_interleave(served.rank, dim=1)
+        table = table.repeat_interleave(served.rank, dim=1)
         most = vllm_config.scheduler_config.max_num_batched_tokens
-        self.mote_gates = self.mote_table[:1].repeat(most, 1)
+        self.mote_gates = merged.MergedGates(table) if mergeable(vllm_config) else experts.Gates(table, most)
+        self.mote_layers = vllm_config.compilation_config.static_forward_context
         name = f"{prefix}mote_steps.{config.num_hidden_layers}"  # vLLM wants a number in it, of no other layer
         self.mote_steps = StepCache(served, config.vocab_size, name)
 
@@ -42,34 +43,43 @@ class StepExperts:
             raise RuntimeError("mote: a batch came as embeddings; the steps follow from token ids")
         steps = self.mote_steps(input_ids)
         if steps is not None:
-            torch.index_select(self.mote_table, 0, steps.long(), out=self.mote_gates[: len(steps)])
+            self.mote_gates.set(steps)
         return super().forward(input_ids, positions, intermediate_tensors)  # type: ignore[misc]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base model's weights as its class does, and the experts among them."""
-        experts: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
 
         def plain() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if ".mote_" in name:
-                    experts[name] = tensor
+                    found[name] = tensor
                 else:
                     yield name, tensor
 
         loaded: set[str] = super().load_weights(plain())  # type: ignore[misc]
         modules = dict(self.named_modules())  # type: ignore[attr-defined]
         pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-        for name in (name.removesuffix(".mote_A") for name in experts if name.endswith(".mote_A")):
+        for name in (name.removesuffix(".mote_A") for name in found if name.endswith(".mote_A")):
             layer, place = packed_place(name, self.packed_modules_mapping)  # type: ignore[attr-defined]
-            pairs.setdefault(layer, {})[place] = experts[f"{name}.mote_A"], experts[f"{name}.mote_B"]
+            pairs.setdefault(layer, {})[place] = found[f"{name}.mote_A"], found[f"{name}.mote_B"]
         unknown = sorted(name for name in pairs if not isinstance(modules.get(name), LinearBase))
         if unknown:
             raise ValueError(f"mote: {type(self).__name__} has no linear layers {unknown} to put experts on")
         for name, of_layer in pairs.items():
-            add_experts(modules[name], of_layer, self.mote_gates)
+            if isinstance(self.mote_gates, merged.MergedGates):
+                merged.add_experts(modules[name], name, of_layer, self.mote_gates, self.mote_layers)
+            else:
+                experts.add_experts(modules[name], of_layer, self.mote_gates)
             own = modules[name].named_parameters(name, recurse=True)
             loaded |= {parameter for parameter, _ in own if ".mote_" in parameter}
         return loaded
+
+
+def mergeable(vllm_config: Any) -> bool:
+    """Whether the question's experts may be merged into the weights: rounded to 16 bits, these would be others."""
+    model, device = vllm_config.model_config, vllm_config.device_config.device
+    return device.type == "cpu" and model.dtype == torch.float32 and vllm_config.quant_config is None
 
 
 def packed_place(name: str, packed: dict[str, list[str]]) -> tuple[str, int]:

@@ -1,0 +1,101 @@
+"""The experts merged into a layer's weight, against the plain form of the same experts."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+pytestmark = pytest.mark.vllm
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.distributed import (  # noqa: E402
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear  # noqa: E402
+
+from mote.vllm import experts, merged  # noqa: E402
+
+RANK, INPUTS, WIDTHS = 4, 32, [48, 16]
+STEPS = {
+    "question": [0] * 9,
+    "one step": [2] * 9,
+    "all steps": [1, 2, 3, 2, 1, 3, 3, 1, 2],
+    "prompts among steps": [0, 1, 1, 0, 0, 3, 2, 0, 0],
+    "base": [4] * 9,
+    "everything": [0, 4, 1, 4, 0, 2, 3, 3, 0],
+}
+TABLES = {
+    "mean": [[0.5, 1 / 6, 1 / 6, 1 / 6], [0.5, 0.5, 0, 0], [0.5, 0, 0.5, 0], [0.5, 0, 0, 0.5], [0, 0, 0, 0]],
+    "one reads the question": [[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]],
+}
+
+
+def table_of(name: str) -> Tensor:
+    return torch.tensor(TABLES[name]).repeat_interleave(RANK, dim=1)
+
+
+def pairs_of(places: list[int]) -> dict[int, experts.Pair]:
+    return {place: (torch.randn(4 * RANK, INPUTS), torch.randn(WIDTHS[place], 4 * RANK)) for place in places}
+
+
+def loaded(layer: MergedColumnParallelLinear) -> MergedColumnParallelLinear:
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def outputs(layer: MergedColumnParallelLinear, x: Tensor) -> Tensor:
+    return layer(x)[0]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
+    """vLLM's layers want a group of processes, be it of one."""
+    made, meeting = VllmConfig(), tmp_path_factory.mktemp("group") / "meeting"
+    with set_current_vllm_config(made):
+        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        initialize_model_parallel(1)
+    yield made
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def layer(settings: VllmConfig) -> MergedColumnParallelLinear:
+    torch.manual_seed(0)
+    with set_current_vllm_config(settings):
+        made = MergedColumnParallelLinear(INPUTS, WIDTHS, params_dtype=torch.float32)
+    torch.nn.init.normal_(made.weight)
+    return made
+
+
+@pytest.mark.parametrize("places", [[0, 1], [1]], ids=["both projections", "the second"])
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("batch", STEPS)
+def test_equal_to_the_plain_form(batch: str, table: str, places: list[int], layer: MergedColumnParallelLinear) -> None:
+    pairs, plain = pairs_of(places), deepcopy(layer)
+    gates = experts.Gates(table_of(table), most=16)
+    experts.add_experts(plain, pairs, gates)
+    merged_gates = merged.MergedGates(table_of(table))
+    merged.add_experts(layer, "layer", pairs, merged_gates, {})
+    steps, x = torch.tensor(STEPS[batch]), torch.randn(9, INPUTS)
+    gates.set(steps)
+    merged_gates.set(steps)
+    expected = outputs(loaded(plain), x)
+    torch.testing.assert_close(outputs(loaded(layer), x), expected, atol=1e-4, rtol=1e-4)
+    gates.set(torch.full_like(steps, 4))
+    assert (outputs(plain, x) - expected).abs().max() > 1 or batch == "base"  # the experts do add something
+
+
+def test_a_prompt_is_given_nothing_and_a_step_no_shared_expert() -> None:
+    gates = merged.MergedGates(table_of("mean"))
+    gates.set(torch.tensor([0, 0, 0]))
+    assert not gates.given
+    gates.set(torch.tensor([0, 2, 0, 1]))
+    assert gates.rows is not None and gates.rows.tolist() == [1, 3]
+    assert [given.shape for given in gates.given] == [(2, 1, 3 * RANK)]
+    gates.set(torch.tensor([2, 4]))
+    assert gates.rows is None and [given.shape for given in gates.given] == [(2, 1, 3 * RANK), (2, 1, RANK)]
