@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
@@ -36,7 +37,7 @@ from mote.machine import environment
 from mote.models import EMBEDDED, fingerprint, load_base, model_folder
 from mote.tokens import add_markers
 from mote.tuner import MoteConfig
-from mote.vllm.folder import export_vllm
+from mote.vllm.folder import EXPERTS, export_vllm
 
 RANK = 16
 NEW = 64  # tokens of an answer
@@ -68,6 +69,13 @@ def serve_random_experts(base_name: str, folder: Path) -> Path:
     get_peft_model(base.model, config).save_pretrained(folder / "adapter")
     base.tokenizer.save_pretrained(folder / "adapter")
     return export_vllm(str(folder / "adapter"), folder / "served", model=base_name)
+
+
+def share(served: Path) -> float:
+    """Multiplications that all experts add to those of the layers they are on."""
+    tensors = load_file(served / EXPERTS)
+    pairs = [(first, tensors[name.replace("mote_A", "mote_B")]) for name, first in tensors.items() if "mote_A" in name]
+    return sum(a.numel() + b.numel() for a, b in pairs) / sum(a.shape[1] * b.shape[0] for a, b in pairs)
 
 
 def engine(folder: Path | str, eager: bool, rows: int) -> LLM:
@@ -132,13 +140,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = base_folder(given.shape, Path(folder) / "base")
         served = serve_random_experts(base, Path(folder))
+        added = round(share(served), 3)
         for name in [given.only] if given.only else ["eager", "compiled"]:
             result[name] = measure(base, served, name == "eager", given)
             print(name, json.dumps(result[name]), flush=True)
     result |= {
         "what": "tokens per second of vLLM with step experts over its base model's, medians of paired rounds",
         "shape": {"model": given.shape, "rank": RANK, "rows": given.rows, "prompt_tokens": given.prompt,
-                  "new_tokens": NEW, "rounds": given.rounds, "threads": 1, "dtype": "float32"},
+                  "new_tokens": NEW, "rounds": given.rounds, "threads": 1, "dtype": "float32",
+                  "experts_over_layers_multiplications": added},
     }  # fmt: skip
     result |= environment()
     result["versions"]["vllm"] = vllm_version
