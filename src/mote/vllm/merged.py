@@ -146,7 +146,7 @@ def add_experts(
 
 
 def _linear_of(weight: Tensor) -> Linear:
-    product = Product(weight)
+    product: Any = Product(weight)
     return partial(product.cpu_linear, weight=product.weight, bias=None)
 
 
