@@ -1,6 +1,8 @@
 """The experts merged into a layer's weight, against the plain form of the same experts."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from vllm.distributed import (  # noqa: E402
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear  # noqa: E402
 
 from mote.vllm import experts, merged  # noqa: E402
+from mote.vllm.models import mergeable  # noqa: E402
 
 RANK, INPUTS, WIDTHS = 4, 32, [48, 16]
 STEPS = {
@@ -97,3 +100,23 @@ def test_a_prompt_is_given_nothing_and_a_step_no_shared_expert() -> None:
     assert [given.shape for given in gates.given] == [(2, 1, 3 * RANK)]
     gates.set(torch.tensor([2, 4]))
     assert gates.rows is None and [given.shape for given in gates.given] == [(2, 1, 3 * RANK), (2, 1, RANK)]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "quantised", "expected"),
+    [
+        ("cpu", torch.float32, None, True),
+        ("cpu", torch.bfloat16, None, False),
+        ("cpu", torch.float32, "awq", False),
+        ("cuda", torch.float32, None, False),
+    ],
+)
+def test_weights_that_would_be_rounded_are_left_alone(
+    device: str, dtype: torch.dtype, quantised: Any, expected: bool
+) -> None:
+    settings = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=dtype),
+        device_config=SimpleNamespace(device=torch.device(device)),
+        quant_config=quantised,
+    )
+    assert mergeable(settings) == expected
