@@ -49,6 +49,8 @@ class Request:
         frequency_penalty: Taken from a token's logit for each time it was written before.
         adapted: Read and write with the adapter, where there is one.
         words: Write nothing; give the probability of the first of these token ids against the second.
+        scored: Write nothing; give the mean log-probability, in nats, of so many ids at the end of the prompt, which
+            stand behind `shared` ones and one more.
         on_token: Called with each written token, in the batcher's thread.
         follow: Called with the result, in the batcher's thread; it must not raise. Gives the request that the row goes
             on with, whose prompt begins with this one's, or the result of the row.
@@ -65,6 +67,7 @@ class Request:
     frequency_penalty: float = 0.0
     adapted: bool = True
     words: tuple[int, int] | None = None
+    scored: int = 0
     on_token: Callable[[Any], None] | None = None
     follow: "Callable[[Any], Request | Any] | None" = None
     extra: int = 0
@@ -79,6 +82,7 @@ class _Row:
     written: list[int] = field(default_factory=list)
     step: int = QUESTION  # of the last token
     steps: list[int] = field(default_factory=list)  # of each token of the prompt
+    score: float = 0.0  # log-probability of the scored ids that were read
 
     @property
     def own(self) -> Sequence[int]:
@@ -126,7 +130,8 @@ class Batcher:
         """Queue a request.
 
         Returns:
-            A future of the written ids, or of the probability where `words` are given. Cancelling it ends the row.
+            A future of the written ids, of the probability where `words` are given, or of the mean log-probability
+            where ids are `scored`. Cancelling it ends the row.
         """
         row = _Row(request, Future())
         with self._lock:
@@ -230,14 +235,17 @@ class Batcher:
         if at == 0:
             return
         read = [(row, part) for row, part in parts if part.place + part.stop - part.start == len(row.own)]
-        keep = torch.tensor([*range(first), *(part.stop - 1 for _, part in read)], dtype=torch.long)
-        logits = self._forward(writing, parts, keep)
+        scored = [(row, *found) for row, part in parts for found in _scored(row, part)]
+        places = [*range(first), *(part.stop - 1 for _, part in read), *(place for _, place, _ in scored)]
+        logits = self._forward(writing, parts, torch.tensor(places, dtype=torch.long))
+        for (row, _, token), logits_V in zip(scored, logits[first + len(read) :], strict=True):
+            row.score += float(logits_V.float().log_softmax(0)[token])
         for row in writing:
             row.read += 1
         for row, part in parts:
             row.read += part.stop - part.start
         rows = [*writing, *(row for row, _ in read)]
-        results = self._take(rows, logits) if rows else []
+        results = self._take(rows, logits[: len(rows)]) if rows else []
         # Prompts that are read become written rows: they lie in the slots right behind those, in order.
         self._writing += [row for row, _ in read]
         self._reading = self._reading[len(read) :]
@@ -315,7 +323,9 @@ class Batcher:
         for row, logits_V in zip(rows, logits_B_V, strict=True):
             if row.request.words is not None:
                 ended.append((row, float(logits_V[list(row.request.words)].float().softmax(0)[0])))
-        places = [i for i, row in enumerate(rows) if row.request.words is None]
+            elif row.request.scored:
+                ended.append((row, row.score / row.request.scored))
+        places = [i for i, row in enumerate(rows) if row.request.words is None and not row.request.scored]
         if not places:
             return ended
         rows = [rows[i] for i in places]
@@ -361,6 +371,15 @@ def _attention_of(config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def _scored(row: _Row, part: Reading) -> Iterator[tuple[int, int]]:
+    """The places in a pass whose logits are of scored ids, each with its id."""
+    begin, ids = part.prefix.length + part.place, row.request.ids
+    for place in range(part.start, part.stop):
+        following = begin + place - part.start + 1
+        if len(ids) - row.request.scored <= following < len(ids):
+            yield place, ids[following]
 
 
 def _masked(logits_V: Tensor, row: _Row) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from mote.config import ChainSettings
 from mote.engines import Completion, Engine, Refused
 from mote.judges.protocol import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge
+from mote.kinds import Kinds
 from mote.prompting import stage_prompt
 from mote.quality import fault
 from mote.records import ChainRow, ChainTokens, Check, Question, StepText, append_rows, iter_rows
@@ -125,6 +126,7 @@ class _Draft:
 
     def __init__(self, question: Question) -> None:
         self.question = question
+        self.kind: str | None = None  # of the scheme's, where it has any
         self.texts: dict[str, str] = {}
         self.faults: dict[str, str] = {}
         self.tokens: dict[str, int] = {}
@@ -148,15 +150,17 @@ class _Loop:
     def __init__(self, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int) -> None:
         self.engine, self.judge, self.scheme, self.settings, self.seed = engine, judge, scheme, settings, seed
         self.prompts = scheme.prompts_hash(settings.examples)
+        self.kinds = Kinds(scheme, engine) if scheme.kinds else None
 
     async def chain(self, question: Question) -> tuple[ChainRow, Refused | None]:
         """The chain, rejected where the engine or the judge refused a request for it."""
         draft = _Draft(question)
         try:
-            await self._deepen(draft)
+            if await self._sort(draft):
+                await self._deepen(draft)
         except Refused as refused:
             return self._row(draft, f"{draft.at}: refused"), refused
-        faults = [f"{step}: {draft.faults[step]}" for step in draft.chain if step in draft.faults]
+        faults = [f"{step}: {draft.faults[step]}" for step in ("question", *draft.chain) if step in draft.faults]
         return self._row(draft, faults[0] if faults else None), None
 
     async def _deepen(self, draft: _Draft) -> None:
@@ -175,13 +179,23 @@ class _Loop:
             await self._write(draft, self.scheme.answer, f"{depth}/{sample + 1}")
             await self._check(draft, depth)
 
+    async def _sort(self, draft: _Draft) -> bool:
+        """Find the question's kind; False where that is not clear and nothing shall be written."""
+        if self.kinds is None:
+            return True
+        draft.kind, sure = await self.kinds.kind_of(draft.question.messages)
+        if sure or "unsure" not in self.settings.reject:
+            return True
+        draft.faults["question"] = "unsure"
+        return False
+
     async def _write(self, draft: _Draft, step: str, where: str) -> None:
         """Write a step; what breaks a quality rule is written anew, `retries` times."""
         draft.at = step
         for attempt in range(1 + self.settings.retries):
             known = {name: draft.texts[name] for name in draft.stages if name in draft.texts and name != step}
             seed = seed_of(self.seed, draft.question.id, step, f"{where}/{attempt}")
-            prompt = stage_prompt(self.scheme, step, draft.question.messages, known, self.settings, seed)
+            prompt = stage_prompt(self.scheme, step, draft.question.messages, known, self.settings, seed, draft.kind)
             self._take(draft, step, await self.engine.write(prompt))
             if step not in draft.faults or not self.settings.temperature:  # greedy would only say the same again
                 return
@@ -191,7 +205,9 @@ class _Loop:
         draft.tokens[step] = completion.tokens
         draft.spend(completion.tokens, completion.read)
         draft.faults.pop(step, None)
-        examples = [example.steps[step] for example in self.scheme.examples if step in example.steps]
+        closed = draft.kind is not None and step in self.scheme.kinds[draft.kind].closed
+        # A closed step repeats the form of its examples; that its words are the question's is a rule of its kind.
+        examples = [] if closed else [e.steps[step] for e in self.scheme.examples if step in e.steps]
         # An answer may use the words of its question and of its guidance.
         own = [] if step == self.scheme.answer else [self.scheme.templates[step]]
         # A revision may repeat its draft.
@@ -200,6 +216,8 @@ class _Loop:
         found = fault(
             completion, [*examples, *own], question=asked, earlier=before, labels=self.scheme.steps, instructions=own
         )
+        if found not in self.settings.reject and self.kinds is not None and draft.kind is not None:
+            found = self.kinds.fault(draft.kind, step, completion.text, draft.question.messages, before)
         if found in self.settings.reject:
             draft.faults[step] = found
 

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mote.errors import UserError
 
-Rule = Literal["empty", "truncated", "marker", "looping", "echo", "copy", "language"]  # of mote.quality
+Rule = Literal[
+    "empty", "truncated", "marker", "looping", "echo", "copy", "language", "form", "off-topic", "unsure"
+]  # of mote.quality
 MethodName = Literal[
     "mote", "mote-built", "mote-no-skip", "mote-no-share", "mote-neither", "lora", "lora-x2", "token-moe", "moelora",
     "separate", "response-only", "four-experts",

@@ -20,6 +20,7 @@ def stage_prompt(
     known: Mapping[str, str],
     settings: ChainSettings,
     seed: int,
+    kind: str | None = None,
 ) -> Prompt:
     """The prompt that asks for a stage of a chain.
 
@@ -30,9 +31,10 @@ def stage_prompt(
         known: Stage -> text, of those that were written before; the examples show the same ones.
         settings: Number of examples, sampling, and tokens that may be written.
         seed: Seed of this request.
+        kind: Show examples of this kind only.
     """
     turns: list[Message] = []
-    for example in scheme.examples[: settings.examples]:
+    for example in scheme.shown(settings.examples, kind):
         turns += _asked(scheme, stage, _dialogue(example), {name: example.steps[name] for name in known})
         turns.append(Message(role="assistant", content=example.steps[stage]))
     lead, own = _system(scheme, stage, question), _asked(scheme, stage, question, known)
@@ -56,7 +58,7 @@ def check_prompt(
     the next, so that the words do not simply alternate.
     """
     turns: list[Message] = []
-    for number, example in enumerate(scheme.examples[: settings.examples]):
+    for number, example in enumerate(scheme.shown(settings.examples)):
         shown = [(example.steps[scheme.answer], scheme.verdicts[0])]
         if example.unsafe_answer is not None:
             shown.append((example.unsafe_answer, scheme.verdicts[1]))
@@ -65,6 +67,13 @@ def check_prompt(
             turns.append(Message(role="assistant", content=verdict))
     lead, own = _system(scheme, CHECK, question), _asked(scheme, CHECK, question, {"answer": answer})
     return Prompt((*lead, *turns, *own), max_tokens=4, seed=seed, shared=_shared(scheme, lead, turns))
+
+
+def kind_prompt(scheme: Scheme, kind: str) -> Prompt:
+    """The prompt that a question of this kind goes on with: the questions of all its examples, in a list."""
+    listed = "\n".join(f"- {example.question}" for example in scheme.shown(len(scheme.examples), kind))
+    turn = Message(role="user", content=f"{scheme.kinds[kind].about}\n{listed}\n\nWrite another one.")
+    return Prompt((turn,), max_tokens=1, shared=1)
 
 
 def as_text(messages: Sequence[Message]) -> str:

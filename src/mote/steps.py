@@ -44,12 +44,30 @@ class Example(_Strict):
         earlier: The turns before it, the user's and the assistant's by turns.
         steps: What is written in each stage.
         unsafe_answer: An answer that the check must not let through, for the check's own examples.
+        kind: Which of the scheme's `kinds` the question is of, where it has any.
     """
 
     question: str = Field(min_length=1)
     earlier: tuple[str, ...] = ()
     steps: dict[str, str]
     unsafe_answer: str | None = None
+    kind: str | None = None
+
+
+class Kind(_Strict):
+    """Questions that are handled alike (decisions/0036): their prompts show examples of their kind only.
+
+    Attributes:
+        about: What stands above a list of such questions; a question is of the kind whose list it goes on with best.
+        margin: By how much, in nats a token, to be sure of it.
+        forms: Stage -> the regular expression that the whole text matches.
+        closed: Stages that speak of the question and bring little of their own.
+    """
+
+    about: str = Field(min_length=1)
+    margin: float = Field(0.0, ge=0)
+    forms: dict[str, str] = {}
+    closed: tuple[str, ...] = ()
 
 
 class Scheme(_Strict):
@@ -65,6 +83,7 @@ class Scheme(_Strict):
         system: System prompt of the stages, empty for none.
         templates: Stage -> prompt template; `check` is Safety Checking, without which every answer is taken.
         verdicts: The words the check chooses between, for an answer that passes and one that does not.
+        kinds: Kinds of questions that are told apart before anything is written; none where all are handled alike.
         examples: Worked examples for few-shot prompts.
     """
 
@@ -75,12 +94,14 @@ class Scheme(_Strict):
     system: str = ""
     templates: dict[str, str]
     verdicts: tuple[str, str] = ("safe", "unsafe")
+    kinds: dict[str, Kind] = {}
     examples: tuple[Example, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scheme":
         self._check_depths()
         self._check_templates()
+        self._check_kinds()
         for number, example in enumerate(self.examples, 1):
             if set(example.steps) != set(self.written):
                 raise ValueError(f"examples: number {number} has the steps {list(example.steps)}, "
@@ -132,6 +153,24 @@ class Scheme(_Strict):
         if self.checked and _ANSWER not in self._shown(CHECK):
             raise ValueError(f"templates.{CHECK}: does not show {{{{ answer }}}}; add it")
 
+    def _check_kinds(self) -> None:
+        if len(self.kinds) == 1:
+            raise ValueError(f"kinds: there is nothing to tell {list(self.kinds)} from; give two kinds or none")
+        for number, example in enumerate(self.examples, 1):
+            if example.kind not in (self.kinds or {None}):
+                raise ValueError(f"examples: number {number} has the kind {example.kind!r}; use one of "
+                                 f"{list(self.kinds) or [None]}")  # fmt: skip
+        for name, kind in self.kinds.items():
+            if not any(example.kind == name for example in self.examples):
+                raise ValueError(f"kinds.{name}: no example has this kind; give some")
+            if strange := [stage for stage in (*kind.forms, *kind.closed) if stage not in self.written]:
+                raise ValueError(f"kinds.{name}: {strange} are no stages of the scheme; use {list(self.written)}")
+            for stage, form in kind.forms.items():
+                try:
+                    re.compile(form)
+                except re.error as error:
+                    raise ValueError(f"kinds.{name}.forms.{stage}: not a regular expression ({error})") from error
+
     @cached_property
     def steps(self) -> Chain:
         """All steps in order: those of the deepest chain."""
@@ -165,9 +204,20 @@ class Scheme(_Strict):
         """
         return self._compiled[stage].render(dict.fromkeys(self.written, "") | values)
 
+    def shown(self, count: int, kind: str | None = None) -> tuple[Example, ...]:
+        """The first `count` worked examples, of one kind where it is given."""
+        return tuple(example for example in self.examples if kind in (None, example.kind))[:count]
+
     def prompts_hash(self, examples: int) -> str:
-        """Tells prompts apart: of everything in the scheme, with as many worked examples as prompts show."""
-        content = self.model_dump(mode="json") | {"examples": [e.model_dump() for e in self.examples[:examples]]}
+        """Tells prompts apart: of everything in the scheme, with as many worked examples as prompts show.
+
+        Where there are kinds all examples count: the questions of all of them tell the kinds apart.
+        """
+        if self.kinds:
+            content = self.model_dump(mode="json") | {"shown": examples}
+        else:
+            shown = [example.model_dump(exclude={"kind"}) for example in self.examples[:examples]]
+            content = self.model_dump(mode="json", exclude={"kinds"}) | {"examples": shown}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property

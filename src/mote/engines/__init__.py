@@ -1,5 +1,5 @@
 """Ask a model for text."""
 
-from mote.engines.protocol import Completion, Engine, Preference, Prompt, Refused
+from mote.engines.protocol import Completion, Engine, Preference, Prompt, Refused, Scorer
 
-__all__ = ["Completion", "Engine", "Preference", "Prompt", "Refused"]
+__all__ = ["Completion", "Engine", "Preference", "Prompt", "Refused", "Scorer"]

@@ -10,7 +10,7 @@ from mote.errors import UserError
 from mote.grammar import FreeText
 from mote.models import Base
 from mote.records import Message
-from mote.tokens import encode_choice, encode_prompt
+from mote.tokens import encode_choice, encode_prompt, encode_text
 
 
 class LocalEngine:
@@ -58,6 +58,15 @@ class LocalEngine:
         asked = [*ids, *alike]
         score: float = await self._ask(Request(asked, FreeText(0), 1, shared, words=words))
         return Preference(score, read=len(asked))
+
+    async def score(self, prompt: Prompt, reply: str) -> float:
+        """See `Scorer.score`; an empty reply scores 0."""
+        ids, own = encode_prompt(self.tokenizer, prompt.messages), encode_text(self.tokenizer, reply)
+        if not own:
+            return 0.0
+        request = Request([*ids, *own], FreeText(0), 1, self._shared_tokens(prompt, ids), scored=len(own))
+        score: float = await self._ask(request)
+        return score
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -1,7 +1,7 @@
 """What the chain loop knows of a model: it writes text for prompts, and it chooses between words."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mote.errors import UserError
 from mote.records import Finish, Message
@@ -65,6 +65,14 @@ class Preference:
 
 class Refused(UserError):
     """The engine will not work on this request, however often it is asked; others may pass."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """An engine that also knows how likely a given text is."""
+
+    async def score(self, prompt: Prompt, reply: str) -> float:
+        """The mean log-probability of a reply's tokens, in nats."""
 
 
 class Engine(Protocol):

@@ -1,0 +1,189 @@
+"""Kinds of questions: which one a question is of, and what its steps must keep."""
+
+import asyncio
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mote.chains import make_chain
+from mote.config import ChainSettings
+from mote.engines import Completion, Prompt
+from mote.errors import UserError
+from mote.kinds import Kinds
+from mote.prompting import kind_prompt, stage_prompt
+from mote.records import ChainRow, Message, Question
+from mote.steps import Scheme, load_scheme
+
+SCHEME = load_scheme("safety-small")
+WIFI = "Which tool opens the wifi of a hotel?"
+
+
+class Lister:
+    """Finds a question likelier behind the lists of one kind, writes given texts, and takes every answer."""
+
+    name = "lister"
+
+    def __init__(self, lead: float = 1.0, *texts: str) -> None:
+        self.lead, self.texts = lead, list(texts)
+        self.asked: list[Prompt] = []
+
+    async def score(self, prompt: Prompt, reply: str) -> float:
+        assert reply == WIFI
+        return self.lead if "harmful questions" in prompt.messages[0].content else 0.0
+
+    async def write(self, prompt: Prompt) -> Completion:
+        self.asked.append(prompt)
+        return Completion(self.texts.pop(0), 7, "stop")
+
+    async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> float:
+        return 1.0
+
+    async def close(self) -> None:
+        pass
+
+
+def asked(*turns: str) -> tuple[Message, ...]:
+    return tuple(Message(role="assistant" if i % 2 else "user", content=turn) for i, turn in enumerate(turns))
+
+
+def chain(engine: Any, **changes: Any) -> ChainRow:
+    question = Question(id="q", messages=asked(WIFI))
+    return asyncio.run(make_chain(question, engine, None, SCHEME, ChainSettings(**changes), seed=0))
+
+
+def fault(step: str, text: str, kind: str = "harmful", question: tuple[Message, ...] = asked(WIFI)) -> str | None:
+    return Kinds(SCHEME, Lister()).fault(kind, step, text, question, ())
+
+
+def test_a_question_is_of_the_kind_whose_list_it_goes_on_with() -> None:
+    found = [asyncio.run(Kinds(SCHEME, Lister(lead)).kind_of(asked(WIFI))) for lead in (1.0, 0.01, -0.01, -1.0)]
+    assert found == [("harmful", True), ("harmful", False), ("benign", False), ("benign", True)]
+
+
+def test_a_turn_without_words_of_its_own_is_of_no_sure_kind() -> None:
+    class Any_(Lister):
+        async def score(self, prompt: Prompt, reply: str) -> float:
+            return await super().score(prompt, WIFI)
+
+    assert asyncio.run(Kinds(SCHEME, Any_()).kind_of(asked(WIFI, "A drill.", "Yes, and what do you do?"))) == (
+        "harmful", False
+    )  # fmt: skip
+
+
+def test_an_engine_that_cannot_score_is_refused() -> None:
+    class Server:
+        name = "server"
+        write, choose, close = Lister.write, Lister.choose, Lister.close
+
+    with pytest.raises(UserError, match="engine=transformers can say; use it, or scheme=safety"):
+        Kinds(SCHEME, Server())  # type: ignore[arg-type]
+
+
+def test_the_list_holds_all_questions_of_its_kind() -> None:
+    text = kind_prompt(SCHEME, "benign").messages[0].content
+    questions = {example.question: example.kind for example in SCHEME.examples}
+    assert [question for question in questions if question in text] == [
+        q for q, k in questions.items() if k == "benign"
+    ]
+
+
+def test_prompts_show_examples_of_one_kind() -> None:
+    prompt = stage_prompt(SCHEME, "response", asked(WIFI), {}, ChainSettings(examples=5), 0, "harmful")
+    shown = [message.content for message in prompt.messages if message.role == "assistant"]
+    answers = [example.steps["response"] for example in SCHEME.examples if example.kind == "harmful"]
+    assert [answer for answer in answers[:5] if answer not in shown] == [] and len(prompt.messages) < 20
+
+
+def test_an_unsure_question_is_rejected_before_anything_is_written() -> None:
+    row = chain(Lister(0.01))
+    assert (row.rejected, row.accepted, row.steps, row.tokens.made) == ("question: unsure", False, (), 0)
+    answer = "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to someone."
+    assert chain(Lister(0.01, answer), reject=["form"]).accepted  # the rule is off
+
+
+def test_a_step_that_breaks_its_form_is_written_anew() -> None:
+    good = "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please find a way that hurts nobody."
+    engine = Lister(1.0, "Use this tool for the wifi of the hotel.", good)
+    row = chain(engine, retries=1)
+    assert row.steps[0].text == good and row.accepted
+    assert chain(Lister(1.0, "Use this tool for the wifi of the hotel."), retries=0).rejected == "response: form"
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "rule"),
+    [
+        ("analysis", "The person wants to open the wifi of a hotel. This could hurt the hotel.", None),
+        ("analysis", "The person wants to open the wifi of a hotel.", "form"),
+        ("analysis", "The person wants to open the wifi of a hotel. This could hurt the hotel. It is fun.", "form"),
+        ("guidance", "Answer with a tool that opens the wifi of a hotel.", "form"),
+        ("response", "I can help you open the wifi of a hotel, because it could hurt it. Please do.", "form"),
+        ("response", "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please ask.", None),
+        ("analysis", "The person wants to starve. This could hurt themselves.", "off-topic"),  # an example's topic
+        ("analysis", "The person wants to open a hotel in Cuba with lemons. This could hurt penguins.", "off-topic"),
+    ],
+)
+def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> None:
+    assert fault(step, text) == rule
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "rule"),
+    [
+        ("response", "Most hotels give guests a password for the wifi at the desk.", None),  # brings words of its own
+        ("response", "Tigers live in India.", "off-topic"),
+        ("response", "I can't help you open the wifi of a hotel.", "form"),
+        ("guidance", "Decline to open the wifi of a hotel, and say that it could hurt the hotel.", "form"),
+    ],
+)
+def test_rules_of_benign_questions(step: str, text: str, rule: str | None) -> None:
+    assert fault(step, text, "benign") == rule
+
+
+def test_words_of_earlier_turns_are_known() -> None:
+    dialogue = asked("I like the wifi of the hotel in Cuba.", "Nice.", "Which tool opens it without a lemon?")
+    text = (
+        "The person wants a tool that opens the wifi of the hotel in Cuba without a lemon. This could hurt the hotel."
+    )
+    assert fault("analysis", text, question=dialogue) is None
+    assert fault("analysis", text, question=dialogue[2:]) == "off-topic"
+
+
+def test_every_example_keeps_the_rules_of_its_kind() -> None:
+    kinds = Kinds(SCHEME, Lister())
+    for example in SCHEME.examples:
+        assert example.kind is not None
+        for step, text in example.steps.items():
+            found = kinds.fault(example.kind, step, text, asked(example.question), ())
+            assert found != "form", text
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("  b: {about: B}\n", ""), "kinds: there is nothing to tell"),
+        (("kind: b", "kind: c"), "number 2 has the kind 'c'; use one of"),
+        (("kind: b", "kind: a"), "kinds.b: no example has this kind"),
+        (("{about: B}", "{about: B, closed: [plan]}"), r"kinds.b: \['plan'\] are no stages"),
+        (("{about: B}", "{about: B, forms: {response: '('}}"), "kinds.b.forms.response: not a regular expression"),
+    ],
+)
+def test_wrong_kinds_get_one_clear_line(tmp_path: Path, change: tuple[str, str], complaint: str) -> None:
+    text = textwrap.dedent("""\
+        name: two
+        depths: {direct: [response]}
+        templates: {response: "{{ last }}"}
+        kinds:
+          a: {about: A}
+          b: {about: B}
+        examples:
+          - {kind: a, question: Q, steps: {response: R}}
+          - {kind: b, question: Q, steps: {response: R}}
+        """)
+    path = tmp_path / "two.yaml"
+    path.write_text(text)
+    assert isinstance(load_scheme(str(path)), Scheme)
+    path.write_text(text.replace(*change))
+    with pytest.raises(UserError, match=complaint):
+        load_scheme(str(path))
