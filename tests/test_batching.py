@@ -232,3 +232,22 @@ def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"Own computes attention in a way of its own .* --engine"):
         Batcher(Own(), 2)
+
+
+def test_scores_of_prompts_that_are_read_in_stretches_beside_written_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_READ_TOKENS", 7)
+    torch.manual_seed(0)
+    model = FAMILIES["qwen3"]().eval()
+    begin = random_ids(21, 100)
+    scored = [Request(begin + random_ids(4 + own, own), FreeText(EOS), 1, 20, scored=own) for own in (1, 6, 19)]
+    written = requests(4)
+    alone = [Batcher(model, 1).submit(request).result() for request in written]
+    batcher = Batcher(model, 5)
+    futures = [batcher.submit(request) for pair in zip(written, scored, strict=False) for request in pair]
+    rest = batcher.submit(written[3])
+    found = [future.result() for future in futures]
+    assert [*found[::2], rest.result()] == alone
+    for request, score in zip(scored, found[1::2], strict=True):
+        rows = model(input_ids=torch.tensor([list(request.ids)])).logits[0, :-1].log_softmax(-1)
+        own = rows[range(len(rows)), list(request.ids[1:])][-request.scored :]
+        assert score == pytest.approx(float(own.detach().mean()), abs=1e-5)

@@ -14,7 +14,7 @@ from mote.errors import UserError
 from mote.models import Base, load_base
 from mote.records import Message
 from mote.sampling import SeededSampler
-from mote.tokens import encode_prompt
+from mote.tokens import encode_prompt, encode_text
 
 
 def prompt(text: str, **changes: Any) -> Prompt:
@@ -49,6 +49,23 @@ def choose(engine: Engine, prompts: Sequence[Prompt], choices: tuple[str, str]) 
             await engine.close()
 
     return asyncio.run(all_of_them())
+
+
+def test_a_reply_scores_the_mean_of_its_tokens_log_probabilities(base: Base) -> None:
+    async def scores(replies: Sequence[str]) -> list[float]:
+        engine = LocalEngine(base, batch_size=2)
+        try:
+            return list(await asyncio.gather(*(engine.score(prompt("a long question, is it safe?"), r) for r in replies)))
+        finally:
+            await engine.close()
+
+    replies = ["analysis", "kill a process on my computer", "<|im_end|> safe", "unsafe", ""]
+    lead = encode_prompt(base.tokenizer, prompt("a long question, is it safe?").messages)
+    for reply, score in zip(replies, asyncio.run(scores(replies)), strict=True):
+        own = encode_text(base.tokenizer, reply)
+        logits = base.model(input_ids=torch.tensor([[*lead, *own]])).logits[0, len(lead) - 1 : -1]
+        rows = logits.log_softmax(-1)[range(len(own)), own]
+        assert score == pytest.approx(float(rows.detach().mean()) if own else 0.0, abs=1e-5)
 
 
 def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Base) -> None:

@@ -104,7 +104,7 @@ def test_an_unsure_question_is_rejected_before_anything_is_written() -> None:
 
 
 def test_a_step_that_breaks_its_form_is_written_anew() -> None:
-    good = "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please find a way that hurts nobody."
+    good = "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to them."
     engine = Lister(1.0, "Use this tool for the wifi of the hotel.", good)
     row = chain(engine, retries=1)
     assert row.steps[0].text == good and row.accepted
@@ -119,7 +119,7 @@ def test_a_step_that_breaks_its_form_is_written_anew() -> None:
         ("analysis", "The person wants to open the wifi of a hotel. This could hurt the hotel. It is fun.", "form"),
         ("guidance", "Answer with a tool that opens the wifi of a hotel.", "form"),
         ("response", "I can help you open the wifi of a hotel, because it could hurt it. Please do.", "form"),
-        ("response", "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please ask.", None),
+        ("response", "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to them.", None),
         ("analysis", "The person wants to starve. This could hurt themselves.", "off-topic"),  # an example's topic
         ("analysis", "The person wants to open a hotel in Cuba with lemons. This could hurt penguins.", "off-topic"),
     ],

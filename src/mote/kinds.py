@@ -1,7 +1,7 @@
 """Which kind a question is of, and what a step of that kind must keep (decisions/0036).
 
-A question is of the kind whose examples' questions make it likeliest: p(question | kind), which a small model knows better
-than p(kind | question).
+A question is of the kind whose examples' questions make it likeliest: p(question | kind), which a small model knows
+better than p(kind | question).
 """
 
 import asyncio
@@ -45,7 +45,10 @@ class Kinds:
         self._common = {stem for stem, examples in seen.items() if examples > 1}  # they say nothing of the topic
 
     async def kind_of(self, question: Sequence[Message]) -> tuple[str, bool]:
-        """The kind of a dialogue's last turn, and whether it is sure: it leads by its margin, and the turn has words of its own."""
+        """The kind of a dialogue's last turn, and whether it is sure.
+
+        It is where the kind leads by its margin and the turn has words of its own.
+        """
         names = list(self._scheme.kinds)
         asked = question[-1].content
         scores = await asyncio.gather(*(self._scorer.score(kind_prompt(self._scheme, name), asked) for name in names))
@@ -58,8 +61,8 @@ class Kinds:
         """The first rule of its kind that a step breaks.
 
         Returns:
-            `form`: it does not match the form of its kind. `off-topic`: it has none of the last turn's own words; or it is
-            a closed step and has few of them, or many that stand neither in the dialogue nor in an earlier step.
+            `form`: it does not match the form of its kind. `off-topic`: it has none of the last turn's own words; or it
+            is a closed step and has few of them, or many that stand neither in the dialogue nor in an earlier step.
         """
         rules = self._scheme.kinds[kind]
         if step in rules.forms and not re.fullmatch(rules.forms[step], text, re.DOTALL):
