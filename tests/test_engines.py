@@ -55,7 +55,9 @@ def test_a_reply_scores_the_mean_of_its_tokens_log_probabilities(base: Base) -> 
     async def scores(replies: Sequence[str]) -> list[float]:
         engine = LocalEngine(base, batch_size=2)
         try:
-            return list(await asyncio.gather(*(engine.score(prompt("a long question, is it safe?"), r) for r in replies)))
+            return list(
+                await asyncio.gather(*(engine.score(prompt("a long question, is it safe?"), r) for r in replies))
+            )
         finally:
             await engine.close()
 

@@ -119,7 +119,11 @@ def test_a_step_that_breaks_its_form_is_written_anew() -> None:
         ("analysis", "The person wants to open the wifi of a hotel. This could hurt the hotel. It is fun.", "form"),
         ("guidance", "Answer with a tool that opens the wifi of a hotel.", "form"),
         ("response", "I can help you open the wifi of a hotel, because it could hurt it. Please do.", "form"),
-        ("response", "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to them.", None),
+        (
+            "response",
+            "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to them.",
+            None,
+        ),
         ("analysis", "The person wants to starve. This could hurt themselves.", "off-topic"),  # an example's topic
         ("analysis", "The person wants to open a hotel in Cuba with lemons. This could hurt penguins.", "off-topic"),
     ],

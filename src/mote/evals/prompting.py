@@ -70,6 +70,7 @@ class PromptingAPI(ModelAPI):
             frequency_penalty=frequency_penalty,
             examples=examples,
             retries=0,
+            reject=(),  # the first answer counts, whatever it is
         )
         self.device, self.dtype, self.revision = device, dtype, revision
         # What tells cached answers apart stands in the address, as in `mote.evals.provider`.
