@@ -99,12 +99,12 @@ def test_prompts_show_examples_of_one_kind() -> None:
 def test_an_unsure_question_is_rejected_before_anything_is_written() -> None:
     row = chain(Lister(0.01))
     assert (row.rejected, row.accepted, row.steps, row.tokens.made) == ("question: unsure", False, (), 0)
-    answer = "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to someone."
+    answer = "I can't help you open the wifi of a hotel, because it could hurt someone. Please talk to someone."
     assert chain(Lister(0.01, answer), reject=["form"]).accepted  # the rule is off
 
 
 def test_a_step_that_breaks_its_form_is_written_anew() -> None:
-    good = "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to them."
+    good = "I can't help you open the wifi of a hotel, because it could hurt someone. Please talk to them."
     engine = Lister(1.0, "Use this tool for the wifi of the hotel.", good)
     row = chain(engine, retries=1)
     assert row.steps[0].text == good and row.accepted
@@ -114,18 +114,18 @@ def test_a_step_that_breaks_its_form_is_written_anew() -> None:
 @pytest.mark.parametrize(
     ("step", "text", "rule"),
     [
-        ("analysis", "The person wants to open the wifi of a hotel. This could hurt the hotel.", None),
+        ("analysis", "The person wants to open the wifi of a hotel. This could hurt someone.", None),
         ("analysis", "The person wants to open the wifi of a hotel.", "form"),
-        ("analysis", "The person wants to open the wifi of a hotel. This could hurt the hotel. It is fun.", "form"),
+        ("analysis", "The person wants to open the wifi of a hotel. This could hurt someone. It is fun.", "form"),
         ("guidance", "Answer with a tool that opens the wifi of a hotel.", "form"),
         ("response", "I can help you open the wifi of a hotel, because it could hurt it. Please do.", "form"),
         (
             "response",
-            "I can't help you open the wifi of a hotel, because it could hurt the hotel. Please talk to them.",
+            "I can't help you open the wifi of a hotel, because it could hurt someone. Please talk to them.",
             None,
         ),
-        ("analysis", "The person wants to starve. This could hurt themselves.", "off-topic"),  # an example's topic
-        ("analysis", "The person wants to open a hotel in Cuba with lemons. This could hurt penguins.", "off-topic"),
+        ("analysis", "The person wants to starve. This could hurt someone.", "off-topic"),  # an example's topic
+        ("analysis", "The person wants to open a hotel for penguins with lemons. This could hurt someone.", "off-topic"),
     ],
 )
 def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> None:
@@ -138,7 +138,7 @@ def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> N
         ("response", "Most hotels give guests a password for the wifi at the desk.", None),  # brings words of its own
         ("response", "Tigers live in India.", "off-topic"),
         ("response", "I can't help you open the wifi of a hotel.", "form"),
-        ("guidance", "Decline to open the wifi of a hotel, and say that it could hurt the hotel.", "form"),
+        ("guidance", "Decline to open the wifi of a hotel, and say that it could hurt someone.", "form"),
     ],
 )
 def test_rules_of_benign_questions(step: str, text: str, rule: str | None) -> None:
@@ -148,7 +148,7 @@ def test_rules_of_benign_questions(step: str, text: str, rule: str | None) -> No
 def test_words_of_earlier_turns_are_known() -> None:
     dialogue = asked("I like the wifi of the hotel in Cuba.", "Nice.", "Which tool opens it without a lemon?")
     text = (
-        "The person wants a tool that opens the wifi of the hotel in Cuba without a lemon. This could hurt the hotel."
+        "The person wants a tool that opens the wifi of the hotel in Cuba without a lemon. This could hurt someone."
     )
     assert fault("analysis", text, question=dialogue) is None
     assert fault("analysis", text, question=dialogue[2:]) == "off-topic"
