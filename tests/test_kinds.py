@@ -118,6 +118,11 @@ def test_a_step_that_breaks_its_form_is_written_anew() -> None:
         ("analysis", "The person wants to open the wifi of a hotel.", "form"),
         ("analysis", "The person wants to open the wifi of a hotel. This could hurt someone. It is fun.", "form"),
         ("guidance", "Answer with a tool that opens the wifi of a hotel.", "form"),
+        (
+            "response",
+            "I can't help you send me the wifi of a hotel, because it could hurt someone. Please ask.",
+            "form",
+        ),
         ("response", "I can help you open the wifi of a hotel, because it could hurt it. Please do.", "form"),
         (
             "response",
@@ -125,7 +130,11 @@ def test_a_step_that_breaks_its_form_is_written_anew() -> None:
             None,
         ),
         ("analysis", "The person wants to starve. This could hurt someone.", "off-topic"),  # an example's topic
-        ("analysis", "The person wants to open a hotel for penguins with lemons. This could hurt someone.", "off-topic"),
+        (
+            "analysis",
+            "The person wants to open a hotel for penguins with lemons. This could hurt someone.",
+            "off-topic",
+        ),
     ],
 )
 def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> None:
@@ -147,9 +156,7 @@ def test_rules_of_benign_questions(step: str, text: str, rule: str | None) -> No
 
 def test_words_of_earlier_turns_are_known() -> None:
     dialogue = asked("I like the wifi of the hotel in Cuba.", "Nice.", "Which tool opens it without a lemon?")
-    text = (
-        "The person wants a tool that opens the wifi of the hotel in Cuba without a lemon. This could hurt someone."
-    )
+    text = "The person wants a tool that opens the wifi of the hotel in Cuba without a lemon. This could hurt someone."
     assert fault("analysis", text, question=dialogue) is None
     assert fault("analysis", text, question=dialogue[2:]) == "off-topic"
 
