@@ -43,6 +43,13 @@ def test_outcomes(folder: Path) -> None:
     assert (stats.near_questions, stats.near_chains) == (1, 1)  # c repeats b
 
 
+def test_chains_without_steps_repeat_nothing(tmp_path: Path) -> None:
+    rows = [made(name, f"question {name}", safe=False, rejected="question: unsure") for name in "ab"]
+    append_rows(tmp_path / "chains.jsonl", rows)
+    stats = chain_stats(tmp_path)
+    assert (stats.near_chains, stats.rejected, stats.depths[0].steps) == (0, 2, ())
+
+
 def test_texts_of_accepted_chains(folder: Path) -> None:
     analysis, guidance, response, chain = chain_stats(folder).texts
     assert [text.name for text in (analysis, guidance, response, chain)] == [

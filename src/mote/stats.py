@@ -154,7 +154,7 @@ def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, to
         if row.rejected is not None:
             reasons[row.rejected] += 1
         near_questions += questions.add(row.id, dialogue_of(row)) is not None
-        near_chains += chains.add(row.id, text_of(row)) is not None
+        near_chains += bool(row.steps) and chains.add(row.id, text_of(row)) is not None
         spent.add(row)
         if row.accepted:
             for name, text in [*((step.name, step.text) for step in row.steps), (WHOLE, text_of(row))]:
