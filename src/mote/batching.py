@@ -375,11 +375,11 @@ def _attention_of(config: Any) -> Iterator[None]:
 
 def _scored(row: _Row, part: Reading) -> Iterator[tuple[int, int]]:
     """The places in a pass whose logits are of scored ids, each with its id."""
-    begin, ids = part.prefix.length + part.place, row.request.ids
-    for place in range(part.start, part.stop):
-        following = begin + place - part.start + 1
-        if len(ids) - row.request.scored <= following < len(ids):
-            yield place, ids[following]
+    ids = row.request.ids
+    following = part.prefix.length + part.place - part.start + 1  # of a place in the pass: where the next id stands
+    first, last = len(ids) - row.request.scored - following, len(ids) - following
+    for place in range(max(part.start, first), min(part.stop, last)):
+        yield place, ids[place + following]
 
 
 def _masked(logits_V: Tensor, row: _Row) -> Tensor:
