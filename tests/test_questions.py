@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 from conftest import Write
+from refused_questions import assert_refused
 
 from mote.duplicates import similarity
 from mote.errors import UserError
@@ -97,13 +98,7 @@ BAD: dict[str, tuple[object, str, list[str]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_file_is_one_line_that_says_what_to_do(write: Write, case: str) -> None:
-    content, name, said = BAD[case]
-    with pytest.raises(UserError) as error:
-        load_questions(write(content, name), None, max_chars=100)
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 700
-    for part in [name, *said]:
-        assert part in text
+    assert_refused(write, *BAD[case])
 
 
 def test_limit_of_max_chars_is_inclusive(write: Write) -> None:
