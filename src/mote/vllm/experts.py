@@ -71,16 +71,15 @@ class Product(torch.nn.Module):
         return out
 
 
-class WithExperts(QuantizeMethodBase):
-    """A layer's own method, and the experts on top; vLLM calls it before outputs of several processes are summed.
+class OnTop(QuantizeMethodBase):
+    """A layer's own method, with something on top of its outputs.
 
     Args:
         method: The layer's own.
-        gates: Of the running batch.
     """
 
-    def __init__(self, method: QuantizeMethodBase, gates: Gates) -> None:
-        self.method, self.gates = method, gates
+    def __init__(self, method: QuantizeMethodBase) -> None:
+        self.method = method
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """Never called: the layer has its weights."""
@@ -89,6 +88,19 @@ class WithExperts(QuantizeMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """What the layer's own method does then."""
         self.method.process_weights_after_loading(layer)
+
+
+class WithExperts(OnTop):
+    """The experts on top; vLLM calls it before outputs of several processes are summed.
+
+    Args:
+        method: The layer's own.
+        gates: Of the running batch.
+    """
+
+    def __init__(self, method: QuantizeMethodBase, gates: Gates) -> None:
+        super().__init__(method)
+        self.gates = gates
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs (T, out) of inputs x (T, in)."""

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from mote.routing import QUESTION
-from mote.vllm.experts import Pair, Product, parts_of
+from mote.vllm.experts import OnTop, Pair, Product, parts_of
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -69,7 +68,7 @@ class Columns(NamedTuple):
     seconds: list[Linear]
 
 
-class MergedExperts(QuantizeMethodBase):
+class MergedExperts(OnTop):
     """A layer's own method, whose weight has the question's experts in it, and the differences on top.
 
     Args:
@@ -83,16 +82,9 @@ class MergedExperts(QuantizeMethodBase):
     def __init__(
         self, layer: LinearBase, name: str, gates: MergedGates, columns: list[Columns], outputs: list[slice]
     ) -> None:
-        self.layer, self.method, self.name, self.gates = layer, layer.quant_method, name, gates
+        super().__init__(layer.quant_method)
+        self.layer, self.name, self.gates = layer, name, gates
         self.columns, self.outputs = columns, outputs
-
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Never called: the layer has its weights."""
-        self.method.create_weights(layer, *args, **kwargs)
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """What the layer's own method does then."""
-        self.method.process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs (T, out) of inputs x (T, in)."""
