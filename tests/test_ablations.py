@@ -116,6 +116,15 @@ def test_keys_of_the_file_itself_are_overridden_too(tiny: Path, tmp_path: Path) 
     assert wanted.recipe.answer.limit == 3  # the settings of the file stand above either recipe
 
 
+@pytest.mark.parametrize("given", ["seeds=1", "seeds=[]", "seeds=[0, x]", "tasks=7"])
+def test_wrong_keys_of_the_command_line_say_what_may_be_given(given: str, tiny: Path, tmp_path: Path) -> None:
+    key, _, value = given.partition("=")
+    with pytest.raises(UserError) as caught:
+        load_ablations(files(tmp_path, tiny, [{"name": "a"}], [0]), [given])
+    said = str(caught.value)
+    assert said.startswith(f"{key}: '{value}' will not do; give ") and f"as in {key}=[" in said
+
+
 def test_intervals_are_students() -> None:
     assert interval([2.0]).half is None
     three = interval([1.0, 2.0, 4.5])

@@ -15,7 +15,12 @@ from mote.evals.settings import TaskName
 from mote.methods import METHODS, steps_of
 from mote.steps import ADAPTIVE, BASE, first_line, load_scheme
 
-_OWN = ("recipe", "seeds", "tasks")  # keys that `key=value` sets here, and not in the shared recipe
+# Keys that `key=value` sets here, and not in the shared recipe, each with what may be given for it.
+_OWN = {
+    "recipe": "the path of a recipe",
+    "seeds": "whole numbers, as in seeds=[0,1,2]",
+    "tasks": "tasks, as in tasks=[xstest]",
+}
 
 
 class _Strict(BaseModel):
@@ -104,19 +109,21 @@ def load_ablations(path: Path, overrides: Sequence[str] = ()) -> Ablations:
     Raises:
         UserError: The file is missing or says what cannot be.
     """
+    own = {key: value for key, _, value in (one.partition("=") for one in overrides) if key in _OWN}
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        own = {key: value for key, _, value in (one.partition("=") for one in overrides) if key in _OWN}
         shared, settings = path.parent / data.pop("recipe"), data.pop("settings", {})
         if "recipe" in own:
-            shared = Path(own.pop("recipe"))
-        data |= {key: yaml.safe_load(value) for key, value in own.items()}
+            shared = Path(own["recipe"])
+        data |= {key: yaml.safe_load(value) for key, value in own.items() if key != "recipe"}
         given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         given += [override for override in overrides if override.partition("=")[0] not in _OWN]
         wanted = Ablations(**data, recipe=load_recipe(shared, given))
     except OSError as error:
         raise UserError(f"recipe: {path} cannot be read ({error.strerror}); recipes/paper/ has some") from error
     except (yaml.YAMLError, ValidationError, TypeError, AttributeError, KeyError) as error:
+        if isinstance(error, ValidationError) and (key := str(error.errors()[0]["loc"][0])) in own:
+            raise UserError(f"{key}: '{own[key]}' will not do; give {_OWN[key]}") from error
         raise UserError(f"recipe: {path} is not a recipe of ablations: {first_line(error)}") from error
     if wanted.table is not None:
         paper_table(wanted.table)  # must not be found out after hours of training
