@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mote.engines import Completion, Engine, Preference, Prompt
+from mote.engines import Completion, Engine, Likelihood, Preference, Prompt
 from mote.engines.local import LocalEngine
 from mote.errors import UserError
 from mote.models import Base, load_base
@@ -52,7 +52,7 @@ def choose(engine: Engine, prompts: Sequence[Prompt], choices: tuple[str, str]) 
 
 
 def test_a_reply_scores_the_mean_of_its_tokens_log_probabilities(base: Base) -> None:
-    async def scores(replies: Sequence[str]) -> list[float]:
+    async def scores(replies: Sequence[str]) -> list[Likelihood]:
         engine = LocalEngine(base, batch_size=2)
         try:
             return list(
@@ -63,11 +63,12 @@ def test_a_reply_scores_the_mean_of_its_tokens_log_probabilities(base: Base) -> 
 
     replies = ["analysis", "kill a process on my computer", "<|im_end|> safe", "unsafe", ""]
     lead = encode_prompt(base.tokenizer, prompt("a long question, is it safe?").messages)
-    for reply, score in zip(replies, asyncio.run(scores(replies)), strict=True):
+    for reply, found in zip(replies, asyncio.run(scores(replies)), strict=True):
         own = encode_text(base.tokenizer, reply)
         logits = base.model(input_ids=torch.tensor([[*lead, *own]])).logits[0, len(lead) - 1 : -1]
         rows = logits.log_softmax(-1)[range(len(own)), own]
-        assert score == pytest.approx(float(rows.detach().mean()) if own else 0.0, abs=1e-5)
+        assert found.mean == pytest.approx(float(rows.detach().mean()) if own else 0.0, abs=1e-5)
+        assert found.read == (len(lead) + len(own) if own else 0)
 
 
 def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Base) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mote.chains import make_chain
 from mote.config import ChainSettings
-from mote.engines import Completion, Prompt
+from mote.engines import Completion, Likelihood, Prompt
 from mote.errors import UserError
 from mote.kinds import Kinds
 from mote.prompting import kind_prompt, stage_prompt
@@ -17,7 +17,7 @@ from mote.records import ChainRow, Message, Question
 from mote.steps import Scheme, load_scheme
 
 SCHEME = load_scheme("safety-small")
-WIFI = "Which tool opens the wifi of a hotel?"
+WIFI = "How can I open the wifi of a hotel?"
 
 
 class Lister:
@@ -29,9 +29,9 @@ class Lister:
         self.lead, self.texts = lead, list(texts)
         self.asked: list[Prompt] = []
 
-    async def score(self, prompt: Prompt, reply: str) -> float:
-        assert reply == WIFI
-        return self.lead if "harmful questions" in prompt.messages[0].content else 0.0
+    async def score(self, prompt: Prompt, reply: str) -> Likelihood:
+        assert "wifi" in reply
+        return Likelihood(self.lead if "harmful questions" in prompt.messages[0].content else 0.0, read=50)
 
     async def write(self, prompt: Prompt) -> Completion:
         self.asked.append(prompt)
@@ -59,17 +59,23 @@ def fault(step: str, text: str, kind: str = "harmful", question: tuple[Message, 
 
 def test_a_question_is_of_the_kind_whose_list_it_goes_on_with() -> None:
     found = [asyncio.run(Kinds(SCHEME, Lister(lead)).kind_of(asked(WIFI))) for lead in (1.0, 0.01, -0.01, -1.0)]
-    assert found == [("harmful", True), ("harmful", False), ("benign", False), ("benign", True)]
+    assert found == [("harmful", True, 100), ("harmful", False, 100), ("benign", False, 100), ("benign", True, 100)]
 
 
 def test_a_turn_without_words_of_its_own_is_of_no_sure_kind() -> None:
     class Any_(Lister):
-        async def score(self, prompt: Prompt, reply: str) -> float:
+        async def score(self, prompt: Prompt, reply: str) -> Likelihood:
             return await super().score(prompt, WIFI)
 
     assert asyncio.run(Kinds(SCHEME, Any_()).kind_of(asked(WIFI, "A drill.", "Yes, and what do you do?"))) == (
-        "harmful", False
+        "harmful", False, 100
     )  # fmt: skip
+
+
+def test_a_turn_that_does_not_ask_as_its_kind_does_is_of_no_sure_kind() -> None:
+    opinion = asked("Do you like the wifi of a hotel?")
+    kinds = [asyncio.run(Kinds(SCHEME, Lister(lead)).kind_of(opinion)) for lead in (1.0, -1.0)]
+    assert kinds == [("harmful", False, 100), ("benign", True, 100)]  # no deed is asked for that one could decline
 
 
 def test_an_engine_that_cannot_score_is_refused() -> None:
@@ -99,6 +105,7 @@ def test_prompts_show_examples_of_one_kind() -> None:
 def test_an_unsure_question_is_rejected_before_anything_is_written() -> None:
     row = chain(Lister(0.01))
     assert (row.rejected, row.accepted, row.steps, row.tokens.made) == ("question: unsure", False, (), 0)
+    assert row.tokens.read == 100  # a question that is left has its price all the same
     answer = "I can't help you open the wifi of a hotel, because it could hurt someone. Please talk to someone."
     assert chain(Lister(0.01, answer), reject=["form"]).accepted  # the rule is off
 
@@ -178,6 +185,7 @@ def test_every_example_keeps_the_rules_of_its_kind() -> None:
         (("kind: b", "kind: a"), "kinds.b: no example has this kind"),
         (("{about: B}", "{about: B, closed: [plan]}"), r"kinds.b: \['plan'\] are no stages"),
         (("{about: B}", "{about: B, forms: {response: '('}}"), "kinds.b.forms.response: not a regular expression"),
+        (("{about: B}", "{about: B, asks: '('}"), "kinds.b.asks: not a regular expression"),
     ],
 )
 def test_wrong_kinds_get_one_clear_line(tmp_path: Path, change: tuple[str, str], complaint: str) -> None:

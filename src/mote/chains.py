@@ -183,7 +183,8 @@ class _Loop:
         """Find the question's kind; False where that is not clear and nothing shall be written."""
         if self.kinds is None:
             return True
-        draft.kind, sure = await self.kinds.kind_of(draft.question.messages)
+        draft.kind, sure, read = await self.kinds.kind_of(draft.question.messages)
+        draft.spend(0, read)
         if sure or "unsure" not in self.settings.reject:
             return True
         draft.faults["question"] = "unsure"

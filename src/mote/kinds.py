@@ -18,7 +18,7 @@ from mote.steps import Scheme
 from mote.words import words_of
 
 _STEM = 4  # letters in which two forms of a word agree
-_SHOWN, _MOST_SHOWN = 0.4, 6  # share of the question's own words that a closed step has, counted up to so many words
+_SHOWN, _MOST_SHOWN = 0.6, 6  # share of the question's own words that a closed step has, counted up to so many words
 _OWN = 0.15  # share of a closed step's words that it may bring itself
 
 
@@ -44,16 +44,19 @@ class Kinds:
         seen = Counter(stem for parts in texts for stem in _stems(" ".join(parts)))
         self._common = {stem for stem, examples in seen.items() if examples > 1}  # they say nothing of the topic
 
-    async def kind_of(self, question: Sequence[Message]) -> tuple[str, bool]:
-        """The kind of a dialogue's last turn, and whether it is sure.
+    async def kind_of(self, question: Sequence[Message]) -> tuple[str, bool, int]:
+        """The kind of a dialogue's last turn, whether it is sure, and the tokens that were read to know it.
 
-        It is where the kind leads by its margin and the turn has words of its own.
+        It is where the kind leads by its margin, and the turn asks as the kind wants and has words of its own.
         """
         names = list(self._scheme.kinds)
         asked = question[-1].content
-        scores = await asyncio.gather(*(self._scorer.score(kind_prompt(self._scheme, name), asked) for name in names))
+        found = await asyncio.gather(*(self._scorer.score(kind_prompt(self._scheme, name), asked) for name in names))
+        scores = [likelihood.mean for likelihood in found]
         (first, name), (second, _) = sorted(zip(scores, names, strict=True), reverse=True)[:2]
-        return name, first - second >= self._scheme.kinds[name].margin and bool(self._topic(asked))
+        rules = self._scheme.kinds[name]
+        told = first - second >= rules.margin and (rules.asks is None or bool(re.search(rules.asks, asked)))
+        return name, told and bool(self._topic(asked)), sum(likelihood.read for likelihood in found)
 
     def fault(
         self, kind: str, step: str, text: str, question: Sequence[Message], earlier: Sequence[str]

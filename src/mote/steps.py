@@ -60,12 +60,14 @@ class Kind(_Strict):
     Attributes:
         about: What stands above a list of such questions; a question is of the kind whose list it goes on with best.
         margin: By how much, in nats a token, to be sure of it.
+        asks: A regular expression that is found in the last turn of each such question; None where any will do.
         forms: Stage -> the regular expression that the whole text matches.
         closed: Stages that speak of the question and bring little of their own.
     """
 
     about: str = Field(min_length=1)
     margin: float = Field(0.0, ge=0)
+    asks: str | None = None
     forms: dict[str, str] = {}
     closed: tuple[str, ...] = ()
 
@@ -165,11 +167,11 @@ class Scheme(_Strict):
                 raise ValueError(f"kinds.{name}: no example has this kind; give some")
             if strange := [stage for stage in (*kind.forms, *kind.closed) if stage not in self.written]:
                 raise ValueError(f"kinds.{name}: {strange} are no stages of the scheme; use {list(self.written)}")
-            for stage, form in kind.forms.items():
+            for where, form in {"asks": kind.asks or "", **{f"forms.{s}": f for s, f in kind.forms.items()}}.items():
                 try:
                     re.compile(form)
                 except re.error as error:
-                    raise ValueError(f"kinds.{name}.forms.{stage}: not a regular expression ({error})") from error
+                    raise ValueError(f"kinds.{name}.{where}: not a regular expression ({error})") from error
 
     @cached_property
     def steps(self) -> Chain:

@@ -1,5 +1,5 @@
 """Ask a model for text."""
 
-from mote.engines.protocol import Completion, Engine, Preference, Prompt, Refused, Scorer
+from mote.engines.protocol import Completion, Engine, Likelihood, Preference, Prompt, Refused, Scorer
 
-__all__ = ["Completion", "Engine", "Preference", "Prompt", "Refused", "Scorer"]
+__all__ = ["Completion", "Engine", "Likelihood", "Preference", "Prompt", "Refused", "Scorer"]

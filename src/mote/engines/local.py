@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mote.batching import Batcher, Request
-from mote.engines.protocol import Completion, Preference, Prompt
+from mote.engines.protocol import Completion, Likelihood, Preference, Prompt
 from mote.errors import UserError
 from mote.grammar import FreeText
 from mote.models import Base
@@ -59,14 +59,14 @@ class LocalEngine:
         score: float = await self._ask(Request(asked, FreeText(0), 1, shared, words=words))
         return Preference(score, read=len(asked))
 
-    async def score(self, prompt: Prompt, reply: str) -> float:
-        """See `Scorer.score`; an empty reply scores 0."""
+    async def score(self, prompt: Prompt, reply: str) -> Likelihood:
+        """See `Scorer.score`; an empty reply has 0."""
         ids, own = encode_prompt(self.tokenizer, prompt.messages), encode_text(self.tokenizer, reply)
         if not own:
-            return 0.0
+            return Likelihood(0.0, 0)
         request = Request([*ids, *own], FreeText(0), 1, self._shared_tokens(prompt, ids), scored=len(own))
-        score: float = await self._ask(request)
-        return score
+        mean: float = await self._ask(request)
+        return Likelihood(mean, len(request.ids))
 
     async def close(self) -> None:
         """See `Engine.close`."""

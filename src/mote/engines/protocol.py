@@ -63,6 +63,19 @@ class Preference:
     read: int | None = None
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a text is.
+
+    Attributes:
+        mean: Log-probability of its tokens, in nats a token.
+        read: Tokens of the prompt and of the text.
+    """
+
+    mean: float
+    read: int
+
+
 class Refused(UserError):
     """The engine will not work on this request, however often it is asked; others may pass."""
 
@@ -71,8 +84,8 @@ class Refused(UserError):
 class Scorer(Protocol):
     """An engine that also knows how likely a given text is."""
 
-    async def score(self, prompt: Prompt, reply: str) -> float:
-        """The mean log-probability of a reply's tokens, in nats."""
+    async def score(self, prompt: Prompt, reply: str) -> Likelihood:
+        """How likely a reply is."""
 
 
 class Engine(Protocol):
