@@ -4,8 +4,9 @@
     .venv-vllm/bin/python benchmarks/vllm_experts.py    # 12 minutes on an idle core; writes vllm_experts.json
     .venv-vllm/bin/python benchmarks/vllm_experts.py --shape wide --out benchmarks/vllm_wide.json
 
-A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), or on a random model as wide as Llama-3.2-1B with 4
-layers (`wide`): what the experts of a layer cost beside it goes with 1 / width. Three engines in one process with one
+A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), or on a random model as wide as Llama-3.2-1B (`wide`),
+with 6 layers, whose part of the multiplications beside the vocabulary's is that of its 16: what the experts of a layer
+cost beside it goes with 1 / width. Three engines in one process with one
 thread take turns, each turn in another order: base, base again (A/A: what differs from 1 is noise), experts; once
 without compiled graphs, once with them. Every answer has the same number of tokens. The processor's own time stands
 beside the clock's: others on the machine move it less.
@@ -45,14 +46,14 @@ MODES = {"direct": 62, "analysis": 30, "full": 20}  # budgets of a step with whi
 
 
 def base_folder(shape: str, folder: Path) -> str:
-    """The base model: the embedded one, or a random one of another width with its tokenizer."""
+    """The base model: the embedded one, a random one of another width with its tokenizer, or that of a folder."""
     embedded = model_folder(EMBEDDED)
-    if shape == "small":
-        return embedded
+    if shape != "wide":
+        return embedded if shape == "small" else shape
     tokenizer = AutoTokenizer.from_pretrained(embedded)
     torch.manual_seed(0)
     LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=8192, num_hidden_layers=4,
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=8192, num_hidden_layers=6,
                     num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     ).save_pretrained(folder)  # fmt: skip
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--only", choices=["eager", "compiled"])
-    parser.add_argument("--shape", choices=["small", "wide"], default="small")
+    parser.add_argument("--shape", default="small", help="small, wide, or a model's folder")
     given = parser.parse_args()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +147,7 @@ def main() -> None:
             print(name, json.dumps(result[name]), flush=True)
     result |= {
         "what": "tokens per second of vLLM with step experts over its base model's, medians of paired rounds",
-        "shape": {"model": given.shape, "rank": RANK, "rows": given.rows, "prompt_tokens": given.prompt,
+        "shape": {"model": Path(given.shape).name, "rank": RANK, "rows": given.rows, "prompt_tokens": given.prompt,
                   "new_tokens": NEW, "rounds": given.rounds, "threads": 1, "dtype": "float32",
                   "experts_over_layers_multiplications": added},
     }  # fmt: skip

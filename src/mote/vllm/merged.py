@@ -88,18 +88,18 @@ class MergedExperts(OnTop):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs (T, out) of inputs x (T, in)."""
-        if torch.compiler.is_compiling():  # a graph cannot look at the steps: there all of this is one operation
-            width = sum(layer.output_partition_sizes)
-            out: Tensor = torch.ops.vllm.mote_linear(x, bias, width, self.name)
-            return out
-        return self.compute(x, bias)
+        out: Tensor = self.method.apply(layer, x, bias)
+        if torch.compiler.is_compiling():  # a graph cannot look at the steps: there the differences are one operation
+            torch.ops.vllm.mote_add(out, x, self.name)
+        else:
+            self.add(out, x)
+        return out
 
-    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Outputs (T, out) of inputs x (T, in)."""
-        out: Tensor = self.method.apply(self.layer, x, bias)
+    def add(self, out: Tensor, x: Tensor) -> None:
+        """Give the tokens of inputs x (T, in) their differences, in the layer's outputs (T, out)."""
         gates, rows = self.gates.given, self.gates.rows
         if not gates:
-            return out
+            return
         x_N = x if rows is None else x[rows]
         for columns, gate in zip(self.columns, gates, strict=False):
             hidden = columns.first(x_N).view(len(x_N), len(self.outputs), -1)
@@ -110,7 +110,6 @@ class MergedExperts(OnTop):
                     out[:, outputs].add_(added)
                 else:
                     out[:, outputs].index_add_(0, rows, added)
-        return out
 
 
 def add_experts(
@@ -142,13 +141,12 @@ def _linear_of(weight: Tensor) -> Linear:
     return partial(product.cpu_linear, weight=product.weight, bias=None)
 
 
-def _linear(x: Tensor, bias: Tensor | None, width: int, name: str) -> Tensor:
-    out: Tensor = get_forward_context().no_compile_layers[name].compute(x, bias)
-    return out
+def _add(out: Tensor, x: Tensor, name: str) -> None:
+    get_forward_context().no_compile_layers[name].add(out, x)
 
 
-def _linear_shape(x: Tensor, bias: Tensor | None, width: int, name: str) -> Tensor:
-    return x.new_empty((x.shape[0], width))
+def _add_nothing(out: Tensor, x: Tensor, name: str) -> None:
+    """What a graph is told of it: only that `out` changes."""
 
 
-direct_register_custom_op(op_name="mote_linear", op_func=_linear, fake_impl=_linear_shape)
+direct_register_custom_op(op_name="mote_add", op_func=_add, mutates_args=["out"], fake_impl=_add_nothing)
