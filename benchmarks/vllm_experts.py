@@ -2,14 +2,14 @@
 
     make .venv-vllm/.installed
     .venv-vllm/bin/python benchmarks/vllm_experts.py    # 12 minutes on an idle core; writes vllm_experts.json
-    .venv-vllm/bin/python benchmarks/vllm_experts.py --shape wide --out benchmarks/vllm_wide.json
+    .venv-vllm/bin/python benchmarks/vllm_experts.py --shape wide --out benchmarks/vllm_wide.json  # 16 GB
 
-A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), or on a random model as wide as Llama-3.2-1B (`wide`),
-with 6 layers, whose part of the multiplications beside the vocabulary's is that of its 16: what the experts of a layer
-cost beside it goes with 1 / width. Three engines in one process with one
-thread take turns, each turn in another order: base, base again (A/A: what differs from 1 is noise), experts; once
-without compiled graphs, once with them. Every answer has the same number of tokens. The processor's own time stands
-beside the clock's: others on the machine move it less.
+A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), on a model of a folder, or on a random model as wide as
+Llama-3.2-1B (`wide`) with 6 layers, which share the multiplications with the vocabulary as its 16 do: what the experts
+of a layer cost beside it goes with 1 / width. Three engines in one process with one thread take turns, each turn in
+another order: base, base again (A/A: what differs from 1 is noise), experts; once without compiled graphs, once with
+them. Every answer has the same number of tokens. The processor's own time stands beside the clock's: others on the
+machine move it less.
 """
 
 import argparse
