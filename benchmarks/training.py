@@ -13,7 +13,7 @@ skipping: an epoch of masked chains (x, a, g, y) over an epoch of the seven data
     over epochs, not all of them at once: it trains 3 steps where the seven rows train 12, and the JSON has both counts.
     FLOPs are counted by PyTorch, forward and backward; "all depths" counts an epoch of all chains, where shorter ones
     have fewer forms. The bar is judged on chains of all three steps, since only they have seven forms.
-held-out: the loss on held-out chains after as many updates of each arm, over five seeds.
+held-out: the loss on held-out chains after as many updates of each arm, over five seeds; three epochs are the paper's.
 masks: a training step with step skipping over the same step with plain causal attention of the same rows.
 trainers: real tokens a second of an epoch of `MoteTrainer` (four experts of rank 16, markers trained) and of TRL's
     `SFTTrainer` (PEFT's LoRA of rank 32), padded and packed: same chains, tokens, dtype, rows and settings.
@@ -36,7 +36,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", default="auto")
     for name in ("count", "batch", "length"):
         parser.add_argument(f"--{name}", type=int)
-    for name, value in (("whole", 8), ("rounds", 5), ("seeds", 5), ("updates", 8)):
+    for name, value in (("whole", 8), ("rounds", 5), ("seeds", 5), ("updates", 8), ("epochs", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--skip-p", type=float, default=0.2)
     parser.add_argument("--checkpointing", action="store_true")

@@ -32,7 +32,8 @@ CHAIN = Tokens(
 
 
 def quick(only: str, **changes: Any) -> Settings:
-    given = {"count": 8, "batch": 4, "length": 512, "rounds": 1, "whole": 2, "seeds": 1, "updates": 1, **changes}
+    few = {"rounds": 1, "whole": 2, "seeds": 1, "updates": 1, "epochs": 2}
+    given = {"count": 8, "batch": 4, "length": 512, **few, **changes}
     return choose(None, "tiny", "cpu", "auto", only, skip_p=0.2, checkpointing=False, held_out=False, **given)
 
 
@@ -100,6 +101,7 @@ def test_everything_measured_is_in_the_file(tmp_path: Path) -> None:
     flops = result["measures"][FLOPS]["variants"]
     assert flops[MASKED]["median"] < flops[SEVEN]["median"]
     held_out = result["held_out"]
+    assert (held_out["epochs"], held_out["updates"]) == (2, 2)
     assert len(held_out["ratios"]) == 1 and held_out["chains"]["held out"] >= 1
     before, masked, built = (
         held_out["loss of all forms, of whole chains"][arm][0] for arm in ("before", "masked", "seven")

@@ -1,4 +1,4 @@
-"""Held-out loss after one masked pass, and after training on the seven data sets of the same chains."""
+"""Held-out loss after masked passes, and after as many over the seven data sets of the same chains."""
 
 import random
 import statistics
@@ -18,10 +18,11 @@ from mote.tokens import IGNORED, Tokens
 LEARNING_RATE = 5e-4  # the quickstart's
 
 
-def compare_held_out(ground: Ground, seeds: int, updates: int, skip_p: float) -> dict[str, Any]:
+def compare_held_out(ground: Ground, seeds: int, updates: int, epochs: int, skip_p: float) -> dict[str, Any]:
     """Train both arms from the same start on the same chains in the same order, once for each seed.
 
-    An update of one arm is a masked row; of the other, the seven data sets' rows of that chain, packed into one. The
+    An update of one arm is a masked row, drawn anew in each epoch; of the other, the seven data sets' rows of that
+    chain, packed into one. There are `updates` of them in an epoch, or as many as leave a third of the chains. The
     loss is that of the text and end markers of held-out chains in all their seven forms: start markers are left out,
     since the arms are taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
 
@@ -34,18 +35,20 @@ def compare_held_out(ground: Ground, seeds: int, updates: int, skip_p: float) ->
     for seed in range(seeds):
         order = random.Random(seed).sample(rows, len(rows))
         train, held = order[:count], order[count:]
+        seen = [row for epoch in range(epochs) for row in random.Random(f"{seed} {epoch}").sample(train, count)]
         for arm in ("masked", "seven"):
             say(f"held-out loss: seed {seed}, {arm}")
             torch.manual_seed(seed)
             model = with_experts(ground, ground.config, False)
             if arm == "masked":
                 losses["before"].append(_held_out(model, ground, held))
-            _train(model, ground, train, arm == "masked", skip_p, seed)
+            _train(model, ground, seen, arm == "masked", skip_p, seed)
             losses[arm].append(_held_out(model, ground, held))
     ratios = [masked[0] / built[0] for masked, built in zip(losses["masked"], losses["seven"], strict=True)]
     return {
         "chains": {"trained on": count, "held out": len(rows) - count},
-        "updates": count,
+        "epochs": epochs,
+        "updates": count * epochs,
         "learning_rate": LEARNING_RATE,
         "loss of all forms, of whole chains": losses,
         "ratios": [round(ratio, 4) for ratio in ratios],

@@ -55,8 +55,9 @@ class Settings:
         threads: Of PyTorch.
         training: Rows, lengths, and the chance of skipping.
         measures: Some of `MEASURES`.
-        seeds: Of the held-out comparison, as is the next.
-        updates: Updates of each arm and seed.
+        seeds: Of the held-out comparison, as are the next two.
+        updates: Updates of each arm, seed and epoch.
+        epochs: Epochs of each arm and seed.
     """
 
     model: str | None
@@ -72,6 +73,7 @@ class Settings:
     measures: tuple[str, ...]
     seeds: int
     updates: int
+    epochs: int
 
 
 def choose(
@@ -167,7 +169,9 @@ def _measures(settings: Settings, result: dict[str, Any]) -> Iterator[tuple[str,
         yield SPEED, {"unit": "tokens/s", **_compared(speeds, SFT_PADDED, (SFT_AGAIN, SFT_PADDED))}
         del epochs
     if "held-out" in settings.measures:
-        result["held_out"] = compare_held_out(ground, settings.seeds, settings.updates, training.skip_p)
+        result["held_out"] = compare_held_out(
+            ground, settings.seeds, settings.updates, settings.epochs, training.skip_p
+        )
 
 
 def _passes(settings: Settings, ground: Ground, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
