@@ -234,5 +234,5 @@ def held_out_line(result: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     ratio = statistics.median(found["ratios"])
-    verdict = "met" if ratio <= 1.01 else "NOT MET"
-    return f"\n{verdict:<8} held-out loss, masked over seven data sets: {ratio:.4f} (at most 1.01), {found['ratios']}"
+    verdict = "met" if abs(ratio - 1) <= 0.01 else "NOT MET"
+    return f"\n{verdict:<8} held-out loss, masked over seven data sets: {ratio:.4f} (within 1 %), {found['ratios']}"
