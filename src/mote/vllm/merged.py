@@ -83,8 +83,7 @@ class MergedExperts(OnTop):
         self, layer: LinearBase, name: str, gates: MergedGates, columns: list[Columns], outputs: list[slice]
     ) -> None:
         super().__init__(layer.quant_method)
-        self.layer, self.name, self.gates = layer, name, gates
-        self.columns, self.outputs = columns, outputs
+        self.name, self.gates, self.columns, self.outputs = name, gates, columns, outputs
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs (T, out) of inputs x (T, in)."""
