@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/serving.py --rounds 1 --new 8 --out /tmp/serving.json
 
 Every answer has a random adapter of rank 16. The variants of a measure take turns in one process, each ratio is taken
-within a round, and the reference runs a second time as the A/A control: what that one differs from 1 is noise. For one
-row the reference also runs with its weights laid out as `mote.load` lays them out: what is above that is what the
-experts cost.
+within a round, and the reference runs a second time as the A/A control: what that one differs from 1 is noise. The
+reference is the base as transformers loads it; for one row it also runs as `mote.load` prepares it (faster
+products, weights laid out by columns): what is above that is what the experts cost.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from mote.decode import Limits, Model, as_question, load
 from mote.grammar import FreeText
 from mote.machine import environment
 from mote.models import EMBEDDED, fingerprint, lay_out_by_columns, load_base
+from mote.products import slow_down
 from mote.serve.server import Server, listen
 from mote.serve.settings import ServeSettings
 from mote.tokens import add_markers, encode_prompt
@@ -212,8 +213,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=BARS, default=list(BARS), help="the others stay as --out has them")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
-    base, laid_out = (load_base(given.model, device="cpu").model for _ in range(2))
-    lay_out_by_columns(laid_out)
+    base, prepared = (load_base(given.model, device="cpu").model for _ in range(2))
+    slow_down(base)
+    lay_out_by_columns(prepared)
     with tempfile.TemporaryDirectory() as folder:
         model = load(given.model, random_adapter(given.model, Path(folder)), device="cpu")
     before = json.loads(given.out.read_text()) if len(given.only) < len(BARS) and given.out.exists() else {}
@@ -235,7 +237,7 @@ def main() -> None:
             "running batch": lambda ids=ids: batched(model, ids, given.new),
         }
         if rows == 1:
-            variants["generate, laid out by columns"] = lambda ids=ids: generated(laid_out, ids, given.new)
+            variants["generate, as mote.load prepares it"] = lambda ids=ids: generated(prepared, ids, given.new)
         measured = in_turn(variants, given.rounds)
         result[name] = {
             "rounds": given.rounds,

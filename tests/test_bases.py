@@ -176,7 +176,7 @@ def test_gradients_reach_experts_and_markers_and_equal_the_plain_form(
     monkeypatch.setattr(
         "mote.tuner.layer.add_experts", lambda x, out, a, b, route, *_: plain(x, out, a.weight, b.weight, route.gate)
     )
-    monkeypatch.setattr(MoteLinear, "_frozen_weight", lambda *_: None)
+    monkeypatch.setattr(MoteLinear, "_frozen", lambda *_: None)
     monkeypatch.setattr(
         PutLogits, "apply", lambda out, x, rows, _, bias, ids: put_logits(out, x, rows, bias, ids), raising=False
     )

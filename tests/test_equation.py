@@ -9,17 +9,20 @@ from hypothesis import strategies as st
 from reference import slow_layer
 from test_tuner import adapted, some_ids
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import DataCollatorWithFlattening
 
+from mote.products import product
 from mote.routing import Markers, step_ids
-from mote.tuner import MoteConfig, MoteModel, router
+from mote.tuner import MoteConfig, MoteModel
 from mote.tuner.layer import MoteLinear
 
 
-@pytest.fixture(params=[1, 10**9], ids=["segmented", "all columns"], autouse=True)
+@pytest.fixture(params=[linear, product], ids=["plain", "sped up"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test with the forms of the product for long stretches in one step and for short ones."""
-    monkeypatch.setattr(router, "_SEGMENT", request.param)
+    """Every test with PyTorch's own product and with the one of a sped-up model."""
+    for module in ("layer", "writing"):
+        monkeypatch.setattr(f"mote.tuner.{module}.product_of", lambda _: request.param)
 
 
 def slow_steps(ids_B_T: list[list[int]], markers: Markers, documents_B_T: list[list[int]] | None = None) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from mote.tuner.experts import Fused, Route, Segmented, add_experts, columns_of, fold, plain
+from mote.products import product
+from mote.tuner.experts import Fused, Route, add_experts, columns_of, fold, plain
 from mote.tuner.rows import PutLogits, put_embeddings, put_logits
 
 WIDTH = 12  # three experts of rank 4
@@ -102,55 +103,20 @@ def test_folded_equals_plain(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("segments", [((0, 4, 1), (4, 5, 0), (5, 8, 2), (8, 10, 1)), ((0, 10, 2),), ((0, 10, 0),)])
-def test_segmented_equals_plain(segments: tuple[tuple[int, int, int], ...], in_place: bool) -> None:
-    table = torch.tensor([[0.5] * 4 + [0.2] * 8, [0.5] * 4 + [0.7] * 4 + [0.0] * 4, [0.5] * 4 + [0.0] * 4 + [0.9] * 4])
-    table, columns = table.double(), columns_of(table.double())
-    steps = torch.cat([torch.full((end - begin,), step) for begin, end, step in segments]).view(2, 5)
-    given = {**tensors(), "gate": table[steps]}
-    slow = with_gradients(plain, given)
-
-    def segmented(x: Tensor, result: Tensor, first: Tensor, second: Tensor, _: Tensor) -> Any:
-        return Segmented.apply(x, result, first, second, columns, segments, in_place)
-
-    for fast, expected in zip(with_gradients(segmented, given), slow, strict=True):
-        torch.testing.assert_close(fast, expected, atol=1e-12, rtol=1e-12)
-    given["gate"].requires_grad_(False)
-    leaves = tuple(given[key].requires_grad_() for key in ("x", "result", "first", "second"))
-    assert torch.autograd.gradcheck(lambda x, result, a, b: segmented(x, result * 1.0, a, b, table), leaves)
-
-
-def test_segmented_computes_in_the_dtype_of_the_base_layer() -> None:
-    table = torch.tensor([[0.2] * WIDTH, [0.0] * 4 + [0.7] * 8])
-    segments, steps = ((0, 6, 1), (6, 10, 0)), torch.tensor([1] * 6 + [0] * 4).view(2, 5)
-    given = {**(given := tensors(torch.float32)), "x": given["x"] * 0.05, "gate": table[steps]}
-    low = {key: value.bfloat16() if key in ("x", "result") else value for key, value in given.items()}
-    found = with_gradients(
-        lambda x, result, a, b, _: Segmented.apply(x, result, a, b, columns_of(table), segments, True), low
-    )
-    assert [tensor.dtype for tensor in found] == [torch.bfloat16] * 3 + [torch.float32] * 2
-    for one, other in zip(found, with_gradients(plain, given), strict=True):
-        assert (one.float() - other).norm() < 0.03 * other.norm()
-
-
-@pytest.mark.parametrize("form", ["fused", "segmented"])
-def test_the_base_layers_gradient_comes_along(form: str) -> None:
-    table = torch.tensor([[0.2] * WIDTH, [0.0] * 4 + [0.7] * 8]).double()
-    segments, steps = ((0, 6, 1), (6, 10, 0)), torch.tensor([1] * 6 + [0] * 4).view(2, 5)
-    given, frozen = {**tensors(), "gate": table[steps]}, torch.randn(7, 6, dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("multiply", [linear, product])
+def test_the_base_layers_output_and_gradient_come_along(multiply: Any, with_bias: bool, dtype: torch.dtype) -> None:
+    given = tensors(dtype)
+    frozen, bias = torch.randn(7, 6, dtype=dtype), torch.randn(7, dtype=dtype) if with_bias else None
     x, first, second = (given[key].requires_grad_() for key in ("x", "first", "second"))
-    slow = plain(x, linear(x, frozen), first, second, given["gate"])
-    with torch.no_grad():
-        base = linear(x, frozen)
-    if form == "fused":
-        fast = Fused.apply(x, base, first, second, given["gate"], True, frozen)
-    else:
-        fast = Segmented.apply(x, base, first, second, columns_of(table), segments, True, frozen)
-    torch.testing.assert_close(fast, slow, atol=1e-12, rtol=1e-12)
+    slow = plain(x, linear(x, frozen, bias), first, second, given["gate"])
+    fast = Fused.apply(x, None, first, second, given["gate"], False, multiply, frozen, bias)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(fast, slow, atol=tolerance, rtol=tolerance)
     wanted = torch.autograd.grad(slow.sin().sum(), [x, first, second])
     for one, other in zip(torch.autograd.grad(fast.sin().sum(), [x, first, second]), wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [3, 12])
@@ -158,7 +124,7 @@ def test_a_layer_with_other_tokens_than_the_model_is_refused(tokens: int) -> Non
     """As an output head is, which may get the last token alone: nobody has said which step its tokens are in."""
     given, table = tensors(torch.float32), torch.ones(2, WIDTH)
     first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
-    route = Route(given["gate"], columns_of(table), ((0, 4, 1), (4, 10, 0)))
+    route = Route(given["gate"], columns_of(table))
     with pytest.raises(RuntimeError, match="shape"):
         add_experts(torch.zeros(1, tokens, 6), torch.zeros(1, tokens, 7), first, second, route, True)
 

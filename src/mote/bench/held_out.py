@@ -15,27 +15,31 @@ from mote.bench.trainers import with_experts
 from mote.masks import document_mask
 from mote.tokens import IGNORED, Tokens
 
-LEARNING_RATE = 5e-4  # the quickstart's
+LEARNING_RATE = 5e-4  # the quickstart's, and as there it falls linearly to 0
+CHAINS = 2  # of an update: the quickstart's too
 
 
-def compare_held_out(ground: Ground, seeds: int, updates: int, epochs: int, skip_p: float) -> dict[str, Any]:
+def compare_held_out(ground: Ground, seeds: int, chains: int, epochs: int, skip_p: float) -> dict[str, Any]:
     """Train both arms from the same start on the same chains in the same order, once for each seed.
 
-    An update of one arm is a masked row, drawn anew in each epoch; of the other, the seven data sets' rows of that
-    chain, packed into one. There are `updates` of them in an epoch, or as many as leave a third of the chains. The
-    loss is that of the text and end markers of held-out chains in all their seven forms: start markers are left out,
-    since the arms are taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
+    An update of one arm is on masked chains, drawn anew in each epoch; of the other, on the seven data sets' rows of
+    the same chains. Both are trained on `chains` chains, or on as many as leave a third of them. The loss is that of
+    the text and end markers of held-out chains in all their seven forms: start markers are left out, since the arms are
+    taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
 
     Returns:
         Losses by arm and seed, before and after, of all forms and of the whole chains alone; ratios of the first.
     """
     rows = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
     losses: dict[str, list[list[float]]] = {"before": [], "masked": [], "seven": []}
-    count = min(updates, 2 * len(rows) // 3)
+    count = min(chains, 2 * len(rows) // 3)
     for seed in range(seeds):
         order = random.Random(seed).sample(rows, len(rows))
         train, held = order[:count], order[count:]
-        seen = [row for epoch in range(epochs) for row in random.Random(f"{seed} {epoch}").sample(train, count)]
+        seen = []  # chains of each update
+        for epoch in range(epochs):
+            shuffled = random.Random(f"{seed} {epoch}").sample(train, count)
+            seen += [shuffled[i : i + CHAINS] for i in range(0, count, CHAINS)]
         for arm in ("masked", "seven"):
             say(f"held-out loss: seed {seed}, {arm}")
             torch.manual_seed(seed)
@@ -48,7 +52,7 @@ def compare_held_out(ground: Ground, seeds: int, updates: int, epochs: int, skip
     return {
         "chains": {"trained on": count, "held out": len(rows) - count},
         "epochs": epochs,
-        "updates": count * epochs,
+        "updates": len(range(0, count, CHAINS)) * epochs,
         "learning_rate": LEARNING_RATE,
         "loss of all forms, of whole chains": losses,
         "ratios": [round(ratio, 4) for ratio in ratios],
@@ -56,16 +60,18 @@ def compare_held_out(ground: Ground, seeds: int, updates: int, epochs: int, skip
     }
 
 
-def _train(model: Any, ground: Ground, rows: Sequence[Tokens], masked: bool, skip_p: float, seed: int) -> None:
-    for index, row in enumerate(rows):
-        forms = [row] if masked else seven(row)
-        room = sum(len(form.ids) for form in forms)
-        [batch] = batches(forms, skip_p if masked else 0.0, room, 1, ground.tokenizer.pad_token_id,
-                          ground.model.device, seed * len(rows) + index)  # fmt: skip
-        if index == 0:
-            step = Pass(model, [batch], document_mask)
-            step.optimizer.param_groups[0]["lr"] = LEARNING_RATE
-        step.batches = [batch]
+def _train(
+    model: Any, ground: Ground, updates: Sequence[Sequence[Tokens]], masked: bool, skip_p: float, seed: int
+) -> None:
+    step = Pass(model, [], document_mask)
+    [group] = step.optimizer.param_groups
+    for index, rows in enumerate(updates):
+        chains = [[row] if masked else seven(row) for row in rows]
+        room = max(sum(len(form.ids) for form in forms) for forms in chains)
+        step.batches = batches([form for forms in chains for form in forms], skip_p if masked else 0.0, room,
+                               sum(map(len, chains)), ground.tokenizer.pad_token_id, ground.model.device,
+                               seed * len(updates) + index)  # fmt: skip
+        group["lr"] = LEARNING_RATE * (1 - index / len(updates))
         step()
 
 

@@ -5,6 +5,7 @@ The seven data sets of the paper's appendix B, for a chain (x, a, g, y): (x, y),
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,8 +129,13 @@ def _attention_back(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: 
     return int(2 * rows * heads * length * key[2] * (3 * size + 2 * value[3]))  # scores once more, four gradients
 
 
+def _linear(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return int(2 * math.prod(x) * weight[0])
+
+
 UNCOUNTED = {  # by PyTorch's own counter: the experts' products in place, and SDPA on a CPU
     aten.addmm_: _addmm,
+    torch.ops.mkldnn._linear_pointwise: _linear,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,
 }

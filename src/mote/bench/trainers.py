@@ -24,6 +24,7 @@ from mote.errors import UserError
 from mote.masks import block_mask, document_mask, skip_chances
 from mote.memory import peak_memory_mb
 from mote.packing import ChainDataset, collate
+from mote.products import slow_down
 from mote.tokens import IGNORED
 from mote.train import MoteTrainer, training_arguments
 from mote.tuner import MoteConfig
@@ -134,7 +135,7 @@ def _mote(ground: Ground, given: Training, packed: bool) -> MoteTrainer:
 
 
 def _sft(ground: Ground, given: Training, packed: bool) -> Any:
-    """TRL's trainer with its own loss, and its own packing where rows are packed.
+    """TRL's trainer with its own loss, its own packing where rows are packed, and the model as transformers loads it.
 
     On a GPU it computes in bfloat16 by autocast, its default, since PEFT keeps adapters in float32.
     """
@@ -164,8 +165,10 @@ def _sft(ground: Ground, given: Training, packed: bool) -> Any:
         {"input_ids": row.ids, "completion_mask": [int(label != IGNORED) for label in row.labels]}
         for row in ground.rows
     ]
+    model = share(ground.model, SFT_PADDED)
+    slow_down(model)
     return SFTTrainer(
-        model=share(ground.model, SFT_PADDED),
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=ground.tokenizer,

@@ -56,7 +56,7 @@ class Settings:
         training: Rows, lengths, and the chance of skipping.
         measures: Some of `MEASURES`.
         seeds: Of the held-out comparison, as are the next two.
-        updates: Updates of each arm, seed and epoch.
+        trained_on: Most chains that each arm is trained on.
         epochs: Epochs of each arm and seed.
     """
 
@@ -72,7 +72,7 @@ class Settings:
     training: Training
     measures: tuple[str, ...]
     seeds: int
-    updates: int
+    trained_on: int
     epochs: int
 
 
@@ -170,7 +170,7 @@ def _measures(settings: Settings, result: dict[str, Any]) -> Iterator[tuple[str,
         del epochs
     if "held-out" in settings.measures:
         result["held_out"] = compare_held_out(
-            ground, settings.seeds, settings.updates, settings.epochs, training.skip_p
+            ground, settings.seeds, settings.trained_on, settings.epochs, training.skip_p
         )
 
 

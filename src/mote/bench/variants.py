@@ -1,6 +1,7 @@
 """What is compared: one base model, and on it each way to have one or several LoRA experts.
 
-All variants share the base's frozen weights in memory; only what they add is their own.
+All variants share the base's frozen weights in memory; only what they add is their own. Step experts are on a base as
+`mote.load` gives it, the others on one as transformers gives it; those called fast have what `mote.load` gives.
 """
 
 import copy
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from mote.baselines import TokenGatedConfig, gate_loss
 from mote.bench.rivals import GatheredLinear, MaskedLinear, add_split_experts
+from mote.products import speed_up
 from mote.tuner import MoteConfig
 
 BASE = "base"
 REFERENCE = "lora-32"  # the plain LoRA that is active with the rank of one step and the shared expert
 CONTROL = "lora-32-again"
+FAST = "-fast"
 RANK = 16
 STEPS = ("analysis", "guidance", "response")
 
@@ -106,13 +109,19 @@ BUILDERS: dict[str, Callable[[Any], Variant]] = {
     "gathered-segments": _gathered,
     "token-gated": _token_gated("gather"),
     "token-gated-dense": _token_gated("dense"),
+    BASE + FAST: _base,
+    REFERENCE + FAST: _lora(32),
+    "token-gated" + FAST: _token_gated("gather"),
 }
+SPED_UP = ("mote-4x16", "mote-4x16-markers")  # and those called fast
 GROWS = ("mote-4x16-markers",)  # have an embedding of their own
-UNCOMPILED = ("token-gated",)  # the sizes in its graph depend on the data
+UNCOMPILED = ("token-gated", "token-gated-fast")  # the sizes in its graph depend on the data
 
 
 def build(name: str, base: Any, checkpointing: bool = False) -> Variant:
     """Put a variant on a base model, in place; nothing that it adds is zero, which some GPUs multiply faster."""
+    if name in SPED_UP or name.endswith(FAST):
+        speed_up(base)
     torch.manual_seed(0)
     variant = BUILDERS[name](base)
     for parameter in variant.trained():

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from mote.footprint import TILE
+from mote.products import is_linear, product
 from mote.shapes import LLAMA_LIKE
 from mote.tokens import IGNORED
 from mote.tuner.experts import is_whole
@@ -68,7 +69,7 @@ def plain_head(model: nn.Module) -> Head | None:
         name = tokens.active_adapters[0]
         layer, rows = tokens.base_layer, tokens.trainable_tokens_delta[name]
         ids = torch.tensor(tokens.token_indices[name], device=rows.device)
-    if type(layer) is not nn.Linear or layer.bias is not None:
+    if not is_linear(layer) or layer.bias is not None:
         return None
     weight = layer.weight
     whole = is_whole(weight, weight.device) and (rows is None or is_whole(rows, weight.device))
@@ -89,7 +90,7 @@ class TiledLoss(torch.autograd.Function):
         change = None if given is None or ids is None else given - weight[ids]
         for begin in range(0, len(x), TILE):
             tile = slice(begin, begin + TILE)
-            logits = x[tile] @ weight.t()
+            logits = product(x[tile], weight)
             if given is not None and ids is not None:
                 logits.index_copy_(-1, ids, x[tile] @ given.t())
             logits = logits.float()
@@ -103,7 +104,7 @@ class TiledLoss(torch.autograd.Function):
             if ids is not None:
                 own[tile] = logits[:, ids]
             if grad_x is not None:
-                grad_x[tile] = logits.to(x.dtype) @ weight
+                grad_x[tile] = product(logits.to(x.dtype), weight.t())
                 if change is not None:
                     grad_x[tile] += own[tile].to(x.dtype) @ change
         ctx.save_for_backward(x if wants_rows else None, grad_x, own)

@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mote.products import is_linear, is_plain, product_of
 from mote.tuner.config import MoteConfig
-from mote.tuner.experts import add_experts, is_whole
+from mote.tuner.experts import Frozen, add_experts, is_whole, with_base
 from mote.tuner.router import Router
 
 
@@ -43,7 +44,7 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         self.mote_dropout = nn.ModuleDict()
         self.ranks: dict[str, int] = {}
         # With a bias, and of other layers, the output may be a view, and written to in place give wrong gradients.
-        self.owns_output = type(base_layer) is nn.Linear and base_layer.bias is None
+        self.owns_output = is_linear(base_layer) and base_layer.bias is None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -71,30 +72,31 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         writing = self.router.writing()
         if writing is not None and (written := writing.forward(self, x)) is not None:
             return written
+        multiply = product_of(self.base_layer)
         names = [name for name in self.active_adapters if name in self.ranks]  # type: ignore[union-attr]
-        weight = self._frozen_weight(x, names[0]) if x.requires_grad and len(names) == 1 else None
-        if weight is None:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-        else:
-            with torch.no_grad():
-                result = self.base_layer(x, *args, **kwargs)
+        if len(names) == 1 and (frozen := self._frozen(x, name := names[0])) is not None:
+            route = self.router.route(name, self.ranks[name])
+            return with_base(x, frozen, self.mote_A[name], self.mote_B[name], route, multiply)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in names:
             given = self.mote_dropout[name](x) if self.training and name in self.mote_dropout else x
             route = self.router.route(name, self.ranks[name])
-            result = add_experts(given, result, self.mote_A[name], self.mote_B[name], route, self.owns_output, weight)
+            first, second = self.mote_A[name], self.mote_B[name]
+            result = add_experts(given, result, first, second, route, self.owns_output, multiply)
         return result
 
-    def _frozen_weight(self, x: Tensor, name: str) -> Tensor | None:
-        """The base layer's weight, where the experts' product can give the input's gradient for both."""
-        weight = self.base_layer.weight
-        if not self.owns_output or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    def _frozen(self, x: Tensor, name: str) -> Frozen | None:
+        """The base layer's weight and bias, where one product may give its output and the experts'."""
+        layer = self.base_layer
+        if not x.requires_grad or not is_plain(layer) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
         if torch.is_autocast_enabled(x.device.type) or (self.training and name in self.mote_dropout):
             return None
-        used = (weight, self.mote_A[name].weight, self.mote_B[name].weight)
-        if weight.requires_grad or weight.dtype != x.dtype or not all(is_whole(part, x.device) for part in used):
+        used = (layer.weight, self.mote_A[name].weight, self.mote_B[name].weight)
+        trained = any(parameter.requires_grad for parameter in layer.parameters())
+        if trained or layer.weight.dtype != x.dtype or not all(is_whole(part, x.device) for part in used):
             return None
-        return weight  # type: ignore[return-value]
+        return layer.weight, layer.bias
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Step experts depend on the token and cannot be merged into one weight.

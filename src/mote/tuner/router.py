@@ -21,14 +21,12 @@ from mote.routing import NO_STEP, QUESTION, document_starts, step_ids
 from mote.tuner.call import cache_length, goes_on, packed_documents
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
-from mote.tuner.experts import Columns, Route, Segment, columns_of
+from mote.tuner.experts import Columns, Route, columns_of
 from mote.tuner.writing import FEW, Kept, Texts, Writing
 
 Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
 Table = tuple[Tensor, Sequence[Columns]]  # weights of all columns for every step (1 + S + 1, E*R); those that count
 Calls = tuple[tuple[Routes, Writing | None], ...]  # the forward passes that run in a thread, the innermost last
-
-_SEGMENT = 16  # tokens in a segment, on average, from which it is faster than all columns for all tokens
 
 
 def gate_table(config: MoteConfig, device: torch.device | None = None) -> Tensor:
@@ -281,10 +279,10 @@ class Router:
                 steps = _with_question_experts(steps, drawn, documents, len(config.experts))
             if config.mix == 0:  # every step is read alike
                 steps = torch.where(steps == NO_STEP, steps, 1)
-            segments = None if torch.compiler.is_compiling() else _segments(steps)
+            idle = not torch.compiler.is_compiling() and _is_idle(steps)
             for rank in self._ranks[adapter]:
                 table, columns = self._table(adapter, rank, steps.device, dtype)
-                routes[adapter, rank] = Route(table[steps], columns, segments)
+                routes[adapter, rank] = Route(table[steps], columns, idle)
         return routes
 
     def prepare_inputs(
@@ -337,20 +335,9 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _segments(steps: Tensor) -> tuple[Segment, ...] | None:
-    """Stretches of tokens (B, T) in one step, on a CPU: none where no token has a step.
-
-    None where there are tokens without a step among others, or stretches too short to be worth a product each.
-    """
-    if steps.device.type != "cpu":
-        return None
-    found, lengths = torch.unique_consecutive(steps.flatten(), return_counts=True)
-    if bool((found == NO_STEP).any()):
-        return () if len(found) == 1 else None
-    if len(found) > 1 and steps.numel() < _SEGMENT * len(found):
-        return None
-    ends = lengths.cumsum(0)
-    return tuple(zip((ends - lengths).tolist(), ends.tolist(), found.tolist(), strict=True))
+def _is_idle(steps: Tensor) -> bool:
+    """Whether no token (B, T) has a step, on a CPU; reading it from another device would wait for that."""
+    return steps.device.type == "cpu" and bool((steps == NO_STEP).all())
 
 
 def _with_question_experts(steps: Tensor, drawn: Tensor | None, documents: Tensor | None, experts: int) -> Tensor:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from mote.products import add_product, is_plain, product_of
 from mote.routing import NO_STEP
-from mote.tuner.experts import Route, fold, is_whole
+from mote.tuner.experts import Frozen, Route, fold, is_whole
 
 if TYPE_CHECKING:
     from mote.tuner.layer import MoteLinear
@@ -28,11 +28,11 @@ class Weights(NamedTuple):
     Attributes:
         base: Weight (out, in) and bias of the base layer, None where it must be called: it is no plain linear layer,
             or somebody watches it.
-        a: A of the columns that count (in, 2R or E*R); None where no token has a step.
-        b: B of them (2R or E*R, out), with the columns' weights where they are one step's.
+        a: A of the columns that count (2R or E*R, in); None where no token has a step.
+        b: B of them (out, 2R or E*R), with the columns' weights where they are one step's.
     """
 
-    base: tuple[Tensor, Tensor | None] | None
+    base: Frozen | None
     a: Tensor | None
     b: Tensor | None
 
@@ -81,15 +81,16 @@ class Writing:
         if found is None or x.shape[:-1].numel() != self.tokens:
             return None
         base, a, b = found
-        result: Tensor = layer.base_layer(x) if base is None else linear(x, *base)
+        multiply = product_of(layer.base_layer)
+        result: Tensor = layer.base_layer(x) if base is None else multiply(x, *base)
         if a is None or b is None:
             return result
-        hidden_N = x.reshape(-1, x.shape[-1]) @ a
+        hidden_N = multiply(x.reshape(-1, x.shape[-1]), a)
         if self.step is None:
             hidden_N *= self.routes[self.adapter, layer.ranks[self.adapter]].gate.view(hidden_N.shape)
         if base is None:
-            return result + (hidden_N @ b).view_as(result)
-        result.view(-1, result.shape[-1]).addmm_(hidden_N, b)
+            return result + multiply(hidden_N, b).view_as(result)
+        add_product(multiply, result.view(-1, result.shape[-1]), hidden_N, b)
         return result
 
     def _look_up(self, layer: "MoteLinear", dtype: torch.dtype) -> Weights | None:
@@ -107,17 +108,15 @@ class Writing:
                 a, b = fold(first, second, columns[self.step], dtype)
             before = self.kept.before.pop(layer, None)
             if before is not None and before.a is not None and before.b is not None and before.a.dtype == dtype:
-                a, b = before.a.t().copy_(a), before.b.t().copy_(b)
+                a, b = before.a.copy_(a), before.b.copy_(b)
         none = self.step == NO_STEP
-        found = Weights(_plain(layer.base_layer, dtype), None if none else a.t(), None if none else b.t())
+        found = Weights(_plain(layer.base_layer, dtype), None if none else a, None if none else b)
         self.kept.now[layer] = found
         return found
 
 
-def _plain(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer that may be used without a call of it."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
-        return None
-    if layer.weight.dtype != dtype or not is_whole(layer.weight, torch.device("cpu")):
+def _plain(layer: nn.Module, dtype: torch.dtype) -> Frozen | None:
+    """What a linear layer computes with, where that may be used without a call of it."""
+    if not is_plain(layer) or layer.weight.dtype != dtype or not is_whole(layer.weight, torch.device("cpu")):
         return None
     return layer.weight, layer.bias

@@ -1,0 +1,120 @@
+"""The product by oneDNN against PyTorch's own, and the frozen layers that take it."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
+
+from mote import products
+from mote.products import FrozenLinear, add_product, is_linear, is_plain, product, speed_up
+
+SIZES = st.integers(1, 70)
+
+
+def random(*size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+@given(st.lists(SIZES, min_size=0, max_size=2), SIZES, SIZES, st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_product_is_pytorchs(rows: list[int], inputs: int, outputs: int, by_column: bool, biased: bool,
+                                 strided: bool) -> None:  # fmt: skip
+    """For any number of rows and axes, a weight laid out by rows or by columns, an input that is a view."""
+    x, weight, bias = random(*rows, inputs), random(outputs, inputs), random(outputs) if biased else None
+    if by_column:
+        weight = weight.t().contiguous().t()
+    if strided:
+        x = random(*rows, 2 * inputs)[..., ::2]
+    torch.testing.assert_close(product(x, weight, bias), linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+    if len(rows) == 1:
+        out = random(*rows, outputs)
+        wanted = out + linear(x, weight)
+        for multiply in (product, linear):
+            given = out.clone()
+            assert add_product(multiply, given, x, weight) is given
+            torch.testing.assert_close(given, wanted, atol=1e-4, rtol=1e-4)
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each product that is not PyTorch's own."""
+    found: list[int] = []
+    own = products._is_faster
+
+    def watched(x: Tensor, weight: Tensor) -> bool:
+        found.extend([1] if own(x, weight) else [])
+        return own(x, weight)
+
+    monkeypatch.setattr(products, "_is_faster", watched)
+    return found
+
+
+@pytest.mark.skipif(not products._HERE, reason="oneDNN was measured on x86 processors alone")
+def test_other_dtypes_empty_inputs_and_a_switch_go_pytorchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = calls(monkeypatch)
+    product(random(3, 4), random(5, 4))
+    assert found == [1]
+    for dtype in (torch.float64, torch.bfloat16):
+        assert product(random(3, 4).to(dtype), random(5, 4).to(dtype)).dtype == dtype
+    assert product(random(0, 4), random(5, 4)).shape == (0, 5)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    product(random(3, 4), random(5, 4))
+    assert found == [1]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_frozen_layer_gives_what_it_gave_and_the_inputs_gradient(biased: bool) -> None:
+    layer = nn.Linear(24, 10, bias=biased).requires_grad_(False)
+    x = random(2, 5, 24).requires_grad_()
+    wanted = layer(x)
+    (wanted_grad,) = torch.autograd.grad(wanted.sin().sum(), x)
+    speed_up(layer)
+    assert type(layer) is FrozenLinear and is_linear(layer) and is_plain(layer)
+    found = layer(x)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), x)[0], wanted_grad, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(layer(x), found)
+
+
+def test_a_layer_that_is_trained_has_its_own_gradients() -> None:
+    layer, x = nn.Linear(6, 3), random(4, 6)
+    layer(x).sin().sum().backward()
+    wanted = [parameter.grad for parameter in layer.parameters()]
+    other = copy.deepcopy(layer)
+    other.zero_grad()
+    speed_up(other)
+    other(x).sin().sum().backward()
+    for parameter, grad in zip(other.parameters(), wanted, strict=True):
+        assert torch.equal(parameter.grad, grad)  # type: ignore[arg-type]
+
+
+def test_a_sped_up_model_is_copied_pickled_saved_and_compiled_as_before() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
+    names, x = list(model.state_dict()), random(3, 8)
+    speed_up(model)
+    wanted = model(x)
+    assert list(model.state_dict()) == names
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), wanted)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_that_is_watched_or_replaced_is_not_plain() -> None:
+    layer = nn.Linear(3, 3)
+    hooks: list[Any] = [layer.register_forward_hook, layer.register_forward_pre_hook]
+    for register in hooks:
+        handle: RemovableHandle = register(lambda *_: None)
+        assert not is_plain(layer)
+        handle.remove()
+    assert is_plain(layer)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    assert not is_plain(layer) and is_linear(layer)
+    assert not is_linear(nn.Bilinear(2, 2, 2))
