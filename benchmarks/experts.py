@@ -3,8 +3,8 @@
 .venv/bin/python benchmarks/experts.py           # on a CPU; writes benchmarks/experts.json
 PYTHONPATH=src python benchmarks/experts.py --device cuda --out benchmarks/experts-h200.json
 
-On a CPU glibc maps large tensors anew in every pass, which takes a variant 0.1 to 1.5 s a step as it happens to lie. With
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps its memory; the JSON says so.
+On a CPU glibc maps large tensors anew in every pass, which takes a variant 0.1 to 1.5 s a step as it happens to lie.
+With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps its memory; the JSON says so.
 """
 
 import argparse
