@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from mote.products import add_product, is_plain, product_of
+from mote.products import is_plain, product_of
 from mote.routing import NO_STEP
 from mote.tuner.experts import Frozen, Route, fold, is_whole
 
@@ -81,16 +82,15 @@ class Writing:
         if found is None or x.shape[:-1].numel() != self.tokens:
             return None
         base, a, b = found
-        multiply = product_of(layer.base_layer)
-        result: Tensor = layer.base_layer(x) if base is None else multiply(x, *base)
+        result: Tensor = layer.base_layer(x) if base is None else product_of(layer.base_layer)(x, *base)
         if a is None or b is None:
             return result
-        hidden_N = multiply(x.reshape(-1, x.shape[-1]), a)
+        hidden_N = linear(x.reshape(-1, x.shape[-1]), a)  # oneDNN takes longer to begin than so small a product takes
         if self.step is None:
             hidden_N *= self.routes[self.adapter, layer.ranks[self.adapter]].gate.view(hidden_N.shape)
         if base is None:
-            return result + multiply(hidden_N, b).view_as(result)
-        add_product(multiply, result.view(-1, result.shape[-1]), hidden_N, b)
+            return result + linear(hidden_N, b).view_as(result)
+        result.view(-1, result.shape[-1]).addmm_(hidden_N, b.t())
         return result
 
     def _look_up(self, layer: "MoteLinear", dtype: torch.dtype) -> Weights | None:
