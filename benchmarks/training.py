@@ -36,7 +36,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", default="auto")
     for name in ("count", "batch", "length"):
         parser.add_argument(f"--{name}", type=int)
-    for name, value in (("whole", 8), ("rounds", 5), ("seeds", 5), ("trained-on", 64), ("epochs", 3)):
+    for name, value in (
+        ("whole", 8),
+        ("rounds", 5),
+        ("seeds", 5),
+        ("first-seed", 0),
+        ("trained-on", 64),
+        ("epochs", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--skip-p", type=float, default=0.2)
     parser.add_argument("--checkpointing", action="store_true")

@@ -32,7 +32,7 @@ CHAIN = Tokens(
 
 
 def quick(only: str, **changes: Any) -> Settings:
-    few = {"rounds": 1, "whole": 2, "seeds": 1, "trained_on": 3, "epochs": 2}
+    few = {"rounds": 1, "whole": 2, "first_seed": 1, "seeds": 1, "trained_on": 3, "epochs": 2}
     given = {"count": 8, "batch": 4, "length": 512, **few, **changes}
     return choose(None, "tiny", "cpu", "auto", only, skip_p=0.2, checkpointing=False, held_out=False, **given)
 

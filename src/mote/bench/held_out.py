@@ -19,7 +19,7 @@ LEARNING_RATE = 5e-4  # the quickstart's, and as there it falls linearly to 0
 CHAINS = 2  # of an update: the quickstart's too
 
 
-def compare_held_out(ground: Ground, seeds: int, chains: int, epochs: int, skip_p: float) -> dict[str, Any]:
+def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: int, skip_p: float) -> dict[str, Any]:
     """Train both arms from the same start on the same chains in the same order, once for each seed.
 
     An update of one arm is on masked chains, drawn anew in each epoch; of the other, on the seven data sets' rows of
@@ -33,7 +33,7 @@ def compare_held_out(ground: Ground, seeds: int, chains: int, epochs: int, skip_
     rows = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
     losses: dict[str, list[list[float]]] = {"before": [], "masked": [], "seven": []}
     count = min(chains, 2 * len(rows) // 3)
-    for seed in range(seeds):
+    for seed in seeds:
         order = random.Random(seed).sample(rows, len(rows))
         train, held = order[:count], order[count:]
         seen = []  # chains of each update
@@ -48,8 +48,10 @@ def compare_held_out(ground: Ground, seeds: int, chains: int, epochs: int, skip_
                 losses["before"].append(_held_out(model, ground, held))
             _train(model, ground, seen, arm == "masked", skip_p, seed)
             losses[arm].append(_held_out(model, ground, held))
+            say(f"held-out loss: seed {seed}, {arm}: {losses[arm][-1][0]}")
     ratios = [masked[0] / built[0] for masked, built in zip(losses["masked"], losses["seven"], strict=True)]
     return {
+        "seeds": list(seeds),
         "chains": {"trained on": count, "held out": len(rows) - count},
         "epochs": epochs,
         "updates": len(range(0, count, CHAINS)) * epochs,

@@ -55,7 +55,8 @@ class Settings:
         threads: Of PyTorch.
         training: Rows, lengths, and the chance of skipping.
         measures: Some of `MEASURES`.
-        seeds: Of the held-out comparison, as are the next two.
+        first_seed: Of the held-out comparison, as are the next three.
+        seeds: How many.
         trained_on: Most chains that each arm is trained on.
         epochs: Epochs of each arm and seed.
     """
@@ -71,6 +72,7 @@ class Settings:
     threads: int
     training: Training
     measures: tuple[str, ...]
+    first_seed: int
     seeds: int
     trained_on: int
     epochs: int
@@ -169,9 +171,8 @@ def _measures(settings: Settings, result: dict[str, Any]) -> Iterator[tuple[str,
         yield SPEED, {"unit": "tokens/s", **_compared(speeds, SFT_PADDED, (SFT_AGAIN, SFT_PADDED))}
         del epochs
     if "held-out" in settings.measures:
-        result["held_out"] = compare_held_out(
-            ground, settings.seeds, settings.trained_on, settings.epochs, training.skip_p
-        )
+        seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+        result["held_out"] = compare_held_out(ground, seeds, settings.trained_on, settings.epochs, training.skip_p)
 
 
 def _passes(settings: Settings, ground: Ground, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
