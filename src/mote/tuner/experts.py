@@ -130,14 +130,16 @@ class Fused(torch.autograd.Function):
         """X (..., in), result (..., out), A (E*R, in), B (out, E*R), gate (..., E*R), weight (out, in), bias (out)."""
         if result is None:
             assert weight is not None
-            result = multiply(x, weight, bias)
+            result, in_place = multiply(x, weight, bias), True
         elif in_place:
             ctx.mark_dirty(result)
-        else:
-            result = result.clone(memory_format=torch.contiguous_format)
         dtype = result.dtype
         hidden_N = multiply(_rows(x).to(dtype), first.to(dtype))
-        add_product(multiply, result.view(-1, result.shape[-1]), hidden_N * _rows(gate), second.to(dtype))
+        result_N, gated_N, b = _rows(result), hidden_N * _rows(gate), second.to(dtype)
+        if in_place:
+            add_product(multiply, result_N, gated_N, b)
+        else:
+            result = torch.addmm(result_N, gated_N, b.t()).view_as(result)
         ctx.save_for_backward(x, hidden_N, first, second, gate, weight)
         ctx.multiply = multiply
         return result
@@ -177,25 +179,22 @@ def columns_of(table: Tensor) -> list[Columns]:
     return found
 
 
-def take(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A step's own A (2R, in), B (out, 2R) and the weights of its columns (2R); R where there is no shared expert.
+def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> Fold:
+    """A step's own columns as a plain LoRA, with their weights multiplied into B.
 
     Args:
         first: A of all experts (E*R, in).
         second: B of all experts (out, E*R).
         columns: Those of the step.
         dtype: To compute in.
+
+    Returns:
+        A (2R, in) and B (out, 2R); R where there is no shared expert.
     """
     stretches, weights = columns
     a = torch.cat([first[stretch] for stretch in stretches])
     b = torch.cat([second[:, stretch] for stretch in stretches], dim=1)
-    return a.to(dtype), b.to(dtype), weights.to(dtype)
-
-
-def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> Fold:
-    """`take` with the weights multiplied into B: a plain LoRA."""
-    a, b, weights = take(first, second, columns, dtype)
-    return a, b * weights
+    return a.to(dtype), b.to(dtype) * weights.to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
