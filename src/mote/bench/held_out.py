@@ -28,7 +28,7 @@ def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: 
     taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
 
     Returns:
-        Losses by arm and seed, before and after, of all forms and of the whole chains alone; ratios of the first.
+        Losses by arm and seed, before and after, of all forms and of the whole chains alone; the ratios of both.
     """
     rows = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
     losses: dict[str, list[list[float]]] = {"before": [], "masked": [], "seven": []}
@@ -49,7 +49,8 @@ def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: 
             _train(model, ground, seen, arm == "masked", skip_p, seed)
             losses[arm].append(_held_out(model, ground, held))
             say(f"held-out loss: seed {seed}, {arm}: {losses[arm][-1][0]}")
-    ratios = [masked[0] / built[0] for masked, built in zip(losses["masked"], losses["seven"], strict=True)]
+    pairs = list(zip(losses["masked"], losses["seven"], strict=True))
+    ratios, of_whole = ([masked[kind] / built[kind] for masked, built in pairs] for kind in (0, 1))
     return {
         "seeds": list(seeds),
         "chains": {"trained on": count, "held out": len(rows) - count},
@@ -59,6 +60,8 @@ def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: 
         "loss of all forms, of whole chains": losses,
         "ratios": [round(ratio, 4) for ratio in ratios],
         "median": round(statistics.median(ratios), 4),
+        "ratios of whole chains": [round(ratio, 4) for ratio in of_whole],
+        "median of whole chains": round(statistics.median(of_whole), 4),
     }
 
 
