@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from mote import products
+from mote.engines.local import LocalEngine
+from mote.models import load_base
 from mote.products import FrozenLinear, add_product, is_linear, is_plain, product, speed_up
 
 SIZES = st.integers(1, 70)
@@ -105,6 +108,13 @@ def test_a_sped_up_model_is_copied_pickled_saved_and_compiled_as_before() -> Non
         assert torch.equal(other(x), wanted)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_engine_of_chains_takes_pytorchs_products(tiny: Path) -> None:
+    base = load_base(str(tiny), "cpu")
+    assert FrozenLinear in {type(module) for module in base.model.modules()}
+    LocalEngine(base, 2)
+    assert FrozenLinear not in {type(module) for module in base.model.modules()}
 
 
 def test_a_layer_that_is_watched_or_replaced_is_not_plain() -> None:

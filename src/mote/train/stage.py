@@ -26,6 +26,7 @@ from mote.memory import memory_there_is
 from mote.methods import METHODS, settled, steps_of
 from mote.models import Base, default_device, fingerprint
 from mote.packing import ChainDataset, collate
+from mote.products import speed_up
 from mote.records import ChainRow
 from mote.shapes import LLAMA_LIKE, shape_of
 from mote.steps import Scheme, first_line
@@ -60,6 +61,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     config, steps = mote_config(recipe, scheme), steps_of(recipe, scheme)
     recipe = settled(recipe, scheme)
     settings = recipe.train
+    speed_up(base.model)  # which an engine that made its chains has taken back
     add_markers(base.tokenizer, config, base.model)
     config.base_fingerprint = fingerprint(base.model)
     markers = config.routing
