@@ -63,12 +63,13 @@ _HERE: bool = (
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer whose weight is not trained, as `speed_up` makes them; with a trained one it is PyTorch's."""
+    """A linear layer that is not trained, as `speed_up` makes them; where its weight or bias is, it is PyTorch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., out) of inputs x (..., in)."""
         weight, bias = self.weight, self.bias
-        if type(weight) is not nn.Parameter or weight.requires_grad or not _is_faster(x, weight):
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trained or type(weight) is not nn.Parameter or not _is_faster(x, weight):
             return super().forward(x)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return product(x, weight, bias)
