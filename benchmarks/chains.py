@@ -2,9 +2,8 @@
 
     .venv/bin/python benchmarks/chains.py        # about 20 minutes a round on two cores; writes benchmarks/chains.json
 
-All make chains for the same questions with the same loop, prompts and settings; only the engine differs, and the others
-run the model as transformers loads it. The plain loop is so slow that it makes a few of the chains each round. `A/A` is
-continuous batching against itself: what it differs
+All make chains for the same questions with the same loop, prompts and settings; only the engine differs. The plain loop
+is so slow that it makes a few of the chains each round. `A/A` is continuous batching against itself: what it differs
 from 1 is noise.
 """
 
@@ -29,7 +28,6 @@ from mote.files import write_json
 from mote.judges.choice import ChoiceJudge
 from mote.machine import environment
 from mote.models import EMBEDDED, Base, load_base
-from mote.products import slow_down
 from mote.prompting import check_prompt
 from mote.questions import load_questions
 from mote.records import ChainRow, Question, read_rows
@@ -138,8 +136,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
-    base, plain, rows = load_base(EMBEDDED, device="cpu"), load_base(EMBEDDED, device="cpu"), given.batch_size
-    slow_down(plain.model)
+    base, rows = load_base(EMBEDDED, device="cpu"), given.batch_size
     questions = load_questions("mote:train", given.questions)
     rates: dict[str, list[float]] = {name: [] for name in ("continuous", "again", "fixed", "plain")}
     texts: dict[str, list[Any]] = {}
@@ -147,8 +144,8 @@ def main() -> None:
         few = questions[turn * given.plain % len(questions) :][: given.plain]
         for name, asked, engine, size in (
             ("continuous", questions, LocalEngine(base, rows), rows),
-            ("fixed", questions, FixedBatches(plain, rows), rows),
-            ("plain", few, FixedBatches(plain, 1), 1),
+            ("fixed", questions, FixedBatches(base, rows), rows),
+            ("plain", few, FixedBatches(base, 1), 1),
             ("again", questions, LocalEngine(base, rows), rows),
         ):
             rate, made = chains_a_minute(engine, asked, size)

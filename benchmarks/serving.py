@@ -31,7 +31,7 @@ from mote.decode import Limits, Model, as_question, load
 from mote.grammar import FreeText
 from mote.machine import environment
 from mote.models import EMBEDDED, fingerprint, lay_out_by_columns, load_base
-from mote.products import slow_down
+from mote.products import speed_up
 from mote.serve.server import Server, listen
 from mote.serve.settings import ServeSettings
 from mote.tokens import add_markers, encode_prompt
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
     base, prepared = (load_base(given.model, device="cpu").model for _ in range(2))
-    slow_down(base)
+    speed_up(prepared)
     lay_out_by_columns(prepared)
     with tempfile.TemporaryDirectory() as folder:
         model = load(given.model, random_adapter(given.model, Path(folder)), device="cpu")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
+import mote
 from mote import products
 from mote.engines.local import LocalEngine
 from mote.models import load_base
@@ -114,11 +115,11 @@ def test_a_sped_up_model_is_copied_pickled_saved_and_compiled_as_before() -> Non
     torch.testing.assert_close(compiled(x), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_the_engine_of_chains_takes_pytorchs_products(tiny: Path) -> None:
+def test_what_writes_answers_takes_these_products_and_the_engine_of_chains_pytorchs(tiny: Path) -> None:
     base = load_base(str(tiny), "cpu")
-    assert FrozenLinear in {type(module) for module in base.model.modules()}
     LocalEngine(base, 2)
     assert FrozenLinear not in {type(module) for module in base.model.modules()}
+    assert FrozenLinear in {type(module) for module in mote.load(str(tiny), device="cpu").model.modules()}
 
 
 def test_a_layer_that_is_watched_or_replaced_is_not_plain() -> None:

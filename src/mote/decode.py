@@ -21,6 +21,7 @@ from mote.errors import UserError
 from mote.events import Event, Events
 from mote.grammar import FreeText, OpenStep, StepGrammar
 from mote.models import Base, fingerprint, lay_out_by_columns, load_base
+from mote.products import speed_up
 from mote.records import Answer, AnswerTokens, Check, Finish, Message, Question, StepText
 from mote.routing import Markers
 from mote.seeds import seed_of
@@ -337,7 +338,7 @@ def load(
     """
     if adapter is None:
         alone = load_base(model, device, dtype, revision)
-        lay_out_by_columns(alone.model)
+        _prepare(alone.model)
         return Model(alone, alone.model, None, load_scheme("safety"), batch_size)
     config = adapter_config(str(adapter))
     base = load_base(model, device, dtype, revision)
@@ -349,9 +350,15 @@ def load(
     return attach(base, str(adapter), config, batch_size)
 
 
+def _prepare(model: Any) -> None:
+    """What makes a base model write faster on a CPU."""
+    speed_up(model)
+    lay_out_by_columns(model)
+
+
 def attach(base: Base, adapter: str, config: MoteConfig, batch_size: int = 16) -> Model:
-    """Put an adapter on a base model that is loaded already; the base's weights are laid out for writing."""
-    lay_out_by_columns(base.model)
+    """Put an adapter on a base model that is loaded already; the base is prepared for writing."""
+    _prepare(base.model)
     tokenizer = adapter_tokenizer(adapter, config)
     model = PeftModel.from_pretrained(base.model, adapter).eval()
     scheme = adapter_scheme(adapter, config).only(config.experts)

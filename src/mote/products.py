@@ -114,10 +114,3 @@ def speed_up(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear
-
-
-def slow_down(model: nn.Module) -> None:
-    """Take `speed_up` back, in place."""
-    for module in model.modules():
-        if type(module) is FrozenLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]

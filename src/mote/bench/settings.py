@@ -9,7 +9,6 @@ import torch
 from mote.bench.variants import BUILDERS, CONTROL, REFERENCE
 from mote.errors import UserError
 from mote.models import EMBEDDED, default_attention, default_device, default_dtype, load_base
-from mote.products import slow_down
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURES = ("training", "decoding", "saved", "memory")
@@ -104,9 +103,7 @@ def _names(option: str, given: str | None, known: Sequence[str] | Mapping[str, A
 def load_model(settings: Settings) -> Any:
     """The base model as transformers has it: a real one, or one of random weights made on the device."""
     if settings.model is not None:
-        model = load_base(settings.model, settings.device, settings.dtype).model
-        slow_down(model)
-        return model
+        return load_base(settings.model, settings.device, settings.dtype).model
     assert settings.shape is not None
     return load_shape(settings.shape, settings.device, settings.dtype)
 

@@ -24,7 +24,7 @@ from mote.errors import UserError
 from mote.masks import block_mask, document_mask, skip_chances
 from mote.memory import peak_memory_mb
 from mote.packing import ChainDataset, collate
-from mote.products import slow_down
+from mote.products import speed_up
 from mote.tokens import IGNORED
 from mote.train import MoteTrainer, training_arguments
 from mote.tuner import MoteConfig
@@ -109,7 +109,9 @@ def build(name: str, ground: Ground, given: Training) -> Epoch:
 def with_experts(ground: Ground, config: MoteConfig, flex: bool) -> Any:
     """The base model with step experts and the markers' trained rows."""
     torch.manual_seed(0)
-    model = get_peft_model(share(ground.model, PADDED), config)
+    base = share(ground.model, PADDED)
+    speed_up(base)
+    model = get_peft_model(base, config)
     if flex:
         model.get_base_model().set_attn_implementation("flex_attention")
     return model
@@ -165,10 +167,8 @@ def _sft(ground: Ground, given: Training, packed: bool) -> Any:
         {"input_ids": row.ids, "completion_mask": [int(label != IGNORED) for label in row.labels]}
         for row in ground.rows
     ]
-    model = share(ground.model, SFT_PADDED)
-    slow_down(model)
     return SFTTrainer(
-        model=model,
+        model=share(ground.model, SFT_PADDED),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=ground.tokenizer,

@@ -9,7 +9,6 @@ from mote.engines.protocol import Completion, Likelihood, Preference, Prompt
 from mote.errors import UserError
 from mote.grammar import FreeText
 from mote.models import Base
-from mote.products import slow_down
 from mote.records import Message
 from mote.tokens import encode_choice, encode_prompt, encode_text
 
@@ -25,7 +24,6 @@ class LocalEngine:
     def __init__(self, base: Base, batch_size: int) -> None:
         self.name = base.name
         self.tokenizer = base.tokenizer
-        slow_down(base.model)  # each pass has another number of tokens, and oneDNN would make code for each anew
         self._batcher = Batcher(base.model, batch_size)
         self._shared: dict[tuple[Message, ...], list[int]] = {}
 

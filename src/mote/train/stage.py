@@ -61,7 +61,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     config, steps = mote_config(recipe, scheme), steps_of(recipe, scheme)
     recipe = settled(recipe, scheme)
     settings = recipe.train
-    speed_up(base.model)  # which an engine that made its chains has taken back
+    speed_up(base.model)
     add_markers(base.tokenizer, config, base.model)
     config.base_fingerprint = fingerprint(base.model)
     markers = config.routing
