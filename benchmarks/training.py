@@ -14,6 +14,7 @@ skipping: an epoch of masked chains (x, a, g, y) over an epoch of the seven data
     FLOPs are counted by PyTorch, forward and backward; "all depths" counts an epoch of all chains, where shorter ones
     have fewer forms. The bar is judged on chains of all three steps, since only they have seven forms.
 held-out: the loss on held-out chains after as many updates of each arm, over five seeds; three epochs are the paper's.
+    Masked passes have the default's draws, those of skip_p 0.5, and two views of each chain (train.skip_views).
 masks: a training step with step skipping over the same step with plain causal attention of the same rows.
 trainers: real tokens a second of an epoch of `MoteTrainer` (four experts of rank 16, markers trained) and of TRL's
     `SFTTrainer` (PEFT's LoRA of rank 32), padded and packed: same chains, tokens, dtype, rows and settings.
@@ -24,7 +25,7 @@ import argparse
 from pathlib import Path
 
 from mote.bench.bars import table
-from mote.bench.training import choose, held_out_line, measure_training
+from mote.bench.training import choose, held_out_lines, measure_training
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     out = given.pop("out")
     result = measure_training(choose(**given), out)
-    print(table(result) + held_out_line(result))
+    print(table(result) + held_out_lines(result))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,18 @@ from mote.bench.bars import table
 from mote.bench.chains import Ground, facts, made_rows, prepare
 from mote.bench.skipping import UNCOUNTED, Pass, batches, seven, step_views
 from mote.bench.trainers import ARMS, with_experts
-from mote.bench.training import FLOPS, MASKED, MEASURES, SEVEN, Settings, bars, choose, held_out_line, measure_training
+from mote.bench.training import (
+    FLOPS,
+    MASKED,
+    MEASURES,
+    SEVEN,
+    TWO_VIEWS,
+    Settings,
+    bars,
+    choose,
+    held_out_lines,
+    measure_training,
+)
 from mote.errors import UserError
 from mote.masks import document_mask
 from mote.records import append_rows
@@ -97,18 +108,17 @@ def test_everything_measured_is_in_the_file(tmp_path: Path) -> None:
         assert all(len(row["rounds"]) == 1 and row["ratio"]["median"] > 0 for row in measure["variants"].values())
     with_control = [name for name, measure in result["measures"].items() if "control" in measure]
     assert len(with_control) == 4 and not any("FLOPs" in name for name in with_control)
-    assert len(result["bars"]) == 7
+    assert len(result["bars"]) == 9
     flops = result["measures"][FLOPS]["variants"]
-    assert flops[MASKED]["median"] < flops[SEVEN]["median"]
+    assert flops[MASKED]["median"] < flops[TWO_VIEWS]["median"] < flops[SEVEN]["median"]
     held_out = result["held_out"]
     assert (held_out["epochs"], held_out["updates"]) == (2, 2)
-    assert len(held_out["ratios"]) == 1 and held_out["chains"]["held out"] >= 1
-    before, masked, built = (
-        held_out["loss of all forms, of whole chains"][arm][0] for arm in ("before", "masked", "seven")
-    )
-    assert before != masked != built
-    text = table(result) + held_out_line(result)
-    assert "held-out loss, masked over seven data sets" in text and "SFTTrainer, padded" in text
+    assert all(len(found["ratios"]) == 1 for found in held_out["draws"].values())
+    assert held_out["chains"]["held out"] >= 1
+    losses = [losses[0] for losses in held_out["loss of all forms, of whole chains"].values()]
+    assert len(losses) == 5 and len(set(map(tuple, losses))) == 5  # before, three kinds of draws, seven data sets
+    text = table(result) + held_out_lines(result)
+    assert text.count("held-out loss, masked with skip_p") == 3 and "SFTTrainer, padded" in text
 
 
 def test_bars_are_judged_by_the_median() -> None:

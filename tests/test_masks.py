@@ -19,6 +19,7 @@ from mote.errors import UserError
 from mote.masks import PADDING, block_mask, document_mask, draw_sight, positions, sdpa_mask, skip_chances
 from mote.packing import DrawnChain, collate
 from mote.tokens import IGNORED, Tokens
+from mote.views import Unrolled, unroll
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 STEPS = ("analysis", "guidance", "response")
@@ -248,10 +249,10 @@ PAIRS = ((2, 1), (3, 1), (3, 2))
 NAMES = {1: "a", 2: "g", 3: "y"}
 
 
-def chain_of(*steps: int) -> Tokens:
+def chain_of(*steps: int) -> Unrolled:
     written = [id_ for step in steps for id_ in TEXTS[step]] + [END_OF_TURN]
     ids = [0] * len(QUESTION) + [step for step in steps for _ in TEXTS[step]] + [steps[-1]]
-    return Tokens(QUESTION + written, [IGNORED] * len(QUESTION) + written, ids)
+    return unroll(Tokens(QUESTION + written, [IGNORED] * len(QUESTION) + written, ids), torch.zeros(4, 4), 1)
 
 
 def sight_without(hidden: tuple[tuple[int, int], ...]) -> Tensor:
@@ -264,13 +265,13 @@ def sight_without(hidden: tuple[tuple[int, int], ...]) -> Tensor:
 def token_losses(model: Any, rows: list[list[DrawnChain]]) -> tuple[Tensor, dict[str, Tensor]]:
     batch = collate(rows, pad_id=0)
     mask = sdpa_mask(batch["step_ids"], batch["sight"], batch["document_ids"])
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "sight")}
+    inputs = {key: batch[key] for key in batch if key not in ("labels", "sight", "segment_ids", "weights")}
     logits = model(**inputs, attention_mask=mask).logits
     labels = batch["labels"][:, 1:]
     return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none"), batch
 
 
-def step_loss(model: Any, chain: Tokens, sight: Tensor, step: int, markers: bool = False) -> Tensor:
+def step_loss(model: Any, chain: Unrolled, sight: Tensor, step: int, markers: bool = False) -> Tensor:
     """Mean loss of a step's text and end marker, or that of its start marker; packed behind another chain, padded."""
     other = DrawnChain(chain_of(1, 3), sight_without(()), 3)
     losses, batch = token_losses(model, [[other, DrawnChain(chain, sight, 2)], [other] * 3])
@@ -335,7 +336,8 @@ def test_a_whole_model_is_the_same_with_all_masks() -> None:
         DrawnChain(chain_of(1, 3), sight_without(((3, 1),)), 3),
     ]
     batch = collate([drawn[:2], drawn[2:]], pad_id=0)
-    arguments = [batch["step_ids"], batch.pop("sight"), batch["document_ids"]]
+    arguments = [batch.pop("segment_ids"), batch.pop("sight"), batch["document_ids"]]
+    del batch["weights"]
     found = []
     masks = {"sdpa": sdpa_mask, "flex_attention": block_mask, GROUPED_SDPA: document_mask}
     for name, mask in masks.items():

@@ -1,5 +1,6 @@
 """What a batch holds, how chains share a row, and that sharing one changes nothing."""
 
+import itertools
 import random
 from typing import Any
 
@@ -76,9 +77,10 @@ def test_packed_chains_begin_anew() -> None:
 
 
 def draws(data: ChainDataset) -> dict[int, Any]:
-    """The draws of each chain, by the chain."""
+    """The draws of each chain, by its place."""
+    places = {id(chain): place for place, chain in enumerate(data.chains)}
     drawn = [chain for row in range(len(data)) for chain in data[row]]
-    return {id(chain.tokens): (chain.sight.tolist(), chain.question_expert) for chain in drawn}
+    return {places[id(chain.tokens)]: (chain.sight.tolist(), chain.question_expert) for chain in drawn}
 
 
 def test_draws_change_with_the_epoch_and_are_the_same_again() -> None:
@@ -96,6 +98,25 @@ def test_draws_change_with_the_epoch_and_are_the_same_again() -> None:
     assert draws(dataset(chains, 0.5, seed=2)) != first
     packed = dataset(chains, 0.5, seed=1, row_length=40)
     assert len(packed) < len(chains) and draws(packed) == first
+
+
+@pytest.mark.parametrize("skip_p", [0.2, 0.5])
+def test_draws_of_a_chain_spread_evenly_over_epochs(skip_p: float) -> None:
+    """Each expert reads a question once in three epochs, and no pair is hidden much more often than its chance says."""
+    data = dataset([tokens([1, 2, 3, 4], [0, 1, 2, 3]) for _ in range(200)], skip_p)
+    experts, hidden = [], []
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        drawn = [data[row][0] for row in range(len(data))]
+        experts.append([chain.question_expert for chain in drawn])
+        hidden.append(torch.stack([~chain.sight[[2, 3, 3], [1, 1, 2]] for chain in drawn]))
+    for begin in range(0, 12, 3):
+        assert all(sorted(turn) == [1, 2, 3] for turn in zip(*experts[begin : begin + 3], strict=True))
+    assert {tuple(turn) for turn in zip(*experts[:3], strict=True)} == set(itertools.permutations([1, 2, 3]))
+    for epochs in (3, 5, 12):
+        counts = torch.stack(hidden[:epochs]).sum(0)  # draws of their own would reach 3 of 3, and 0 of 12 at one half
+        assert (counts - epochs * skip_p).abs().max() < 1.5
+        assert abs(counts.float().mean() / epochs - skip_p) < 0.05
 
 
 def test_rows_are_drawn_anew_each_epoch_and_stay_as_many() -> None:
@@ -136,7 +157,8 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_single_ones() -> None:
     for row_length in (None, 64):
         data, model = dataset(chains, 0.5, row_length=row_length), adapted().train()
         batch = collate([data[row] for row in range(len(data))], pad_id=0)
-        mask = sdpa_mask(batch["step_ids"], batch.pop("sight"), batch["document_ids"])
+        mask = sdpa_mask(batch.pop("segment_ids"), batch.pop("sight"), batch["document_ids"])
+        del batch["weights"]
         loss = model(**batch, attention_mask=mask).loss
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -153,6 +175,7 @@ def test_a_view_across_chains_would_be_seen() -> None:
     data, model = dataset(some_chains(6), row_length=64), adapted()
     batch = collate([data[row] for row in range(len(data))], pad_id=0)
     sight, documents = batch.pop("sight"), batch["document_ids"]
+    del batch["segment_ids"], batch["weights"]
     apart = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], sight, documents)).loss
     together = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], sight, documents.clamp_max(0))).loss
     assert abs((apart - together).item()) > 1e-3

@@ -1,6 +1,7 @@
 """Training on the tiny model: what a batch holds, what the held-out loss is, and what a recipe may say."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,10 @@ def trained(tiny: Path, folder: Path, count: int = 12, **changes: Any) -> Path:
     return folder
 
 
-def test_packing_changes_rows_and_nothing_else(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("views", [1, 2])
+def test_packing_changes_rows_and_nothing_else(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+) -> None:
     """One update from the same chains and draws: loss, gradient, tokens and held-out losses are those without it."""
     made: list[MoteTrainer] = []
 
@@ -144,9 +148,9 @@ def test_packing_changes_rows_and_nothing_else(tiny: Path, tmp_path: Path, monke
             made.append(self)
 
     monkeypatch.setattr("mote.train.stage.MoteTrainer", Kept)
-    single = trained(tiny, tmp_path / "single")
-    packed = trained(tiny, tmp_path / "packed", packing=True, max_length=256)
-    assert len(made[1].train_dataset) < len(made[0].train_dataset) / 3  # type: ignore[arg-type]
+    single = trained(tiny, tmp_path / "single", skip_views=views)
+    packed = trained(tiny, tmp_path / "packed", packing=True, max_length=256, skip_views=views)
+    assert len(made[1].train_dataset) < len(made[0].train_dataset) / (3 if views == 1 else 2)  # type: ignore[arg-type]
     assert made[0].tokens_seen == made[1].tokens_seen == sum(len(row.ids) for row in made[0].train_dataset.chains)  # type: ignore[union-attr]
     [before], [after] = rows_of(single, "loss"), rows_of(packed, "loss")
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
@@ -165,7 +169,7 @@ def test_packing_changes_rows_and_nothing_else(tiny: Path, tmp_path: Path, monke
 def test_packed_training_goes_on_where_it_was_cut(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {
         "packing": True, "max_length": 64, "num_train_epochs": 4, "save_steps": 1, "per_device_train_batch_size": 2,
-        "step_weights": {"analysis": 0.5},
+        "step_weights": {"analysis": 0.5}, "skip_views": 2,
     }  # fmt: skip
     whole = trained(tiny, tmp_path / "whole", **changes)
     total = rows_of(whole, "loss")[-1]["step"]
@@ -220,6 +224,28 @@ def test_step_weights_weigh_the_loss(tiny: Path, tmp_path: Path, given: dict[str
     assert rows_of(plainly, "loss")[0]["loss"] != pytest.approx(total / count, abs=1e-2)
 
 
+def test_views_lengthen_rows_and_keep_the_loss(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts begin at zero, where a view changes nothing but sights: a chance near 0 shows the whole chain twice."""
+    changes = {"held_out": 0, "learning_rate": 1e-9, "skip_p": 1e-9, "step_weights": {"analysis": 0.5}}
+    plain = trained(tiny, tmp_path / "plain", **changes)
+    twice = trained(tiny, tmp_path / "twice", **changes, skip_views=2)
+    [before], [after] = rows_of(plain, "loss"), rows_of(twice, "loss")
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-3)
+    assert after["tokens"] > 1.2 * before["tokens"]
+    capsys.readouterr()
+    longest = {"max_length": 48}
+    trained(tiny, tmp_path / "short", **changes, **longest)
+    few = _left_out(capsys)
+    trained(tiny, tmp_path / "shorter", **changes, **longest, skip_views=2)
+    assert _left_out(capsys) > few
+
+
+def _left_out(capsys: pytest.CaptureFixture[str]) -> int:
+    found = re.search(r"(\d+) chains are longer than train.max_length", capsys.readouterr().err)
+    return int(found[1]) if found else 0
+
+
 def test_chains_without_a_weight_are_left_out(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained(tiny, tmp_path, step_weights={"response": 0})  # three of the chains are a response alone
     assert "3 chains have only steps whose train.step_weights are 0 and are left out" in capsys.readouterr().err
@@ -234,6 +260,7 @@ def test_chains_without_a_weight_are_left_out(tiny: Path, tmp_path: Path, capsys
         ({"step_weights": {"response": -1}}, r"train\.step_weights\.response=-1\.0: a weight is 0 or above"),
         ({"step_weights": dict.fromkeys(SCHEME.steps, 0)}, "leave one step a weight above 0"),
         ({"step_weights": {"response": 2}, "label_smoothing_factor": 0.1}, r"train\.label_smoothing_factor=0\.1"),
+        ({"skip_views": 2, "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: .* with train.skip_views=2"),
         ({"attention": "flex_attention"}, r"train\.attention=flex_attention: .* use sdpa"),
     ],
 )

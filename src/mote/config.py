@@ -79,6 +79,7 @@ class TrainSettings(BaseModel):
     method: MethodName = Field("mote", description="what is trained: mote, or what it is compared with")
     skip_p: float = Field(0.2, ge=0, le=1, description="chance that a later step may not see an earlier one")
     skip_pairs: dict[str, dict[str, float]] = Field({}, description="of single pairs, {later: {earlier: chance}}")
+    skip_views: int = Field(1, ge=1, description="draws of a chain that one row shows, each with its own later steps")
     loss: Literal["all", "response"] = Field("all", description="response: the steps before it are read, not learnt")
     step_weights: dict[str, float] = Field({}, description="weight of a step's loss where it is not 1")
     steps: tuple[str, ...] = Field((), description="steps that chains are cut to; all of them where none is named")

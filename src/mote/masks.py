@@ -3,7 +3,8 @@
 With probability p a later step may not attend to an earlier one, so one pass over (x, a, g, y) also trains the shorter
 chains. A step's positions start right after the last token it can see, so a response that skips everything is computed
 exactly as a direct answer is (docs/decisions/0004). A row may hold several chains, its documents; none sees another.
-Shapes: B row, T token, S step (the question counts as step 0).
+Shapes: B row, T token, S step (the question counts as step 0), G segment: a step, of one of the views where a chain has
+several (`mote.views`).
 """
 
 import random
@@ -48,13 +49,15 @@ def skip_chances(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps:
     return chances_S_S
 
 
-def draw_sight(present: list[int], chances_S_S: Tensor, rng: random.Random) -> Tensor:
+def draw_sight(present: list[int], chances_S_S: Tensor, rng: random.Random, shift: float = 0.0) -> Tensor:
     """Draw which steps of one chain see which.
 
     Args:
         present: Step ids of the chain's reasoning steps, in order.
         chances_S_S: `skip_chances`; each ordered pair has its own draw.
         rng: Source of the draw.
+        shift: Added to each number drawn, modulo 1. Views of one chain have the same numbers, with shifts that lie
+            evenly between 0 and 1 (systematic sampling): at a chance of 0.5 two views are each other's opposite.
 
     Returns:
         (S, S) bool, `[later, earlier]`; the question and a step itself are always seen.
@@ -62,32 +65,32 @@ def draw_sight(present: list[int], chances_S_S: Tensor, rng: random.Random) -> T
     sight_S_S = torch.ones_like(chances_S_S, dtype=torch.bool)
     for i, earlier in enumerate(present):
         for later in present[i + 1 :]:
-            sight_S_S[later, earlier] = rng.random() >= chances_S_S[later, earlier].item()
+            sight_S_S[later, earlier] = (rng.random() + shift) % 1 >= chances_S_S[later, earlier].item()
     return sight_S_S
 
 
-def positions(steps_T: Tensor, sight_S_S: Tensor) -> Tensor:
+def positions(segments_T: Tensor, sight_G_G: Tensor) -> Tensor:
     """Position of each token (T) of one chain: its step starts right after the last token that the step can see.
 
     Args:
-        steps_T: Step of each token.
-        sight_S_S: `draw_sight` of the chain.
+        segments_T: Segment of each token.
+        sight_G_G: `draw_sight` of the chain, or `mote.views.join_sights` of its views.
     """
-    position_T = torch.zeros_like(steps_T)
-    for step, sight_S in enumerate(sight_S_S):
-        own_T = steps_T == step
-        before_T = position_T[sight_S[steps_T] & (steps_T < step)]
+    position_T = torch.zeros_like(segments_T)
+    for segment, sight_G in enumerate(sight_G_G):
+        own_T = segments_T == segment
+        before_T = position_T[sight_G[segments_T] & (segments_T < segment)]
         start = int(before_T.max()) + 1 if len(before_T) else 0
         position_T[own_T] = start + torch.arange(int(own_T.sum()))
     return position_T
 
 
-def edge(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> Edge:
+def edge(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> Edge:
     """The rule that both forms of the mask are made of; takes numbers or tensors of them.
 
     Args:
-        steps_B_T: Step of each token.
-        sight_B_T_S: Which steps of its chain each token sees.
+        segments_B_T: Segment of each token.
+        sight_B_T_G: Which segments of its chain each token sees.
         documents_B_T: Which chain of its row each token is in; `PADDING` for padding.
 
     Returns:
@@ -97,30 +100,30 @@ def edge(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> Edge:
     def may_see(row: Any, head: Any, query: Any, key: Any) -> Tensor:
         document = documents_B_T[row, query]
         same = (document == documents_B_T[row, key]) & (document != PADDING)
-        seen: Tensor = same & (key <= query) & sight_B_T_S[row, query, steps_B_T[row, key]] | (query == key)
+        seen: Tensor = same & (key <= query) & sight_B_T_G[row, query, segments_B_T[row, key]] | (query == key)
         return seen
 
     return may_see
 
 
-def sdpa_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> Tensor:
+def sdpa_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> Tensor:
     """The edges as SDPA takes them: (B, 1, T, T) bool, `[query, key]`. Arguments as in `edge`."""
-    rows, length = steps_B_T.shape
-    row = torch.arange(rows, device=steps_B_T.device)[:, None, None, None]
-    token = torch.arange(length, device=steps_B_T.device)
-    return edge(steps_B_T, sight_B_T_S, documents_B_T)(row, 0, token[:, None], token)
+    rows, length = segments_B_T.shape
+    row = torch.arange(rows, device=segments_B_T.device)[:, None, None, None]
+    token = torch.arange(length, device=segments_B_T.device)
+    return edge(segments_B_T, sight_B_T_G, documents_B_T)(row, 0, token[:, None], token)
 
 
-def document_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> DocumentMask:
+def document_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> DocumentMask:
     """`sdpa_mask` that knows its documents, for the attention of a CPU (`mote.attention`). Arguments as in `edge`.
 
     A document whose steps were drawn to see everything is known to be plain causal attention.
     """
-    mask = sdpa_mask(steps_B_T, sight_B_T_S, documents_B_T).as_subclass(DocumentMask)
+    mask = sdpa_mask(segments_B_T, sight_B_T_G, documents_B_T).as_subclass(DocumentMask)
     mask.documents = []
-    for documents_T, sight_T_S in zip(documents_B_T, sight_B_T_S, strict=True):
+    for documents_T, sight_T_G in zip(documents_B_T, sight_B_T_G, strict=True):
         numbers, lengths = torch.unique_consecutive(documents_T, return_counts=True)
-        seen = sight_T_S.all(-1).split(lengths.tolist())
+        seen = sight_T_G.all(-1).split(lengths.tolist())
         mask.documents.append(
             [
                 (len(part), number == PADDING or bool(part.all()))
@@ -130,8 +133,8 @@ def document_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor)
     return mask
 
 
-def block_mask(steps_B_T: Tensor, sight_B_T_S: Tensor, documents_B_T: Tensor) -> BlockMask:
+def block_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> BlockMask:
     """The edges as FlexAttention takes them: blocks without an edge are not computed. Arguments as in `edge`."""
-    rows, length = steps_B_T.shape
-    rule = edge(steps_B_T, sight_B_T_S, documents_B_T)
-    return create_block_mask(rule, rows, None, length, length, device=steps_B_T.device)
+    rows, length = segments_B_T.shape
+    rule = edge(segments_B_T, sight_B_T_G, documents_B_T)
+    return create_block_mask(rule, rows, None, length, length, device=segments_B_T.device)

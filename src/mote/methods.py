@@ -63,7 +63,7 @@ def settled(recipe: Recipe, scheme: Scheme) -> Recipe:
         update={"r": experts.r * method.widen, "lora_alpha": experts.lora_alpha * method.widen, **method.experts}
     )
     if not method.skips:
-        train = train.model_copy(update={"skip_p": 0.0, "skip_pairs": {}})
+        train = train.model_copy(update={"skip_p": 0.0, "skip_pairs": {}, "skip_views": 1})
     if method.checks:  # a verdict on an answer that is not seen would be a guess
         pairs = {**train.skip_pairs, CHECK: dict.fromkeys(scheme.steps, 0.0)}
         train = train.model_copy(update={"skip_pairs": pairs})

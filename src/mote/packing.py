@@ -1,8 +1,8 @@
 """Chains -> batches: the draws of an epoch, chains packed into rows, rows padded into a batch.
 
 It knows nothing of the model. A chain's draws depend on the seed, the epoch and the chain alone, so they are the same
-whether it is packed or not (docs/decisions/0016).
-Shapes: B row, T token, S step.
+whether it is packed or not (docs/decisions/0016). Over epochs they spread evenly (docs/decisions/0038).
+Shapes: B row, T token, S step, G segment (`mote.views`).
 """
 
 import random
@@ -18,6 +18,9 @@ from torch.utils.data import Dataset
 from mote.masks import PADDING, draw_sight, positions
 from mote.routing import QUESTION
 from mote.tokens import IGNORED, Tokens
+from mote.views import Unrolled, join_sights, repeated, unroll
+
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, lie as evenly as multiples of one number can, however many
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,12 @@ class DrawnChain:
     """A chain with its draws of one epoch.
 
     Attributes:
-        tokens: Its ids, labels and steps.
-        sight: Which of its steps see which (S, S).
+        tokens: Its ids, labels and steps, each view of it behind the other.
+        sight: Which of its segments see which (G, G).
         question_expert: Step whose expert reads the question.
     """
 
-    tokens: Tokens
+    tokens: Unrolled
     sight: Tensor
     question_expert: int
 
@@ -38,16 +41,20 @@ class DrawnChain:
 class ChainDataset(Dataset[list[DrawnChain]]):
     """Rows of one or several chains, with the draws of this epoch."""
 
-    def __init__(self, chains: Sequence[Tokens], chances_S_S: Tensor, seed: int, row_length: int | None = None) -> None:
+    def __init__(
+        self, chains: Sequence[Tokens], chances_S_S: Tensor, seed: int, row_length: int | None = None, views: int = 1
+    ) -> None:
         """Rows of one chain each, or packed ones where a row's length is given.
 
         Args:
-            chains: Tokenised chains, none longer than a row.
+            chains: Tokenised chains, with their views none longer than a row.
             chances_S_S: `mote.masks.skip_chances`.
             seed: Seed of the draws.
             row_length: Room for tokens in a packed row.
+            views: Draws of each chain.
         """
-        self.chains, self.chances_S_S, self.seed, self.row_length = chains, chances_S_S, seed, row_length
+        self.chains = [unroll(chain, chances_S_S, views) for chain in chains]
+        self.chances_S_S, self.seed, self.row_length, self.views = chances_S_S, seed, row_length, views
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -65,11 +72,16 @@ class ChainDataset(Dataset[list[DrawnChain]]):
         return [self._draw(index) for index in self.rows[row]]
 
     def _draw(self, index: int) -> DrawnChain:
-        tokens = self.chains[index]
-        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        """Numbers are drawn once for a chain; epochs and views shift them, so that draws spread evenly over both."""
+        tokens, experts = self.chains[index], len(self.chances_S_S) - 1
         present = sorted(set(tokens.steps) - {QUESTION})
-        sight = draw_sight(present, self.chances_S_S, rng)
-        return DrawnChain(tokens, sight, rng.randint(1, len(self.chances_S_S) - 1))
+        sights = []
+        for view in range(self.views):
+            rng, shift = random.Random(f"{self.seed}/{index}"), self.epoch * GOLDEN + view / self.views
+            sights.append(draw_sight(present, self.chances_S_S, rng, shift))
+        turns = random.Random(f"{self.seed}/{index}/question").sample(range(1, experts + 1), experts)
+        sight = join_sights(sights, repeated(present, self.chances_S_S))
+        return DrawnChain(tokens, sight, turns[self.epoch % experts])
 
 
 def pack(lengths: Sequence[int], room: int, rng: random.Random) -> list[list[int]]:
@@ -114,20 +126,22 @@ def collate(rows: Sequence[Sequence[DrawnChain]], pad_id: int) -> dict[str, Tens
     """Join the chains of each row and pad rows on the right.
 
     Returns:
-        What the model's forward takes, (B, T), `question_experts` of each token among it; and `sight` (B, T, S), which
-        steps of its chain each token sees, for the mask.
+        What the model's forward takes, (B, T), `question_experts` of each token among it; for the mask `segment_ids`
+        (B, T) and `sight` (B, T, G), which segments of its chain each token sees; and `weights` (B, T) of the loss.
     """
 
-    def batch(of: Callable[[DrawnChain], list[int] | Tensor], fill: int) -> Tensor:
+    def batch(of: Callable[[DrawnChain], list[int] | list[float] | Tensor], fill: int) -> Tensor:
         return pad_sequence([torch.cat([torch.as_tensor(of(chain)) for chain in row]) for row in rows], True, fill)
 
     documents = [[d for d, chain in enumerate(row) for _ in chain.tokens.ids] for row in rows]
     return {
         "input_ids": batch(lambda chain: chain.tokens.ids, pad_id),
         "labels": batch(lambda chain: chain.tokens.labels, IGNORED),
-        "position_ids": batch(lambda chain: positions(torch.tensor(chain.tokens.steps), chain.sight), 0),
+        "position_ids": batch(lambda chain: positions(torch.tensor(chain.tokens.segments), chain.sight), 0),
         "step_ids": batch(lambda chain: chain.tokens.steps, QUESTION),
         "document_ids": pad_sequence([torch.tensor(row) for row in documents], True, PADDING),
-        "sight": batch(lambda chain: chain.sight[chain.tokens.steps], False),
+        "segment_ids": batch(lambda chain: chain.tokens.segments, QUESTION),
+        "sight": batch(lambda chain: chain.sight[chain.tokens.segments], False),
+        "weights": batch(lambda chain: chain.tokens.weights, 0),
         "question_experts": batch(lambda chain: [chain.question_expert] * len(chain.tokens.ids), QUESTION),
     }

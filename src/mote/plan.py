@@ -245,7 +245,8 @@ class _Run:
         settings = self.recipe.train
         rows = max(1, round(asked.count * (1 - settings.held_out)))
         steps = expected_steps(self.scheme, ADAPTIVE)
-        length = min(settings.max_length, asked.mean + steps * (WRITTEN * self.recipe.chains.max_tokens + 2))
+        texts = 1 + (steps - 1) * settings.skip_views  # the first step stands in a row once
+        length = min(settings.max_length, asked.mean + texts * (WRITTEN * self.recipe.chains.max_tokens + 2))
         together = settings.max_length / length if settings.packing else 1  # chains in a row
         batch = round(settings.per_device_train_batch_size * settings.gradient_accumulation_steps * together)
         tokens = rows * length * settings.num_train_epochs
@@ -299,7 +300,8 @@ class _Run:
     def row_length(self, asked: _Asked) -> int:
         """Tokens of the longest row that is trained on."""
         settings = self.recipe.train
-        longest = asked.longest + len(self.scheme.steps) * (self.recipe.chains.max_tokens + 2)
+        texts = 1 + (len(self.scheme.steps) - 1) * settings.skip_views
+        longest = asked.longest + texts * (self.recipe.chains.max_tokens + 2)
         return settings.max_length if settings.packing else min(settings.max_length, longest)
 
 

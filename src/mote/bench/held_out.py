@@ -8,49 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mote.bench.chains import Ground
-from mote.bench.skipping import Pass, batches, seven
+from mote.bench.chains import STEPS, Ground
+from mote.bench.skipping import Pass, batches, on_device, seven
 from mote.bench.timing import say
 from mote.bench.trainers import with_experts
-from mote.masks import document_mask
+from mote.masks import document_mask, skip_chances
+from mote.packing import ChainDataset, collate
 from mote.tokens import IGNORED, Tokens
 
 LEARNING_RATE = 5e-4  # the quickstart's, and as there it falls linearly to 0
 CHAINS = 2  # of an update: the quickstart's too
+DRAWS = {  # skip_p and views of each masked arm
+    "skip_p 0.2": (0.2, 1),
+    "skip_p 0.5": (0.5, 1),
+    "skip_p 0.5, two views": (0.5, 2),
+}
 
 
-def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: int, skip_p: float) -> dict[str, Any]:
-    """Train both arms from the same start on the same chains in the same order, once for each seed.
+def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: int) -> dict[str, Any]:
+    """Train all arms from the same start on the same chains in the same order, once for each seed.
 
-    An update of one arm is on masked chains, drawn anew in each epoch; of the other, on the seven data sets' rows of
-    the same chains. Both are trained on `chains` chains, or on as many as leave a third of them. The loss is that of
+    An update of a masked arm is on masked chains, drawn anew in each epoch; of the other, on the seven data sets' rows
+    of the same chains. All are trained on `chains` chains, or on as many as leave a third of them. The loss is that of
     the text and end markers of held-out chains in all their seven forms: start markers are left out, since the arms are
     taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
 
     Returns:
-        Losses by arm and seed, before and after, of all forms and of the whole chains alone; the ratios of both.
+        Losses by arm and seed, before and after, of all forms and of the whole chains alone; the ratios of both of each
+        masked arm.
     """
     rows = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
-    losses: dict[str, list[list[float]]] = {"before": [], "masked": [], "seven": []}
+    arms: dict[str, tuple[float, int] | None] = {**DRAWS, "seven": None}
+    losses: dict[str, list[list[float]]] = {name: [] for name in ("before", *arms)}
     count = min(chains, 2 * len(rows) // 3)
     for seed in seeds:
         order = random.Random(seed).sample(rows, len(rows))
         train, held = order[:count], order[count:]
-        seen = []  # chains of each update
-        for epoch in range(epochs):
-            shuffled = random.Random(f"{seed} {epoch}").sample(train, count)
-            seen += [shuffled[i : i + CHAINS] for i in range(0, count, CHAINS)]
-        for arm in ("masked", "seven"):
+        shuffled = [random.Random(f"{seed} {epoch}").sample(train, count) for epoch in range(epochs)]
+        for arm, draws in arms.items():
             say(f"held-out loss: seed {seed}, {arm}")
             torch.manual_seed(seed)
             model = with_experts(ground, ground.config, False)
-            if arm == "masked":
+            if len(losses["before"]) == len(losses["seven"]):
                 losses["before"].append(_held_out(model, ground, held))
-            _train(model, ground, seen, arm == "masked", skip_p, seed)
+            _train(model, ground, shuffled, draws, seed)
             losses[arm].append(_held_out(model, ground, held))
             say(f"held-out loss: seed {seed}, {arm}: {losses[arm][-1][0]}")
-    pairs = list(zip(losses["masked"], losses["seven"], strict=True))
-    ratios, of_whole = ([masked[kind] / built[kind] for masked, built in pairs] for kind in (0, 1))
     return {
         "seeds": list(seeds),
         "chains": {"trained on": count, "held out": len(rows) - count},
@@ -58,6 +61,14 @@ def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: 
         "updates": len(range(0, count, CHAINS)) * epochs,
         "learning_rate": LEARNING_RATE,
         "loss of all forms, of whole chains": losses,
+        "draws": {name: _ratios(losses[name], losses["seven"]) for name in DRAWS},
+    }
+
+
+def _ratios(masked: list[list[float]], seven: list[list[float]]) -> dict[str, Any]:
+    pairs = list(zip(masked, seven, strict=True))
+    ratios, of_whole = ([one[kind] / other[kind] for one, other in pairs] for kind in (0, 1))
+    return {
         "ratios": [round(ratio, 4) for ratio in ratios],
         "median": round(statistics.median(ratios), 4),
         "ratios of whole chains": [round(ratio, 4) for ratio in of_whole],
@@ -66,16 +77,24 @@ def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: 
 
 
 def _train(
-    model: Any, ground: Ground, updates: Sequence[Sequence[Tokens]], masked: bool, skip_p: float, seed: int
+    model: Any, ground: Ground, epochs: Sequence[Sequence[Tokens]], draws: tuple[float, int] | None, seed: int
 ) -> None:
+    """Train on the chains of each epoch, in their order: masked with such draws, or on all their forms."""
+    forms = {id(chain): [chain] if draws else seven(chain) for chain in epochs[0]}
+    skip_p, views = draws or (0.0, 1)
+    places, rows = {}, list[Tokens]()
+    for chain, its in forms.items():
+        places[chain] = range(len(rows), len(rows) + len(its))
+        rows += its
+    data = ChainDataset(rows, skip_chances(skip_p, {}, STEPS), seed, views=views)
     step = Pass(model, [], document_mask)
     [group] = step.optimizer.param_groups
-    for index, rows in enumerate(updates):
-        chains = [[row] if masked else seven(row) for row in rows]
-        room = max(sum(len(form.ids) for form in forms) for forms in chains)
-        step.batches = batches([form for forms in chains for form in forms], skip_p if masked else 0.0, room,
-                               sum(map(len, chains)), ground.tokenizer.pad_token_id, ground.model.device,
-                               seed * len(updates) + index)  # fmt: skip
+    updates = [(epoch, chains[i : i + CHAINS]) for epoch, chains in enumerate(epochs)
+               for i in range(0, len(chains), CHAINS)]  # fmt: skip
+    for index, (epoch, chains) in enumerate(updates):
+        data.set_epoch(epoch)
+        drawn = [[data[place][0] for place in places[id(chain)]] for chain in chains]
+        step.batches = [on_device(collate(drawn, ground.tokenizer.pad_token_id), ground.model.device)]
         group["lr"] = LEARNING_RATE * (1 - index / len(updates))
         step()
 

@@ -23,6 +23,7 @@ from mote.routing import QUESTION
 from mote.tokens import IGNORED, Tokens
 from mote.train.loss import plain_head, tiled_losses, token_losses
 
+UNSEEN = ("labels", "sight", "segment_ids", "weights")  # what is in a batch and not the model's
 aten = torch.ops.aten
 MakeMask = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -66,11 +67,11 @@ class Pass:
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy of each token but the first (B, T-1) of one batch, 0 where there is no label."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "sight")}
+        inputs = {name: value for name, value in batch.items() if name not in UNSEEN}
         if self.make_mask is None:
             del inputs["position_ids"]
         else:
-            inputs["attention_mask"] = self.make_mask(batch["step_ids"], batch["sight"], batch["document_ids"])
+            inputs["attention_mask"] = self.make_mask(batch["segment_ids"], batch["sight"], batch["document_ids"])
         head = plain_head(self.model)
         if head is None:
             return token_losses(self.model(**inputs, use_cache=False).logits, batch["labels"])
@@ -82,7 +83,8 @@ class Pass:
         synchronize()
         began = time.perf_counter()
         for batch in self.batches:
-            (self.losses(batch).sum() / (batch["labels"] != IGNORED).sum()).backward()  # type: ignore[no-untyped-call]
+            weights = (batch["weights"] * (batch["labels"] != IGNORED))[:, 1:]
+            ((self.losses(batch) * weights).sum() / weights.sum()).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         synchronize()
@@ -96,7 +98,7 @@ class Pass:
 
 
 def batches(
-    rows: Sequence[Tokens], skip_p: float, length: int | None, per_batch: int, pad_id: int, device: str, seed: int = 0
+    rows: Sequence[Tokens], skip_p: float, length: int | None, per_batch: int, pad_id: int, device: str, views: int = 1
 ) -> list[dict[str, Tensor]]:
     """Batches of one epoch, with its draws.
 
@@ -107,12 +109,17 @@ def batches(
         per_batch: Rows in a batch.
         pad_id: Id to pad with.
         device: Where the batches go.
-        seed: Of the draws.
+        views: Draws of each chain.
     """
-    data = ChainDataset(rows, skip_chances(skip_p, {}, STEPS), seed, length)
+    data = ChainDataset(rows, skip_chances(skip_p, {}, STEPS), 0, length, views)
     drawn = [data[i] for i in range(len(data))]
     parts = [drawn[i : i + per_batch] for i in range(0, len(drawn), per_batch)]
-    return [{name: value.to(device) for name, value in collate(part, pad_id).items()} for part in parts]
+    return [on_device(collate(part, pad_id), device) for part in parts]
+
+
+def on_device(batch: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
+    """A batch on another device."""
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _addmm(own: Any, one: Any, other: Any, *_: Any, **__: Any) -> int:

@@ -102,10 +102,10 @@ def _check_trackers(names: Any) -> None:
 
 
 def step_weights(settings: TrainSettings, steps: tuple[str, ...], answer: str = "response") -> Tensor | None:
-    """Weight of the loss of each step's tokens (S), 0 for the question; None where every step counts the same.
+    """Weight of the loss of each step's tokens (S), 0 for the question; None where every token counts the same.
 
     Args:
-        settings: `loss` and `step_weights` are used.
+        settings: `loss`, `step_weights` and `skip_views` are used.
         steps: The steps that are trained, in order.
         answer: The step that the user reads.
 
@@ -126,12 +126,11 @@ def step_weights(settings: TrainSettings, steps: tuple[str, ...], answer: str = 
     given = [weights.get(step, 1.0) for step in steps]
     if not any(given):
         raise UserError(f"recipe: train.step_weights={settings.step_weights}: leave one step a weight above 0")
-    if set(given) == {1.0}:
+    if set(given) == {1.0} and settings.skip_views == 1:
         return None
     if smoothing := (settings.model_extra or {}).get("label_smoothing_factor"):
-        raise UserError(
-            f"recipe: train.label_smoothing_factor={smoothing}: does not go with train.step_weights; remove one"
-        )
+        other = "step_weights" if settings.skip_views == 1 else f"skip_views={settings.skip_views}"
+        raise UserError(f"recipe: train.label_smoothing_factor={smoothing}: does not go with train.{other}; remove one")
     return torch.tensor([0.0, *given])
 
 

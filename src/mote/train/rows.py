@@ -1,7 +1,7 @@
 """Chains -> the rows a method trains on, in groups of one chain each, so that a chain is held out as a whole."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -90,13 +90,21 @@ def apart(row: Tokens) -> Group:
     return group
 
 
-def usable(groups: Sequence[Group], max_length: int, weights_S: Tensor | None) -> tuple[list[Group], int, int]:
+def usable(
+    groups: Sequence[Group], max_length: int, weights_S: Tensor | None, length: Callable[[Tokens], int]
+) -> tuple[list[Group], int, int]:
     """The groups that fit, with the rows that have a weight.
+
+    Args:
+        groups: Rows of each chain.
+        max_length: Most tokens of a row.
+        weights_S: Of the steps' losses.
+        length: Tokens of a row as it is trained on.
 
     Returns:
         Them, how many chains are too long, and how many have only steps that weigh nothing.
     """
-    fitting = [group for group in groups if all(len(row.ids) <= max_length for row in group)]
+    fitting = [group for group in groups if all(length(row) <= max_length for row in group)]
     if weights_S is None:
         return fitting, len(groups) - len(fitting), 0
     weighed = [[row for row in group if _weighs(row, weights_S)] for group in fitting]

@@ -37,6 +37,7 @@ from mote.train.metrics import Metrics, held_out_losses, last_whole_checkpoint
 from mote.train.rows import groups_of, split_groups, usable
 from mote.train.trainer import Epochs, MoteTrainer
 from mote.tuner import MoteConfig
+from mote.views import unroll
 from mote.writing import writing
 
 
@@ -70,7 +71,9 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     weights = step_weights(settings, steps, scheme.answer)
     flex = uses_flex_attention(recipe, base.model.device.type)
     every = groups_of(chains, recipe, scheme, steps, base.tokenizer, markers)
-    groups, too_long, weightless = usable(every, settings.max_length, weights)
+    groups, too_long, weightless = usable(
+        every, settings.max_length, weights, lambda row: len(unroll(row, chances, settings.skip_views).ids)
+    )
     if too_long:
         _say(f"{too_long} chains are longer than train.max_length={settings.max_length} and left out")
     if weightless:
@@ -91,8 +94,9 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     model.peft_config["default"].base_model_name_or_path = base.name
     trainable, parameters = model.get_nb_trainable_parameters()
     _say(f"{settings.method} trains {trainable:,} parameters, {trainable / parameters:.2%} of the model's")
-    _say_memory(base.model, recipe, trainable, len(steps), settings.max_length if settings.packing else
-                max(len(row.ids) for row in train_rows))  # fmt: skip
+    room = settings.max_length if settings.packing else None
+    data = ChainDataset(train_rows, chances, recipe.seed, room, settings.skip_views)
+    _say_memory(base.model, recipe, trainable, len(steps), room or max(len(row.ids) for row in data.chains))
     arguments = training_arguments(recipe, folder, evaluates=bool(held_out), device=base.model.device.type)
     arguments.push_to_hub, pushes = (
         False,
@@ -100,7 +104,6 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     )  # the trainer would push its checkpoints, we the adapter
     metrics = Metrics(folder / "metrics.jsonl", {"method": settings.method, "trained_parameters": trainable})
     patience = settings.early_stopping_patience
-    data = ChainDataset(train_rows, chances, recipe.seed, settings.max_length if settings.packing else None)
     trainer = MoteTrainer(
         model=model,
         args=arguments,

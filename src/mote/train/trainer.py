@@ -56,7 +56,9 @@ class MoteTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As `Trainer`, then the mask: made on the device, where only its rule and no (T, T) matrix need go."""
         batch: dict[str, Any] = super()._prepare_inputs(inputs)
-        batch["attention_mask"] = self.make_mask(batch["step_ids"], batch.pop("sight"), batch["document_ids"])
+        batch["attention_mask"] = self.make_mask(batch.pop("segment_ids"), batch.pop("sight"), batch["document_ids"])
+        if self.step_weights is None:
+            del batch["weights"]
         return batch
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | None]:
@@ -89,7 +91,7 @@ class MoteTrainer(Trainer):
 
     def _losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Cross-entropy of each token but the first (B, T-1), 0 where there is no label."""
-        given, labels = {name: value for name, value in inputs.items() if name != "labels"}, inputs["labels"]
+        given, labels = {name: inputs[name] for name in inputs if name not in ("labels", "weights")}, inputs["labels"]
         head = self._head()
         if head is None:
             return token_losses(model(**given).logits, labels)
@@ -137,7 +139,7 @@ class Epochs(TrainerCallback):
 
 
 def token_weights(batch: dict[str, Any], weights_S: Tensor) -> Tensor:
-    """Weight of the loss of each token but the first (B, T-1): its step's; 0 where it has no loss."""
-    steps, labels = batch["step_ids"][:, 1:], batch["labels"][:, 1:]
-    weights: Tensor = weights_S.to(steps.device)[steps] * (labels != IGNORED)
+    """Weight of the loss of each token but the first (B, T-1): its step's, times its own; 0 where it has no loss."""
+    steps, labels, own = (batch[name][:, 1:] for name in ("step_ids", "labels", "weights"))
+    weights: Tensor = weights_S.to(steps.device)[steps] * own * (labels != IGNORED)
     return weights
