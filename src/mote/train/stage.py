@@ -75,7 +75,8 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
         every, settings.max_length, weights, lambda row: len(unroll(row, chances, settings.skip_views).ids)
     )
     if too_long:
-        _say(f"{too_long} chains are longer than train.max_length={settings.max_length} and left out")
+        views = f" in train.skip_views={settings.skip_views} views" if settings.skip_views > 1 else ""
+        _say(f"{too_long} chains are longer{views} than train.max_length={settings.max_length} and left out")
     if weightless:
         _say(f"{weightless} chains have only steps whose train.step_weights are 0 and are left out")
     if not groups:
