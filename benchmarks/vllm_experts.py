@@ -6,10 +6,10 @@
 
 A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), on a model of a folder, or on a random model as wide as
 Llama-3.2-1B (`wide`) with 6 layers, which share the multiplications with the vocabulary as its 16 do: what the experts
-of a layer cost beside it goes with 1 / width. Three engines in one process with one thread take turns, each turn in
-another order: base, base again (A/A: what differs from 1 is noise), experts; once without compiled graphs, once with
-them. Every answer has the same number of tokens. The processor's own time stands beside the clock's: others on the
-machine move it less.
+of a layer cost beside it goes with 1 / width. Three engines in one process with one thread take turns pass by pass, so
+that what slows the machine down slows them all: base, base again (A/A: what differs from 1 is noise), experts, each
+round in another order; once without compiled graphs, once with them. Every answer has the same number of tokens. The
+processor's own time stands beside the clock's: others on the machine move it less.
 """
 
 import argparse
@@ -84,18 +84,31 @@ def engine(folder: Path | str, eager: bool, rows: int) -> LLM:
                enable_prefix_caching=False, distributed_executor_backend="uni")  # fmt: skip
 
 
-def seconds(llm: LLM, prompts: Sequence[Any], experts: bool) -> tuple[float, float]:
-    """Of all answers, prompts included: by the clock, and of the processor."""
+def seconds(engines: Sequence[LLM], prompts: Sequence[Any], experts: int) -> list[tuple[float, float]]:
+    """Of all answers of each engine, prompts included: by the clock, and of the processor.
+
+    The engines take turns pass by pass, so that what slows the machine down for a second slows them all.
+
+    Args:
+        engines: In the order of their turns.
+        prompts: The same for each.
+        experts: Which of them has the experts.
+    """
     modes = [list(MODES)[i % len(MODES)] for i in range(len(prompts))]
-    params = [
-        SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True,
-                       extra_args={"mode": mode, "max_step_tokens": MODES[mode]} if experts else None)
-        for mode in modes
-    ]  # fmt: skip
-    clock, processor = time.perf_counter(), time.process_time()
-    done = llm.generate(prompts, params, use_tqdm=False)
-    taken = time.perf_counter() - clock, time.process_time() - processor
-    assert all(len(answer.outputs[0].token_ids) == NEW for answer in done)
+    for place, llm in enumerate(engines):
+        for number, (prompt, mode) in enumerate(zip(prompts, modes, strict=True)):
+            extra = {"mode": mode, "max_step_tokens": MODES[mode]} if place == experts else None
+            params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args=extra)
+            llm.llm_engine.add_request(str(number), prompt, params)
+    taken, written = [(0.0, 0.0)] * len(engines), 0
+    while any(llm.llm_engine.has_unfinished_requests() for llm in engines):
+        for place, llm in enumerate(engines):
+            clock, processor = time.perf_counter(), time.process_time()
+            for answer in llm.llm_engine.step():
+                written += len(answer.outputs[0].token_ids) if answer.finished else 0
+            before = taken[place]
+            taken[place] = before[0] + time.perf_counter() - clock, before[1] + time.process_time() - processor
+    assert written == NEW * len(prompts) * len(engines)
     return taken
 
 
@@ -107,11 +120,12 @@ def measure(base: str, served: Path, eager: bool, given: argparse.Namespace) -> 
     prompts = [{"prompt_token_ids": row} for row in ids]
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for turn in range(given.rounds + 1):
-        order = list(engines.items())
-        for name, llm in order[turn % 3 :] + order[: turn % 3]:
-            spent = seconds(llm, prompts, name == "experts")
+        order = list(engines)
+        names = order[turn % 3 :] + order[: turn % 3]
+        spent = seconds([engines[name] for name in names], prompts, names.index("experts"))
+        for name, of_engine in zip(names, spent, strict=True):
             if turn:  # the first turn warms up
-                taken[name].append(spent)
+                taken[name].append(of_engine)
     for llm in engines.values():
         llm.llm_engine.engine_core.shutdown()
     clock = statistics.median(spent for spent, _ in taken["base"])

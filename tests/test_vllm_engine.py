@@ -23,7 +23,7 @@ from mote.decode import Model  # noqa: E402
 from mote.records import Message  # noqa: E402
 from mote.steps import BASE  # noqa: E402
 from mote.tokens import encode_prompt  # noqa: E402
-from mote.vllm import models, steps  # noqa: E402
+from mote.vllm import experts, merged, models, steps, written  # noqa: E402
 from mote.vllm.renderer import StepRenderer  # noqa: E402
 from mote.vllm.route import chunk_steps  # noqa: E402
 
@@ -231,17 +231,22 @@ def test_two_tensor_parallel_processes(kv_heads: int, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("merged", [True, False], ids=["merged", "plain"])
-def test_both_forms_of_the_experts(
-    merged: bool,
+@pytest.mark.parametrize("form", [experts.Gates, merged.MergedGates, written.WrittenGates])
+def test_all_forms_of_the_experts(
+    form: type,
     eager: bool,
     served: Path,
     asked: list[Asked],
     expected: dict[int, list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(models, "mergeable", lambda vllm_config: merged)  # a GPU runs the plain form
+    if form is experts.Gates:
+        monkeypatch.setattr(models, "mergeable", lambda vllm_config: False)  # as on a GPU
+    elif form is merged.MergedGates:
+        monkeypatch.setattr(written, "SPARE", 0)  # as where memory is short
     engine = Engine(served, **TIGHT, enforce_eager=eager)
-    written = engine.answers(asked)
+    gates = engine.engine.model_executor.driver_worker.worker.model_runner.model.mote_gates
+    assert type(gates) is form
+    answers = engine.answers(asked)
     engine.close()
-    assert len(equal(written, expected)) == len(asked)
+    assert len(equal(answers, expected)) == len(asked)

@@ -1,5 +1,7 @@
-"""The experts merged into a layer's weight, against the plain form of the same experts."""
+"""The experts merged into one weight of a layer, or two, against the plain form of the same experts."""
 
+import ctypes
+import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from vllm.distributed import (  # noqa: E402
 )
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear  # noqa: E402
 
-from mote.vllm import experts, merged  # noqa: E402
+from mote.vllm import experts, merged, written  # noqa: E402
 from mote.vllm.models import mergeable  # noqa: E402
 
 RANK, INPUTS, WIDTHS = 4, 32, [48, 16]
@@ -65,11 +67,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
     cleanup_dist_env_and_memory()
 
 
-def make_layer(settings: VllmConfig) -> MergedColumnParallelLinear:
+def make_layer(settings: VllmConfig, bias: bool = False) -> MergedColumnParallelLinear:
     """The same layer each time."""
     with set_current_vllm_config(settings):
-        made = MergedColumnParallelLinear(INPUTS, WIDTHS, bias=False, params_dtype=torch.float32)
-    torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
+        made = MergedColumnParallelLinear(INPUTS, WIDTHS, bias=bias, params_dtype=torch.float32)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     return made
 
 
@@ -89,6 +92,54 @@ def test_equal_to_the_plain_form(batch: str, table: str, places: list[int], sett
     torch.testing.assert_close(outputs(loaded(layer), x), expected, atol=1e-4, rtol=1e-4)
     gates.set(torch.full_like(steps, 4))
     assert (outputs(plain, x) - expected).abs().max() > 1 or batch == "base"  # the experts do add something
+
+
+@pytest.fixture(scope="module")
+def kernel() -> ctypes.CDLL:
+    found = written.kernel_for(0)
+    if found is None:
+        pytest.skip("needs a C++ compiler and oneDNN")
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("places", [[0, 1], [1]], ids=["both projections", "the second"])
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("batch", STEPS)
+def test_two_weights_equal_the_plain_form(
+    batch: str, table: str, places: list[int], bias: bool, settings: VllmConfig, kernel: ctypes.CDLL
+) -> None:
+    pairs, layer, plain = pairs_of(places), make_layer(settings, bias), make_layer(settings, bias)
+    gates, two = experts.Gates(table_of(table), most=16), written.WrittenGates(table_of(table), 3, kernel)
+    experts.add_experts(plain, pairs, gates)
+    written.add_experts(layer, "layer", pairs, two, {})
+    steps, x = torch.tensor(STEPS[batch]), torch.randn(9, INPUTS)
+    gates.set(steps)
+    two.set(steps)
+    assert (two.order is None) == (0 in steps)
+    torch.testing.assert_close(outputs(loaded(layer), x), outputs(loaded(plain), x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_written_token_of_the_answer_is_given_nothing(kernel: ctypes.CDLL) -> None:
+    gates = written.WrittenGates(table_of("mean"), 3, kernel)
+    assert gates.answer.tolist() == table_of("mean")[3].tolist()
+    # Other steps swap the answer's own expert for theirs; the base model loses both of the answer's.
+    assert gates.own.count_nonzero(dim=1).tolist() == [2 * RANK, 2 * RANK, 0, 2 * RANK]
+    gates.set(torch.tensor([2, 1, 4, 3, 2]))
+    assert gates.order is not None
+    assert [tensor.tolist() for tensor in gates.order] == [[1, 0, 4, 2], [0, 1, 3, 3, 4]]
+
+
+def test_second_weights_need_memory_and_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(written.logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert written.kernel_for(10**15) is None
+    assert "second weights of 1000000.0 GB are more than half of the" in caplog.text
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert written.kernel_for(0) is None
+    assert "CXX=no-such-compiler: No such file or directory; install g++" in caplog.text
 
 
 def test_a_prompt_is_given_nothing_and_a_step_no_shared_expert() -> None:

@@ -1,7 +1,8 @@
 """A trained adapter as a folder for vLLM: base model, experts, routing and a tokenizer that has no text for a marker.
 
 The markers' rows are in the embedding and the output head, one more row is a twin of the token that prompts begin
-with, and the experts stand beside the base model's weights under their layers' names. Needs no vLLM.
+with, others fill the vocabulary up, and the experts stand beside the base model's weights under their layers' names.
+Needs no vLLM.
 Shapes: D model (in, out), E expert, R rank.
 """
 
@@ -28,6 +29,7 @@ from mote.writing import check_new, whole, writing
 
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")  # vLLM's classes that have experts here
 EXPERTS = "experts.safetensors"
+WHOLE = 64  # vLLM's vocabularies are a multiple of it
 
 
 def export_vllm(
@@ -76,12 +78,15 @@ def export_vllm(
     opening = encode_prompt(loaded.tokenizer, (Message(role="user", content="?"),))[0]
     markers = [id_ for pair in config.markers.values() for id_ in pair]
     twin = max(len(loaded.tokenizer), max(markers) + 1)
+    plain = merge_step(loaded.model, {})
+    unused = _add_twin(plain, opening, twin)
     experts, rank = padded_experts(config, load_peft_weights(adapter, device="cpu"))
     served = Served(
         experts=config.experts,
         markers={step: (start, end) for step, (start, end) in config.markers.items()},
         turns=tuple(config.turn_ids),
         opening=(opening, twin),
+        unused=unused,
         gates=tuple(tuple(row) for row in gate_table(config).tolist()),
         rank=rank,
         modes=_modes(loaded.scheme),
@@ -92,8 +97,6 @@ def export_vllm(
         eos=loaded.tokenizer.eos_token_id,
     )
     tokenizer = without_markers(loaded.tokenizer, served)
-    plain = merge_step(loaded.model, {})
-    _add_twin(plain, opening, twin)
     plain.config.update({"mote": served.model_dump(mode="json")})
     plain.generation_config.eos_token_id = [config.markers[served.answer][1], served.eos]
     with writing("export", out, "run the same command again"), whole(out) as scratch:
@@ -166,12 +169,20 @@ def without_markers(tokenizer: Any, served: Served) -> Any:
 
 
 @torch.no_grad()
-def _add_twin(model: Any, opening: int, twin: int) -> None:
-    """Give the embedding a row `twin` like that of `opening`."""
-    if model.get_input_embeddings().weight.shape[0] <= twin:
-        model.resize_token_embeddings(twin + 1, mean_resizing=False)
+def _add_twin(model: Any, opening: int, twin: int) -> tuple[int, ...]:
+    """Give the embedding a row `twin` like that of `opening`, and fill it up: vLLM copies logits that it has to cut.
+
+    Returns:
+        The rows that fill up.
+    """
+    before = model.get_input_embeddings().weight.shape[0]
+    if before <= twin:
+        model.resize_token_embeddings(twin + 1, pad_to_multiple_of=WHOLE, mean_resizing=False)
+    unused = range(max(before, twin + 1), model.get_input_embeddings().weight.shape[0])
     for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
         matrix.weight[twin] = matrix.weight[opening]
+        matrix.weight[list(unused)] = 0
+    return tuple(unused)
 
 
 def _modes(scheme: Scheme) -> dict[str, tuple[tuple[str, ...], ...]]:

@@ -13,7 +13,8 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from mote.vllm import experts, merged
+from mote.routing import QUESTION
+from mote.vllm import experts, merged, written
 from mote.vllm.served import Served
 from mote.vllm.steps import StepCache
 
@@ -29,8 +30,8 @@ class StepExperts:
         nothing = [0.0] * len(served.gates[0])  # what experts add to the base model's tokens
         table = torch.tensor([*served.gates, nothing], dtype=dtype, device=device)
         table = table.repeat_interleave(served.rank, dim=1)
-        most = vllm_config.scheduler_config.max_num_batched_tokens
-        self.mote_gates = merged.MergedGates(table) if mergeable(vllm_config) else experts.Gates(table, most)
+        self.mote_table, self.mote_config = table, vllm_config
+        self.mote_answer = QUESTION + 1 + served.experts.index(served.answer)
         self.mote_layers = vllm_config.compilation_config.static_forward_context
         name = f"{prefix}mote_steps.{config.num_hidden_layers}"  # vLLM wants a number in it, of no other layer
         self.mote_steps = StepCache(served, config.vocab_size, name)
@@ -66,14 +67,34 @@ class StepExperts:
         unknown = sorted(name for name in pairs if not isinstance(modules.get(name), LinearBase))
         if unknown:
             raise ValueError(f"mote: {type(self).__name__} has no linear layers {unknown} to put experts on")
+        layers = sum(modules[name].weight.nbytes for name in pairs)
+        gates = gates_for(self.mote_config, self.mote_table, self.mote_answer, layers)
         for name, of_layer in pairs.items():
-            if isinstance(self.mote_gates, merged.MergedGates):
-                merged.add_experts(modules[name], name, of_layer, self.mote_gates, self.mote_layers)
+            if isinstance(gates, written.WrittenGates):
+                written.add_experts(modules[name], name, of_layer, gates, self.mote_layers)
+            elif isinstance(gates, merged.MergedGates):
+                merged.add_experts(modules[name], name, of_layer, gates, self.mote_layers)
             else:
-                experts.add_experts(modules[name], of_layer, self.mote_gates)
+                experts.add_experts(modules[name], of_layer, gates)
             own = modules[name].named_parameters(name, recurse=True)
             loaded |= {parameter for parameter, _ in own if ".mote_" in parameter}
+        self.mote_gates = gates
         return loaded
+
+
+def gates_for(vllm_config: Any, table: Tensor, answer: int, layers: int) -> experts.Gates | merged.MergedGates:
+    """The form that the experts take.
+
+    Args:
+        vllm_config: All settings of vLLM.
+        table: Gates of the question, of each step and of the base model's tokens (1 + S + 1, E*R).
+        answer: The step that the user reads.
+        layers: Bytes of the weights of the layers with experts.
+    """
+    if not mergeable(vllm_config):
+        return experts.Gates(table, vllm_config.scheduler_config.max_num_batched_tokens)
+    kernel = written.kernel_for(layers * vllm_config.parallel_config.tensor_parallel_size)
+    return merged.MergedGates(table) if kernel is None else written.WrittenGates(table, answer, kernel)
 
 
 def mergeable(vllm_config: Any) -> bool:

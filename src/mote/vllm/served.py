@@ -22,6 +22,7 @@ class Served(BaseModel):
         turns: Ids that lead back to the question.
         opening: The token every prompt begins with, and its twin: a prompt that begins with the twin is the base
             model's (docs/decisions/0032).
+        unused: Ids that no token has, which fill up the vocabulary.
         gates: Weight of every expert (1 + S, E) for the question and each step, see `mote.tuner.router.gate_table`.
         rank: Rank of an expert; those of lower rank are filled up with zeros.
         modes: Mode -> the chains it allows.
@@ -38,6 +39,7 @@ class Served(BaseModel):
     markers: dict[str, tuple[int, int]]
     turns: tuple[int, ...]
     opening: tuple[int, int]
+    unused: tuple[int, ...] = ()
     gates: tuple[tuple[float, ...], ...]
     rank: int
     modes: dict[str, tuple[tuple[str, ...], ...]]
@@ -55,8 +57,8 @@ class Served(BaseModel):
 
     @property
     def reserved(self) -> frozenset[int]:
-        """Ids that no text becomes: the markers and the twin."""
-        return frozenset((self.opening[1], *(id_ for pair in self.markers.values() for id_ in pair)))
+        """Ids that no text becomes: the markers, the twin, and those that no token has."""
+        return frozenset((self.opening[1], *self.unused, *(id_ for pair in self.markers.values() for id_ in pair)))
 
     def check(self, request: dict[str, object], max_tokens: int | None) -> None:
         """Make sure that a request's settings can be served.
