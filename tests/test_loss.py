@@ -68,7 +68,8 @@ def test_tiles_have_the_losses_and_gradients_of_all_logits(
     assert wanted_grads.keys() == found_grads.keys()
     assert any("trainable_tokens" in name for name in found_grads) == markers
     for name, grad in wanted_grads.items():
-        torch.testing.assert_close(found_grads[name], grad, atol=1e-5, rtol=1e-4, msg=name)
+        largest = max(1.0, grad.abs().max().item())  # sums are rounded as their largest terms are
+        torch.testing.assert_close(found_grads[name], grad, atol=1e-5 * largest, rtol=1e-4, msg=name)
 
 
 def test_gradients_are_the_numeric_ones() -> None:
