@@ -93,6 +93,17 @@ def test_equal_to_the_plain_form(batch: str, table: str, places: list[int], sett
     assert (outputs(plain, x) - expected).abs().max() > 1 or batch == "base"  # the experts do add something
 
 
+def test_a_prompt_is_given_nothing_and_a_step_no_shared_expert() -> None:
+    gates = merged.MergedGates(table_of("mean"))
+    gates.set(torch.tensor([0, 0, 0]))
+    assert not gates.given
+    gates.set(torch.tensor([0, 2, 0, 1]))
+    assert gates.rows is not None and gates.rows.tolist() == [1, 3]
+    assert [given.shape for given in gates.given] == [(2, 1, 3 * RANK)]
+    gates.set(torch.tensor([2, 4]))
+    assert gates.rows is None and [given.shape for given in gates.given] == [(2, 1, 3 * RANK), (2, 1, RANK)]
+
+
 @pytest.fixture(scope="module")
 def kernel() -> ctypes.CDLL:
     found = written.kernel_for(0)
