@@ -21,7 +21,7 @@ def process_count() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of what matters, processor, cores, memory and GPU."""
+    """Versions of what matters, processor, cores, memory, GPU, and how the C library was told to allocate."""
     import psutil
 
     versions = {"python": platform.python_version()}
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    machine = {
+    machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cores": os.cpu_count() or 1,
@@ -38,6 +38,9 @@ def environment() -> dict[str, Any]:
     }
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
+    told = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"}
+    if told:
+        machine["malloc"] = told
     return {"versions": versions, "machine": machine}
 
 

@@ -1,7 +1,6 @@
 """`mote bench experts`: what step experts cost beside plain LoRA, other ways to run them, and token-gated experts."""
 
 import gc
-import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +50,6 @@ def compare_variants(settings: Settings, out: Path | None = None) -> dict[str, A
         "bars": [],
     }
     result["machine"]["threads"] = settings.threads
-    result["machine"]["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     if settings.model is not None and Path(settings.model).is_dir():
         result["settings"]["model"] = Path(settings.model).name  # whose folder it is in is nobody's business
     for name, unit, values in bench.measures():

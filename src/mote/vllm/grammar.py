@@ -54,7 +54,7 @@ class StepGrammarProcessor(LogitsProcessor):
         self.special = torch.tensor(
             sorted({*self.served.special, *self.served.reserved, self.served.eos}), device=device
         )
-        self.reserved = torch.tensor(sorted(self.served.reserved), device=device)
+        self.reserved = torch.tensor(sorted(self.served.reserved), dtype=torch.long, device=device)
         self.rows: dict[int, Row | None] = {}  # by index in the batch; None for the base model
 
     def is_argmax_invariant(self) -> bool:
@@ -90,9 +90,11 @@ class StepGrammarProcessor(LogitsProcessor):
             (only if closed else free).append(index)
             rows += [index] * len(allowed)
             ids += allowed
-        kept = logits[rows, ids]
-        logits[:, self.reserved] = NEVER
+        places = torch.tensor(rows, dtype=torch.long), torch.tensor(ids, dtype=torch.long)
+        kept = logits[places]
+        logits.index_fill_(1, self.reserved, NEVER)
         logits[torch.tensor(free, dtype=torch.long)[:, None], self.special] = NEVER
-        logits[only] = NEVER
-        logits[rows, ids] = kept
+        for index in only:
+            logits[index] = NEVER  # a row is filled twice as fast as through an index of rows
+        logits[places] = kept
         return logits

@@ -28,7 +28,6 @@ from mote.vllm.kernel import OwnColumns, compiled
 from mote.vllm.merged import MergedExperts
 
 SPARE = 0.5  # of the memory that is available once the model is loaded, second weights take no more
-MIXED, WRITTEN = "mixed", "written"  # batches with and without a question
 logger = init_logger("vllm.mote")
 
 
@@ -44,8 +43,9 @@ class WrittenGates(merged.MergedGates):
         kernel: The same.
         answer: Gates of the answer (E*R,), which are in the second weight.
         own: What each kind of token differs from them by (K, E*R).
-        order: Of a batch without a question: the tokens (N,) of kinds that differ, kind by kind, and where each kind
-            begins among them (K + 1,).
+        writes: Whether the batch has no question.
+        order: If so, the tokens (N,) of kinds that differ, kind by kind, and where each kind begins among them
+            (K + 1,); None where there are none.
     """
 
     def __init__(self, table: Tensor, answer: int, kernel: ctypes.CDLL) -> None:
@@ -53,17 +53,19 @@ class WrittenGates(merged.MergedGates):
         self.kernel, self.answer = kernel, table[answer]
         self.own = table[QUESTION + 1 :] - self.answer
         self._needed = self.own.any(1)
+        self.writes = False
         self.order: tuple[Tensor, Tensor] | None = None
 
     def set(self, steps: Tensor) -> None:
         """Take the gates of a batch whose tokens are in these steps (T,)."""
-        if (steps == QUESTION).any():
-            self.order = None
+        self.writes, self.order = not bool((steps == QUESTION).any()), None
+        if not self.writes:
             super().set(steps)
-        else:
-            kinds, rows = (steps.long() - QUESTION - 1).sort(stable=True)
-            needed = self._needed[kinds]
-            kinds, rows = kinds[needed], rows[needed]
+            return
+        kinds, rows = (steps.long() - QUESTION - 1).sort(stable=True)
+        needed = self._needed[kinds]
+        kinds, rows = kinds[needed], rows[needed]
+        if len(rows):
             self.order = rows, torch.searchsorted(kinds, torch.arange(len(self.own) + 1))
 
 
@@ -81,12 +83,13 @@ class WrittenExperts(OnTop):
         super().__init__(mixed)
         self.name, self.mixed, self.gates, self.own = mixed.name, mixed, gates, own
         self.width = len(written)
-        self.handlers = {WRITTEN: _handler(written)}
+        self.handlers = {True: _handler(written)}  # by whether a batch writes
+        self.product = torch.ops._C.onednn_mm.default  # looked up once: this runs for every layer of every batch
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Lay the layer's weight out as vLLM does, but for outputs that the caller provides."""
         weight: Any = layer.weight
-        self.handlers[MIXED] = _handler(weight)
+        self.handlers[False] = _handler(weight)
         layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,12 +103,12 @@ class WrittenExperts(OnTop):
 
     def fill(self, out: Tensor, x: Tensor, bias: Tensor | None) -> None:
         """Write the outputs (T, out) of inputs x (T, in)."""
-        order = self.gates.order
-        torch.ops._C.onednn_mm(out, x, bias, self.handlers[MIXED if order is None else WRITTEN].handler_tensor)
-        if order is None:
+        gates = self.gates
+        self.product(out, x, bias, self.handlers[gates.writes].handler_tensor)
+        if not gates.writes:
             self.mixed.add(out, x)
-        elif len(order[0]):
-            self.own.add(out, x, *order)
+        elif gates.order is not None:
+            self.own.add(out, x, *gates.order)
 
 
 def add_experts(
