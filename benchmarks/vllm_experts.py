@@ -12,8 +12,8 @@ round in another order; once without compiled graphs, once with them. Every answ
 processor's own time stands beside the clock's: others on the machine move it less.
 
 Which pages an engine happens to get moves its speed by some percent, for as long as it runs, and glibc maps large
-tensors anew in every pass. With GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in
-the environment weights lie in large pages and memory is kept; the JSON says what was set.
+tensors anew in every pass. In the environment GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0
+MALLOC_TRIM_THRESHOLD_=17179869184 weights lie in large pages and memory is kept; the JSON says what was set.
 """
 
 import argparse
