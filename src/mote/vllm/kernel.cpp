@@ -25,9 +25,9 @@ Vector load(const float* from) {
 
 void store(float* to, const Vector& stored) { std::memcpy(to, &stored, sizeof(Vector)); }
 
-// The hidden state of M tokens in N vectors of columns. a: (N, in, LANES), hidden: (M, stride)
+// The hidden state of M tokens in N vectors of columns. a: (N, in, LANES), hidden: (N * LANES, M)
 template <int M, int N>
-void shrink(const float* const* x, int64_t in, const float* a, float* hidden, int64_t stride) {
+void shrink(const float* const* x, int64_t in, const float* a, float* hidden) {
     Vector sums[M][N] = {};
     for (int64_t i = 0; i < in; i++) {
         Vector weights[N];
@@ -43,9 +43,9 @@ void shrink(const float* const* x, int64_t in, const float* a, float* hidden, in
             for (int m = 0; m < M; m++) hidden[(n * LANES + c) * M + m] = sums[m][n][c];
 }
 
-// Adds to up to LANES outputs of M tokens. b: (columns, LANES), hidden: (M, stride)
+// Adds to up to LANES outputs of M tokens. b: (columns, LANES), hidden: (columns, M)
 template <int M>
-void expand(float* const* out, int64_t width, const float* b, int64_t columns, const float* hidden, int64_t stride) {
+void expand(float* const* out, int64_t width, const float* b, int64_t columns, const float* hidden) {
     Vector sums[M] = {};
     for (int64_t c = 0; c < columns; c++) {
         const Vector weights = load(b + c * LANES);
@@ -60,8 +60,8 @@ void expand(float* const* out, int64_t width, const float* b, int64_t columns, c
     }
 }
 
-using Shrink = void (*)(const float* const*, int64_t, const float*, float*, int64_t);
-using Expand = void (*)(float* const*, int64_t, const float*, int64_t, const float*, int64_t);
+using Shrink = void (*)(const float* const*, int64_t, const float*, float*);
+using Expand = void (*)(float* const*, int64_t, const float*, int64_t, const float*);
 constexpr Shrink SHRINK[ROWS][2] = {
     {shrink<1, 1>, shrink<1, 2>},   {shrink<2, 1>, shrink<2, 2>},   {shrink<3, 1>, shrink<3, 2>},
     {shrink<4, 1>, shrink<4, 2>},   {shrink<5, 1>, shrink<5, 2>},   {shrink<6, 1>, shrink<6, 2>},
@@ -108,7 +108,7 @@ extern "C" void mote_add(const float* x, int64_t in, float* out, int64_t outputs
                 const float* inputs[ROWS];
                 for (int64_t m = 0; m < block.rows; m++) inputs[m] = x + rows[block.begin + m] * in;
                 SHRINK[block.rows - 1][left > 1](inputs, in, a[block.kind] + 2 * pair * in * LANES,
-                                                 &hidden[block.begin * stride + 2 * pair * LANES * block.rows], stride);
+                                                 &hidden[block.begin * stride + 2 * pair * LANES * block.rows]);
             }
         for (int64_t part = 0; part < parts; part++) {
             const int64_t vectors = pieces(widths[part], LANES);
@@ -122,7 +122,7 @@ extern "C" void mote_add(const float* x, int64_t in, float* out, int64_t outputs
                             results[m] = out + rows[block.begin + m] * outputs + first;
                         EXPAND[block.rows - 1](results, std::min<int64_t>(LANES, widths[part] - j * LANES),
                                                b[block.kind * parts + part] + j * own * LANES, own,
-                                               &hidden[block.begin * stride + part * own * block.rows], stride);
+                                               &hidden[block.begin * stride + part * own * block.rows]);
                     }
         }
     }

@@ -8,7 +8,7 @@ has a second weight for batches without a question.
 Shapes: T token, N token that is given a difference, P packed projection, E expert, R rank, C column (of E*R), S step.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from mote.routing import QUESTION
-from mote.vllm.experts import OnTop, Pair, Product, parts_of
+from mote.vllm.experts import OnTop, Pair, Part, Product, parts_of
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -125,15 +125,20 @@ def add_experts(
         layers: Where vLLM's compiled graphs look layers up by their names.
     """
     parts = parts_of(layer, pairs, gates.question)
-    with torch.no_grad():
-        for part in parts:
-            layer.weight[part.outputs] += (part.second * gates.question) @ part.first
+    merge(layer.weight, parts, gates.question)
     columns = [
         Columns(_linear_of(torch.cat([part.first[of] for part in parts])), [_linear_of(p.second[:, of]) for p in parts])
         for of in gates.columns
     ]
     method = MergedExperts(layer, f"{name}.mote", gates, columns, [part.outputs for part in parts])
     layers[method.name] = layer.quant_method = method
+
+
+@torch.no_grad()
+def merge(weight: Tensor, parts: Sequence[Part], gates: Tensor) -> None:
+    """Add to a layer's weight (out, in) what experts with these gates (E*R,) add to its outputs."""
+    for part in parts:
+        weight[part.outputs] += (part.second * gates) @ part.first
 
 
 def _linear_of(weight: Tensor) -> Linear:

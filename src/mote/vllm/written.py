@@ -117,8 +117,7 @@ def add_experts(
     """Put experts on a layer as `mote.vllm.merged.add_experts` does, and a second weight beside its own."""
     parts = parts_of(layer, pairs, gates.answer)
     written = layer.weight.detach().clone()
-    for part in parts:
-        written[part.outputs] += (part.second * gates.answer) @ part.first
+    merged.merge(written, parts, gates.answer)
     merged.add_experts(layer, name, pairs, gates, layers)
     method = WrittenExperts(layer.quant_method, gates, written, OwnColumns(gates.kernel, parts, gates.own))
     layers[method.name] = layer.quant_method = method
