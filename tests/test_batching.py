@@ -106,6 +106,16 @@ def test_families_of_models(family: str) -> None:
     assert len({token for ids in written for token in ids}) > 5
 
 
+def test_slots_take_memory_for_as_many_rows_as_there_are(model: Any) -> None:
+    running, asked = Batcher(model, 16), requests(9)
+    one_by_one = [running.submit(request).result(60) for request in asked]
+    running.wait()
+    assert {len(part) for part in (*running._cache.keys, *running._cache.values)} == {1}
+    at_once = [future.result(60) for future in [running.submit(request) for request in asked]]
+    assert at_once == one_by_one == [alone(model, request) for request in asked]
+    assert {len(part) for part in (*running._cache.keys, *running._cache.values)} <= {2, 4, 8, 16}
+
+
 def test_no_token_is_computed_twice(model: Any) -> None:
     asked = requests()
     running = Batcher(model, 2)

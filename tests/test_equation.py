@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import DataCollatorWithFlattening
 
+from mote import products
 from mote.products import product
 from mote.routing import Markers, step_ids
 from mote.tuner import MoteConfig, MoteModel
@@ -21,8 +22,9 @@ from mote.tuner.layer import MoteLinear
 @pytest.fixture(params=[linear, product], ids=["plain", "sped up"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test with PyTorch's own product and with the one of a sped-up model."""
-    for module in ("layer", "writing"):
-        monkeypatch.setattr(f"mote.tuner.{module}.product_of", lambda _: request.param)
+    monkeypatch.setattr(products, "HERE", products.HAS_ONEDNN)
+    for module in ("products", "tuner.layer"):
+        monkeypatch.setattr(f"mote.{module}.product_of", lambda _: request.param)
 
 
 def slow_steps(ids_B_T: list[list[int]], markers: Markers, documents_B_T: list[list[int]] | None = None) -> Tensor:

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import sys
 from importlib import metadata
 
 import pytest
 
-from mote.machine import cpu_model, environment
+from mote import machine
+from mote.machine import INTEL, cpu_model, cpu_vendor, environment
 
 
 def test_versions_and_hardware_are_told_and_no_names() -> None:
@@ -27,3 +29,17 @@ def test_what_the_allocator_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     assert environment()["machine"]["malloc"] == {"MALLOC_MMAP_MAX_": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def test_who_made_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_vendor() in (INTEL, "AuthenticAMD") or platform.machine() not in ("x86_64", "AMD64")
+    for system, processor, told, wanted in (
+        ("linux", "x86_64", "AuthenticAMD", "AuthenticAMD"),
+        ("win32", "Intel64 Family 6 Model 142 Stepping 12, GenuineIntel", "", INTEL),
+        ("darwin", "i386", "", INTEL),
+    ):
+        monkeypatch.setattr(sys, "platform", system)
+        monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(platform, "processor", lambda processor=processor: processor)
+        monkeypatch.setattr(machine, "_cpu", lambda _, told=told: told)
+        assert cpu_vendor() == wanted

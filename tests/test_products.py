@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,15 @@ import mote
 from mote import products
 from mote.engines.local import LocalEngine
 from mote.models import load_base
-from mote.products import FrozenLinear, add_product, is_linear, is_plain, product, speed_up
+from mote.products import FrozenLinear, add_product, bind, is_linear, is_plain, product, speed_up
 
 SIZES = st.integers(1, 70)
+
+
+@pytest.fixture(autouse=True)
+def _onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that is not Intel's, wherever the tests run."""
+    monkeypatch.setattr(products, "HERE", products.HAS_ONEDNN)
 
 
 def random(*size: int) -> Tensor:
@@ -59,7 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not products._HERE, reason="oneDNN was measured on x86 processors alone")
+@pytest.mark.skipif(not products.HAS_ONEDNN, reason="oneDNN was measured on x86 processors alone")
 def test_other_dtypes_empty_inputs_and_a_switch_go_pytorchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
     found = calls(monkeypatch)
     product(random(3, 4), random(5, 4))
@@ -70,6 +78,35 @@ def test_other_dtypes_empty_inputs_and_a_switch_go_pytorchs_way(monkeypatch: pyt
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     product(random(3, 4), random(5, 4))
     assert found == [1]
+
+
+def test_intels_own_processors_keep_pytorchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what `speed_up` leaves them with, to the last digit."""
+    monkeypatch.setattr(products, "HERE", False)
+    x, layer = random(3, 4), nn.Linear(4, 5).requires_grad_(False)
+    wanted = layer(x)
+    speed_up(layer)
+    assert torch.equal(layer(x), wanted) and torch.equal(bind(layer)(x), wanted)
+    told = {"GenuineIntel": False, "AuthenticAMD": products.HAS_ONEDNN}
+    command = (
+        "import mote.machine; mote.machine.cpu_vendor = lambda: '{}'; import mote.products; print(mote.products.HERE)"
+    )
+    for vendor, here in told.items():
+        found = subprocess.run(
+            [sys.executable, "-c", command.format(vendor)], capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == str(here)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bound_product_is_the_layers(rows: int, fast: bool, biased: bool) -> None:
+    layer, x = nn.Linear(24, 10, bias=biased).requires_grad_(False), random(rows, 24)
+    wanted = layer(x)
+    if fast:
+        speed_up(layer)
+    torch.testing.assert_close(bind(layer)(x), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("biased", [True, False])

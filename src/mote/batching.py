@@ -19,6 +19,7 @@ from mote.errors import UserError
 from mote.routing import NO_STEP, QUESTION, Markers, next_step, step_ids
 from mote.sampling import draw
 from mote.slots import EMPTY, SLOTS, Pass, Prefix, Reading, SlotCache, running
+from mote.threads import release_pool
 
 _READ_TOKENS = 512  # tokens of prompts read in one pass: more is faster, and longer for the rows that are written
 _PREFIXES = 32  # shared beginnings that are kept
@@ -125,6 +126,7 @@ class Batcher:
         self._waiting: deque[_Row] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None  # there is one while there are rows
+        release_pool()  # whoever makes this has loaded the model
 
     def submit(self, request: Request) -> "Future[Any]":
         """Queue a request.
@@ -134,6 +136,7 @@ class Batcher:
             where ids are `scored`. Cancelling it ends the row.
         """
         row = _Row(request, Future())
+        release_pool()
         with self._lock:
             self._waiting.append(row)
             if self._thread is None:
@@ -194,8 +197,8 @@ class Batcher:
             row.step = row.steps[-1] if row.steps else QUESTION
             if 0 < row.request.shared < len(row.request.ids):
                 row.prefix = self._prefix(row)
-            self._cache.reserve(row.most)
             self._reading.append(row)
+            self._cache.reserve(len(self._writing) + len(self._reading), row.most)
 
     def _steps(self, request: Request) -> list[int]:
         """The step of each token of a prompt."""
@@ -211,7 +214,7 @@ class Batcher:
         key = (row.request.adapted, *row.request.ids[: row.request.shared])
         if key not in self._prefixes:
             tokens, slot = row.request.shared, len(self._writing) + len(self._reading)
-            self._cache.reserve(tokens)
+            self._cache.reserve(slot + 1, tokens)
             for start in range(0, tokens, _READ_TOKENS):
                 stop = min(tokens, start + _READ_TOKENS)
                 self._forward([], [(row, Reading(0, stop - start, slot, start, EMPTY))], None)
@@ -271,7 +274,7 @@ class Batcher:
         row.request, row.read, row.written = following, same - row.prefix.length, []
         row.steps = self._steps(following)
         row.step = row.steps[-1] if row.steps else QUESTION
-        self._cache.reserve(row.most)
+        self._cache.reserve(len(self._writing) + len(self._reading), row.most)
         return True
 
     def _forward(self, writing: list[_Row], parts: list[tuple[_Row, Reading]], keep: Tensor | None) -> Tensor:

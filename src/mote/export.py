@@ -134,7 +134,8 @@ def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> d
             rank = len(first) // config.total_experts
             weights = weights_E.mul(config.scaling(rank)).repeat_interleave(rank)
             second = tensors[name.replace(".mote_A.", ".mote_B.")]
-            layers[module] = fold(first, second, columns_of(weights[None])[0], torch.float32)
+            a, b = fold(first, second, columns_of(weights[None])[0], torch.float32)
+            layers[module] = a, b.contiguous()
     return layers
 
 

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+INTEL = "GenuineIntel"
 _PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "inspect-ai")
 
 
@@ -46,7 +47,20 @@ def environment() -> dict[str, Any]:
 
 def cpu_model() -> str:
     """The processor's name, where the system tells it, else its kind."""
+    return _cpu("model name") or platform.processor() or platform.machine()
+
+
+def cpu_vendor() -> str:
+    """Who made an x86 processor, as it says itself (`GenuineIntel`, `AuthenticAMD`); empty where nothing tells it."""
+    if sys.platform == "darwin" and platform.machine() == "x86_64":
+        return INTEL
+    return (
+        _cpu("vendor_id") or platform.processor().rpartition(", ")[2]
+    )  # Windows: "Intel64 Family 6 ..., GenuineIntel"
+
+
+def _cpu(name: str) -> str:
+    """What Linux says of the first processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

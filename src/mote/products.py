@@ -2,8 +2,9 @@
 
 PyTorch multiplies float32 matrices on a CPU by MKL, whose products have a slow form on processors that are not
 Intel's: on an AMD EPYC with AVX-512 it takes 1.5 to 2.4 times as long as oneDNN, which is in PyTorch too
-(docs/decisions/0037). `torch.backends.mkldnn.flags(enabled=False)` turns this off.
-Shapes: D model (in, out).
+(docs/decisions/0037). On Intel's own MKL is at least as fast, by a fifth for a single row.
+`torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
+Shapes: N rows, D model (in, out).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from mote.machine import INTEL, cpu_vendor
 
 Product = Callable[..., Tensor]  # of x, weight and, where there is one, bias
 
@@ -43,11 +46,11 @@ def add_product(multiply: Product, out_N: Tensor, x_N: Tensor, weight: Tensor) -
 
 
 def _is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes the product of these, as far as was measured: in float32 on an x86 CPU."""
+    """Whether oneDNN computes the product of these, as far as was measured: in float32 on an x86 CPU not of Intel's."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and _HERE
+        and HERE
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -55,11 +58,12 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-_HERE: bool = (
+HAS_ONEDNN: bool = (
     torch.backends.cpu.get_cpu_capability().startswith("AVX")
     and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not of PyTorch's public interface
 )
+HERE: bool = HAS_ONEDNN and cpu_vendor() != INTEL
 
 
 class FrozenLinear(nn.Linear):
@@ -107,6 +111,15 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 def product_of(layer: nn.Module) -> Product:
     """What a layer multiplies by."""
     return product if type(layer) is FrozenLinear else linear
+
+
+def bind(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The product of a layer's weight and bias with rows, (N, in) -> (N, out), without a gradient, looked up once."""
+    weight, bias = layer.weight, layer.bias
+    if product_of(layer) is product and _is_faster(weight, weight):
+        return lambda x_N: product(x_N, weight, bias)
+    turned = weight.t()
+    return (lambda x_N: torch.mm(x_N, turned)) if bias is None else (lambda x_N: torch.addmm(bias, x_N, turned))
 
 
 def speed_up(model: nn.Module) -> None:

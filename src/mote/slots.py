@@ -10,11 +10,12 @@ C token that a slot can hold.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 
 SLOTS = "mote_slots"
@@ -57,6 +58,7 @@ class Pass:
         longest: The largest of them.
         prefixes: The prefixes of the written rows, each with the places of its rows.
         readings: The stretches of prompts behind the written rows.
+        masks: What `mask` has made, by window.
     """
 
     cache: "SlotCache"
@@ -66,6 +68,21 @@ class Pass:
     longest: int
     prefixes: Sequence[tuple[Prefix, Tensor | slice]]
     readings: Sequence[Reading]
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of the written rows on their slots (B, 1, 1, longest): 0 where they see a place.
+
+        None where there is one row and it sees all of its slot. Made once a pass, not once a layer.
+        """
+        if window not in self.masks:
+            made = None
+            if len(self.lengths) > 1 or window is not None:
+                places = torch.arange(self.longest, device=self.lengths.device)
+                hidden = _hidden(self.lengths[:, None] - 1, places, window)[:, None, None]
+                made = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, _NEVER)
+            self.masks[window] = made
+        return self.masks[window]
 
 
 _running: ContextVar[Pass] = ContextVar("_running")
@@ -85,32 +102,47 @@ class SlotCache(Cache):
     """Keys and values of all rows: for each layer (slots, K, C, D); a slot belongs to one row."""
 
     def __init__(self, slots: int) -> None:
-        self.slots, self.capacity = slots, 0
+        self.slots, self.rows, self.capacity = slots, 0, 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def reserve(self, tokens: int) -> None:
-        """Make each slot hold at least so many tokens; what it holds stays."""
-        if tokens <= self.capacity:
-            return
-        self.capacity = -(-tokens // _ROUND) * _ROUND
-        for held in (self.keys, self.values):
-            for layer, old in enumerate(held):
-                held[layer] = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
-                held[layer][:, :, : old.shape[2]] = old
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Let the next pass find slots for so many rows of so many tokens each; what they hold stays.
+
+        Their memory comes with the pass, layer by layer, for as many rows as there have been: the system takes a second
+        to hand out that of 16 long ones.
+        """
+        self.rows = max(self.rows, min(self.slots, 1 << (rows - 1).bit_length()))
+        self.capacity = max(self.capacity, -(-tokens // _ROUND) * _ROUND)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Keep the new tokens' keys and values (1, K, N, D) in their slots; the attention reads them from there."""
         work = _running.get()
         for held, new in ((self.keys, key_states[0]), (self.values, value_states[0])):
             if layer_idx == len(held):
-                held.append(new.new_zeros(self.slots, new.shape[0], self.capacity, new.shape[2]))
-            held[layer_idx][work.slots, :, work.places] = new.transpose(0, 1)
+                held.append(new.new_empty(0, new.shape[0], 0, new.shape[2]))
+            rows, _K, tokens, _D = held[layer_idx].shape
+            if rows < self.rows or tokens < self.capacity:
+                grown = new.new_zeros(self.rows, new.shape[0], self.capacity, new.shape[2])
+                grown[:rows, :, :tokens] = held[layer_idx]
+                held[layer_idx] = grown
+            self._put(held[layer_idx], new, work)
         return key_states, value_states
+
+    @staticmethod
+    def _put(held: Tensor, new: Tensor, work: Pass) -> None:
+        """Write a layer's new keys or values (K, N, D) to its slots."""
+        if (rows := len(work.lengths)) > 1:
+            held[work.slots[:rows], :, work.places[:rows]] = new[:, :rows].transpose(0, 1)
+        elif rows:
+            held[0, :, work.longest - 1] = new[:, 0]
+        for part in work.readings:
+            end = part.place + part.stop - part.start
+            held[part.slot, :, part.place : end] = new[:, part.start : part.stop]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of a slot into another one."""
-        for held in (*self.keys, *self.values):
+        for held in (*self.keys, *self.values) if tokens else ():  # of none there may be no memory yet
             held[target, :, :tokens] = held[source, :, :tokens]
 
     def swap(self, one: int, other: int, tokens: int) -> None:
@@ -159,12 +191,12 @@ def slot_attention(
     heads, tokens = key.shape[1], query.shape[2]
     factor = scaling if scaling is not None else query.shape[-1] ** -0.5
     query_K_N_G_D = (query[0] * factor).view(heads, -1, tokens, query.shape[-1]).transpose(1, 2)
-    out_K_N_G_D = query_K_N_G_D.new_empty(*query_K_N_G_D.shape[:3], value.shape[-1])
-    if rows := len(work.lengths):
-        out_K_N_G_D[:, :rows] = _write(work, layer, query_K_N_G_D[:, :rows], softcap, sliding_window)
+    rows, parts = len(work.lengths), []
+    if rows:
+        parts.append(_write(work, layer, query_K_N_G_D[:, :rows], softcap, sliding_window))
     for part in work.readings:
-        tokens_of = slice(part.start, part.stop)
-        out_K_N_G_D[:, tokens_of] = _read(work, layer, part, query_K_N_G_D[:, tokens_of], softcap, sliding_window)
+        parts.append(_read(work, layer, part, query_K_N_G_D[:, part.start : part.stop], softcap, sliding_window))
+    out_K_N_G_D = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return out_K_N_G_D.permute(1, 0, 2, 3).flatten(1, 2)[None], None
 
 
@@ -184,18 +216,20 @@ def _read(
 def _write(work: Pass, layer: int, query_K_B_G_D: Tensor, softcap: float | None, window: int | None) -> Tensor:
     """Attention (K, B, G, D) of one new token a row: to its own slot, and to its prefix with all rows that share it.
 
-    One softmax goes over both; the scores of the prefixes are as wide as the longest one.
+    One softmax goes over both; the scores of the prefixes are as wide as the longest one. Without prefixes it is
+    PyTorch's own attention, for which the query heads of a group stand as tokens: they see the same.
     """
     heads, rows, group, size = query_K_B_G_D.shape
+    query_B_K_G_D = query_K_B_G_D.transpose(0, 1)
+    mask, shared = work.mask(window, query_K_B_G_D.dtype), max(prefix.length for prefix, _ in work.prefixes)
+    if not shared and softcap is None:
+        keys, values = (held[layer][:rows, :, : work.longest] for held in (work.cache.keys, work.cache.values))
+        return scaled_dot_product_attention(query_B_K_G_D, keys, values, mask, scale=1.0).transpose(0, 1)
     own = slice(rows * heads), slice(work.longest)
     keys, values = (held[layer].flatten(0, 1)[own] for held in (work.cache.keys, work.cache.values))
-    query_B_K_G_D = query_K_B_G_D.transpose(0, 1)
-    shared = max(prefix.length for prefix, _ in work.prefixes)
     scores = query_K_B_G_D.new_full((rows, heads, group, shared + work.longest), _NEVER)
-    found = _scores(query_B_K_G_D.reshape(rows * heads, 1, group, size), keys, softcap)
-    places = torch.arange(work.longest, device=keys.device)
-    hidden = _hidden(work.lengths[:, None] - 1, places, window)[:, None, None]
-    scores[..., shared:] = found.view(rows, heads, group, -1).masked_fill_(hidden, _NEVER)
+    found = _scores(query_B_K_G_D.reshape(rows * heads, 1, group, size), keys, softcap).view(rows, heads, group, -1)
+    scores[..., shared:] = found if mask is None else found + mask
     prefixes = [(prefix, members) for prefix, members in work.prefixes if prefix.length]
     for prefix, members in prefixes:
         found = _scores(query_K_B_G_D[:, members], prefix.keys[layer], softcap)

@@ -5,17 +5,16 @@ without a call of the base layer, and where all tokens are in one step it reads 
 Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from mote.products import is_plain, product_of
+from mote.products import bind, is_plain
 from mote.routing import NO_STEP
-from mote.tuner.experts import Frozen, Route, fold, is_whole
+from mote.tuner.experts import Route, fold, is_whole
 
 if TYPE_CHECKING:
     from mote.tuner.layer import MoteLinear
@@ -27,13 +26,13 @@ class Weights(NamedTuple):
     """A layer's own part.
 
     Attributes:
-        base: Weight (out, in) and bias of the base layer, None where it must be called: it is no plain linear layer,
-            or somebody watches it.
-        a: A of the columns that count (2R or E*R, in); None where no token has a step.
-        b: B of them (out, 2R or E*R), with the columns' weights where they are one step's.
+        base: The base layer's product (N, in) -> (N, out), None where the layer must be called: it is no plain linear
+            layer, or somebody watches it.
+        a: A of the columns that count (in, 2R or E*R); None where no token has a step.
+        b: B of them (2R or E*R, out), with the columns' weights where they are one step's.
     """
 
-    base: Frozen | None
+    base: Callable[[Tensor], Tensor] | None
     a: Tensor | None
     b: Tensor | None
 
@@ -78,20 +77,25 @@ class Writing:
 
     def forward(self, layer: "MoteLinear", x: Tensor) -> Tensor | None:
         """`MoteLinear.forward` of this pass: (B, T, out), or None where the layer has to go the plain way."""
-        found = self.kept.now.get(layer) or self._look_up(layer, x.dtype)
-        if found is None or x.shape[:-1].numel() != self.tokens:
+        found, shape = self.kept.now.get(layer) or self._look_up(layer, x.dtype), x.shape
+        x_N = x.reshape(-1, shape[-1])
+        if found is None or len(x_N) != self.tokens:
             return None
         base, a, b = found
-        result: Tensor = layer.base_layer(x) if base is None else product_of(layer.base_layer)(x, *base)
-        if a is None or b is None:
-            return result
-        hidden_N = linear(x.reshape(-1, x.shape[-1]), a)  # oneDNN takes longer to begin than so small a product takes
+        if base is None:
+            called: Tensor = layer.base_layer(x)  # what it gives may be somebody else's as well
+            return called if a is None or b is None else called + (self._hidden(layer, x_N, a) @ b).view_as(called)
+        result_N = base(x_N)
+        if a is not None and b is not None:
+            result_N.addmm_(self._hidden(layer, x_N, a), b)
+        return result_N.view(*shape[:-1], -1)
+
+    def _hidden(self, layer: "MoteLinear", x_N: Tensor, a: Tensor) -> Tensor:
+        """Inputs of B (N, 2R or E*R)."""
+        hidden_N = torch.mm(x_N, a)  # oneDNN takes longer to begin than so small a product takes
         if self.step is None:
             hidden_N *= self.routes[self.adapter, layer.ranks[self.adapter]].gate.view(hidden_N.shape)
-        if base is None:
-            return result + linear(hidden_N, b).view_as(result)
-        result.view(-1, result.shape[-1]).addmm_(hidden_N, b.t())
-        return result
+        return hidden_N
 
     def _look_up(self, layer: "MoteLinear", dtype: torch.dtype) -> Weights | None:
         """A layer's part, kept for later passes; None where the adapter is not on it or its weights lie elsewhere."""
@@ -104,19 +108,19 @@ class Writing:
         a, b = first.to(dtype), second.to(dtype)
         if self.step is not None and self.step != NO_STEP:
             columns = self.routes[self.adapter, layer.ranks[self.adapter]].columns
-            with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
-                a, b = fold(first, second, columns[self.step], dtype)
-            before = self.kept.before.pop(layer, None)
+            before, into = self.kept.before.pop(layer, None), None
             if before is not None and before.a is not None and before.b is not None and before.a.dtype == dtype:
-                a, b = before.a.copy_(a), before.b.copy_(b)
+                into = before.a.t(), before.b.t()
+            with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
+                a, b = fold(first, second, columns[self.step], dtype, into)
         none = self.step == NO_STEP
-        found = Weights(_plain(layer.base_layer, dtype), None if none else a, None if none else b)
+        found = Weights(_base(layer.base_layer, dtype), None if none else a.t(), None if none else b.t())
         self.kept.now[layer] = found
         return found
 
 
-def _plain(layer: nn.Module, dtype: torch.dtype) -> Frozen | None:
-    """What a linear layer computes with, where that may be used without a call of it."""
+def _base(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """The product of a linear layer, where that may be used without a call of it."""
     if not is_plain(layer) or layer.weight.dtype != dtype or not is_whole(layer.weight, torch.device("cpu")):
         return None
-    return layer.weight, layer.bias
+    return bind(layer)

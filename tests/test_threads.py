@@ -1,0 +1,83 @@
+"""OpenMP's threads go to the thread that computes next."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mote import threads
+from mote.threads import release_pool
+
+pytestmark = pytest.mark.skipif(threads._pause() is None, reason="another OpenMP keeps no pool for each thread")
+
+
+def running() -> int:
+    """Threads of this process, those of OpenMP included."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def settled(wanted: int) -> bool:
+    """Whether there are so many threads, as soon as those that end have ended."""
+    until = time.monotonic() + 5
+    while running() != wanted and time.monotonic() < until:
+        time.sleep(0.01)
+    return running() == wanted
+
+
+def compute() -> float:
+    """Something that all of three threads take part in."""
+    torch.set_num_threads(3)
+    return float(torch.ones(1 << 20).mul_(2).sum())
+
+
+def alone(work: Callable[[], None]) -> None:
+    """In a thread of its own, as nobody has computed in."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    if failed:
+        raise failed[0]
+
+
+def test_a_pool_is_given_up_and_made_anew() -> None:
+    def work() -> None:
+        assert compute() == 2 << 20
+        held = running()
+        release_pool()
+        assert settled(held - 2)
+        release_pool()  # there is nothing to give up
+        assert settled(held - 2)
+        assert compute() == 2 << 20 and settled(held)
+
+    alone(work)
+
+
+def test_the_pool_of_another_thread_stays() -> None:
+    def work() -> None:
+        compute()
+        held = running()
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(release_pool).result() is None
+            assert running() == held + 1  # the other thread itself
+
+    alone(work)
+
+
+def test_another_system_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert threads._pause.__wrapped__() is None
