@@ -298,11 +298,13 @@ class Batcher:
         lengths = [row.read + 1 for row in writing]
         work = Pass(
             self._cache,
+            len(writing),
             torch.tensor(slots, device=device),
             torch.tensor(places, device=device),
             torch.tensor(lengths, device=device, dtype=torch.long),
             max(lengths, default=0),
             _groups(writing, device),
+            max((row.prefix.length for row in writing), default=0),
             [part for _, part in parts],
         )
         routing = {}

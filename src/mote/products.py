@@ -114,12 +114,14 @@ def product_of(layer: nn.Module) -> Product:
 
 
 def bind(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The product of a layer's weight and bias with rows, (N, in) -> (N, out), without a gradient, looked up once."""
+    """The product of a layer, (..., in) -> (..., out), without a gradient and with all that can be looked up before."""
     weight, bias = layer.weight, layer.bias
     if product_of(layer) is product and _is_faster(weight, weight):
-        return lambda x_N: product(x_N, weight, bias)
-    turned = weight.t()
-    return (lambda x_N: torch.mm(x_N, turned)) if bias is None else (lambda x_N: torch.addmm(bias, x_N, turned))
+        return lambda x: product(x, weight, bias)
+    if bias is not None:
+        return lambda x: linear(x, weight, bias)
+    turned, multiply = weight.t(), torch.matmul
+    return lambda x: multiply(x, turned)
 
 
 def speed_up(model: nn.Module) -> None:

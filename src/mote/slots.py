@@ -52,21 +52,25 @@ class Pass:
 
     Attributes:
         cache: Where keys and values are.
+        rows: How many rows are written, B.
         slots: Slot of each token (N); the first B are 0 ... B-1.
         places: Its place in the slot (N).
         lengths: Tokens that each written row has in its slot, the new one included (B).
         longest: The largest of them.
         prefixes: The prefixes of the written rows, each with the places of its rows.
+        shared: Tokens of the longest of them.
         readings: The stretches of prompts behind the written rows.
         masks: What `mask` has made, by window.
     """
 
     cache: "SlotCache"
+    rows: int
     slots: Tensor
     places: Tensor
     lengths: Tensor
     longest: int
     prefixes: Sequence[tuple[Prefix, Tensor | slice]]
+    shared: int
     readings: Sequence[Reading]
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
@@ -77,7 +81,7 @@ class Pass:
         """
         if window not in self.masks:
             made = None
-            if len(self.lengths) > 1 or window is not None:
+            if self.rows > 1 or window is not None:
                 places = torch.arange(self.longest, device=self.lengths.device)
                 hidden = _hidden(self.lengths[:, None] - 1, places, window)[:, None, None]
                 made = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, _NEVER)
@@ -132,7 +136,7 @@ class SlotCache(Cache):
     @staticmethod
     def _put(held: Tensor, new: Tensor, work: Pass) -> None:
         """Write a layer's new keys or values (K, N, D) to its slots."""
-        if (rows := len(work.lengths)) > 1:
+        if (rows := work.rows) > 1:
             held[work.slots[:rows], :, work.places[:rows]] = new[:, :rows].transpose(0, 1)
         elif rows:
             held[0, :, work.longest - 1] = new[:, 0]
@@ -188,43 +192,54 @@ def slot_attention(
         The output (1, N, H, D) and no weights.
     """
     work, layer = _running.get(), int(module.layer_idx)  # type: ignore[arg-type]
-    heads, tokens = key.shape[1], query.shape[2]
-    factor = scaling if scaling is not None else query.shape[-1] ** -0.5
-    query_K_N_G_D = (query[0] * factor).view(heads, -1, tokens, query.shape[-1]).transpose(1, 2)
-    rows, parts = len(work.lengths), []
-    if rows:
-        parts.append(_write(work, layer, query_K_N_G_D[:, :rows], softcap, sliding_window))
+    heads, factor = key.shape[1], scaling if scaling is not None else query.shape[-1] ** -0.5
+    grouped_K_G_N_D = query.view(heads, -1, *query.shape[2:])
+    rows, parts = work.rows, []
+    if rows and softcap is None and not work.shared:
+        mask = work.mask(sliding_window, query.dtype)
+        parts.append(_write_own(work, layer, grouped_K_G_N_D[:, :, :rows], factor, mask))
+    elif rows:
+        scaled_K_B_G_D = grouped_K_G_N_D[:, :, :rows].transpose(1, 2) * factor
+        parts.append(_write(work, layer, scaled_K_B_G_D, softcap, sliding_window))
     for part in work.readings:
-        parts.append(_read(work, layer, part, query_K_N_G_D[:, part.start : part.stop], softcap, sliding_window))
-    out_K_N_G_D = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return out_K_N_G_D.permute(1, 0, 2, 3).flatten(1, 2)[None], None
+        scaled_K_T_G_D = grouped_K_G_N_D[:, :, part.start : part.stop].transpose(1, 2) * factor
+        parts.append(_read(work, layer, part, scaled_K_T_G_D, softcap, sliding_window))
+    out_N_K_G_D = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out_N_K_G_D.flatten(1, 2)[None], None
+
+
+def _write_own(work: Pass, layer: int, query_K_G_B_D: Tensor, factor: float, mask_B_1_1_C: Tensor | None) -> Tensor:
+    """Attention (B, K, G, D) of one new token a row to its own slot: `_write` without prefixes and soft caps.
+
+    It is PyTorch's own, for which the query heads of a group stand as tokens: they see the same.
+    """
+    own = slice(work.rows), slice(None), slice(work.longest)
+    keys, values = work.cache.keys[layer][own], work.cache.values[layer][own]
+    return scaled_dot_product_attention(query_K_G_B_D.permute(2, 0, 1, 3), keys, values, mask_B_1_1_C, scale=factor)
 
 
 def _read(
     work: Pass, layer: int, part: Reading, query_K_T_G_D: Tensor, softcap: float | None, window: int | None
 ) -> Tensor:
-    """Attention (K, T, G, D) of a stretch of a prompt."""
+    """Attention (T, K, G, D) of a stretch of a prompt."""
     prefix, end = part.prefix, part.place + part.stop - part.start
     keys, values = (held[layer][part.slot, :, :end] for held in (work.cache.keys, work.cache.values))
     if prefix.length:
         keys, values = (torch.cat(p, 1) for p in ((prefix.keys[layer], keys), (prefix.values[layer], values)))
     places = torch.arange(prefix.length + end, device=keys.device)
     hidden = _hidden(places[prefix.length + part.place :, None], places, window)
-    return _mix(_weights(_scores(query_K_T_G_D, keys, softcap).masked_fill_(hidden[:, None], _NEVER)), values)
+    weights = _weights(_scores(query_K_T_G_D, keys, softcap).masked_fill_(hidden[:, None], _NEVER))
+    return _mix(weights, values).transpose(0, 1)
 
 
 def _write(work: Pass, layer: int, query_K_B_G_D: Tensor, softcap: float | None, window: int | None) -> Tensor:
-    """Attention (K, B, G, D) of one new token a row: to its own slot, and to its prefix with all rows that share it.
+    """Attention (B, K, G, D) of one new token a row: to its own slot, and to its prefix with all rows that share it.
 
-    One softmax goes over both; the scores of the prefixes are as wide as the longest one. Without prefixes it is
-    PyTorch's own attention, for which the query heads of a group stand as tokens: they see the same.
+    One softmax goes over both; the scores of the prefixes are as wide as the longest one.
     """
     heads, rows, group, size = query_K_B_G_D.shape
     query_B_K_G_D = query_K_B_G_D.transpose(0, 1)
-    mask, shared = work.mask(window, query_K_B_G_D.dtype), max(prefix.length for prefix, _ in work.prefixes)
-    if not shared and softcap is None:
-        keys, values = (held[layer][:rows, :, : work.longest] for held in (work.cache.keys, work.cache.values))
-        return scaled_dot_product_attention(query_B_K_G_D, keys, values, mask, scale=1.0).transpose(0, 1)
+    mask, shared = work.mask(window, query_K_B_G_D.dtype), work.shared
     own = slice(rows * heads), slice(work.longest)
     keys, values = (held[layer].flatten(0, 1)[own] for held in (work.cache.keys, work.cache.values))
     scores = query_K_B_G_D.new_full((rows, heads, group, shared + work.longest), _NEVER)
@@ -244,7 +259,7 @@ def _write(work: Pass, layer: int, query_K_B_G_D: Tensor, softcap: float | None,
     for prefix, members in prefixes:
         part = weights[members, ..., : prefix.length].transpose(0, 1)
         out_B_K_G_D[members] += _mix(part, prefix.values[layer]).transpose(0, 1)
-    return out_B_K_G_D.transpose(0, 1)
+    return out_B_K_G_D
 
 
 def _hidden(at: Tensor, places: Tensor, window: int | None) -> Tensor:
