@@ -159,7 +159,9 @@ class Router:
         return calls[-1][0][adapter, rank]
 
     def writing(self) -> Writing | None:
-        """The running forward pass, where it goes on with texts by a few tokens on a CPU."""
+        """The running forward pass, where it goes on with texts by a few tokens on a CPU; not in a compiled block."""
+        if torch.compiler.is_compiling():  # what is kept for a text would be compiled anew for each
+            return None
         calls = self._thread.running.calls
         return calls[-1][1] if calls else None
 
