@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from mote.products import bind, is_plain
 from mote.routing import NO_STEP
-from mote.tuner.experts import Fold, Route, fold, is_whole
+from mote.tuner.experts import Columns, Fold, Route, fold, is_whole
 
 if TYPE_CHECKING:
     from mote.tuner.layer import MoteLinear
 
 FEW = 64  # tokens of a pass, at most: a stretch of a prompt has more
 
+State = tuple[int, int, int, int]  # where A and B lie, and how often they were written to as autograd counts it
 Write = Callable[[Tensor, "Writing"], Tensor | None]  # a layer in a pass: (B, T, in) -> (B, T, out)
 
 
@@ -30,16 +31,27 @@ class Kept:
 
     Attributes:
         now: Of the text that is being written.
-        memory: Of a step's own columns, of this text or the last one in the same cache: the system takes longer to hand
-            out new memory than it takes to fill it.
+        folded: A step's own columns, of this text or an earlier one in the same cache, and what they were made of: they
+            are made anew, in the same memory, where that has changed since.
     """
 
     now: dict[nn.Module, Write] = field(default_factory=dict)
-    memory: dict[nn.Module, Fold] = field(default_factory=dict)
+    folded: dict[nn.Module, tuple[Fold, State | None]] = field(default_factory=dict)
 
     def end_text(self) -> None:
         """Look everything up anew from here on."""
         self.now = {}
+
+    def fold(self, layer: nn.Module, first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> Fold:
+        """`mote.tuner.experts.fold` of a layer, where it is not there yet."""
+        state, (found, before) = _state(first, second), self.folded.get(layer, (None, None))
+        if found is not None and found[0].dtype != dtype:
+            found, before = None, None
+        if found is None or state is None or state != before:
+            with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
+                found = fold(first, second, columns, dtype, into=found)
+            self.folded[layer] = found, state
+        return found
 
 
 Texts = dict[tuple[str, int | None], Kept]  # by adapter and step, None for tokens in different ones
@@ -86,16 +98,17 @@ class Writing:
             a, b = first.to(dtype), second.to(dtype)
             write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), of_rank)
         else:
-            into = self.kept.memory.get(layer)
-            if into is not None and into[0].dtype != dtype:
-                into = None
-            with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
-                a, b = self.kept.memory[layer] = fold(
-                    first, second, self.routes[of_rank].columns[self.step], dtype, into
-                )
+            a, b = self.kept.fold(layer, first, second, self.routes[of_rank].columns[self.step], dtype)
             write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), None)
         self.kept.now[layer] = write
         return write
+
+
+def _state(first: Tensor, second: Tensor) -> State | None:
+    """What tells whether A or B has changed; None for weights made in inference mode, where nothing counts it."""
+    if first.is_inference() or second.is_inference():
+        return None
+    return first.data_ptr(), first._version, second.data_ptr(), second._version
 
 
 def _without_experts(base: Callable[[Tensor], Tensor]) -> Write:
