@@ -7,7 +7,7 @@ Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,21 @@ if TYPE_CHECKING:
 
 FEW = 64  # tokens of a pass, at most: a stretch of a prompt has more
 
-State = tuple[int, int, int, int]  # where A and B lie, and how often they were written to as autograd counts it
 Write = Callable[[Tensor, "Writing"], Tensor | None]  # a layer in a pass: (B, T, in) -> (B, T, out)
+
+
+class Source(NamedTuple):
+    """What a step's columns were made of: A and B, and how often they had been written to, as autograd counts it."""
+
+    a: Tensor
+    b: Tensor
+    counts: tuple[int, int]
+
+    def is_same(self, other: "Source | None") -> bool:
+        """Whether nothing has changed; as long as it is kept, nothing else can come to lie in the same place."""
+        if other is None or self.counts != other.counts:
+            return False
+        return self.a.data_ptr() == other.a.data_ptr() and self.b.data_ptr() == other.b.data_ptr()
 
 
 @dataclass
@@ -36,7 +49,7 @@ class Kept:
     """
 
     now: dict[nn.Module, Write] = field(default_factory=dict)
-    folded: dict[nn.Module, tuple[Fold, State | None]] = field(default_factory=dict)
+    folded: dict[nn.Module, tuple[Fold, Source | None]] = field(default_factory=dict)
 
     def end_text(self) -> None:
         """Look everything up anew from here on."""
@@ -44,13 +57,13 @@ class Kept:
 
     def fold(self, layer: nn.Module, first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> Fold:
         """`mote.tuner.experts.fold` of a layer, where it is not there yet."""
-        state, (found, before) = _state(first, second), self.folded.get(layer, (None, None))
+        source, (found, before) = _source(first, second), self.folded.get(layer, (None, None))
         if found is not None and found[0].dtype != dtype:
-            found, before = None, None
-        if found is None or state is None or state != before:
+            found = None
+        if found is None or source is None or not source.is_same(before):
             with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
                 found = fold(first, second, columns, dtype, into=found)
-            self.folded[layer] = found, state
+            self.folded[layer] = found, source
         return found
 
 
@@ -104,11 +117,11 @@ class Writing:
         return write
 
 
-def _state(first: Tensor, second: Tensor) -> State | None:
-    """What tells whether A or B has changed; None for weights made in inference mode, where nothing counts it."""
+def _source(first: Tensor, second: Tensor) -> Source | None:
+    """A and B as they are now; None for weights made in inference mode, where nothing counts writing."""
     if first.is_inference() or second.is_inference():
         return None
-    return first.data_ptr(), first._version, second.data_ptr(), second._version
+    return Source(first.detach(), second.detach(), (first._version, second._version))
 
 
 def _without_experts(base: Callable[[Tensor], Tensor]) -> Write:
@@ -130,11 +143,8 @@ def _with_experts(
         b: B of them (2R or E*R, out), with the columns' weights where they are one step's.
         gated: Adapter and rank of the gate, where tokens are in different steps.
     """
-    inputs, outputs, multiply = (
-        len(a),
-        b.shape[1],
-        torch.mm,
-    )  # oneDNN takes longer to begin than so small a product takes
+    inputs, outputs = len(a), b.shape[1]
+    multiply = torch.mm  # oneDNN takes longer to begin than so small a product takes
 
     def write(x: Tensor, writing: Writing) -> Tensor | None:
         if gated is not None and x.numel() != writing.tokens * inputs:
