@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from mote.routing import NO_STEP
-from mote.tuner import writing
 from mote.tuner.layer import MoteLinear
 from mote.tuner.writing import FEW, Writing
 
@@ -189,44 +188,6 @@ def test_the_next_text_of_a_cache_sees_new_weights_in_the_same_memory(mode: Any)
             call = {"input_ids": ids[:, :1], "step_ids": torch.ones(1, 1, dtype=torch.long)}
             found = model(past_key_values=cache, **call).logits
         (part,) = model.get_base_model().mote_router._texts[cache].values()
-        places.append(part.folded[layer][0][0].data_ptr())
+        places.append(part.memory[layer][0].data_ptr())
         torch.testing.assert_close(found, model(past_key_values=before, **call).logits, atol=1e-5, rtol=1e-5)
     assert len(set(places)) == 1
-
-
-def test_columns_are_folded_again_only_where_weights_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, folded = adapted(), []
-    layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
-    fold = writing.fold
-    monkeypatch.setattr(
-        writing, "fold", lambda first, *rest, **memory: folded.append(first) or fold(first, *rest, **memory)
-    )
-    cache = DynamicCache(config=model.get_base_model().config)
-
-    def text() -> Tensor:
-        ids = torch.tensor([[5, 6, 7]])
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, step_ids=torch.ones_like(ids))
-        expected = write(model, cache, [1], plainly=True)
-        found = write(model, cache, [1])
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        return found
-
-    first = text()
-    assert len(folded) == len(layers)
-    text()
-    assert len(folded) == len(layers)
-    with torch.no_grad():
-        layers[3].mote_B["default"].weight.mul_(2)
-    text()
-    assert len(folded) == len(layers) + 1 and folded[-1] is layers[3].mote_A["default"].weight
-    layers[5].mote_A["default"].weight.data = layers[5].mote_A["default"].weight.data + 1
-    assert (text() - first).abs().max() > 1e-3
-    assert len(folded) == len(layers) + 2
-    for _ in range(4):  # whose memory would come to lie where the first one's was
-        layers[5].mote_A["default"].weight.data = layers[5].mote_A["default"].weight.data * 1.5
-    text()
-    assert len(folded) == len(layers) + 3
-    with torch.inference_mode():  # nothing counts how often such weights are written to
-        made = torch.nn.Parameter(layers[0].mote_A["default"].weight.clone(), requires_grad=False)
-    assert writing._source(made, made) is None

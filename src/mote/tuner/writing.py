@@ -7,14 +7,14 @@ Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mote.products import bind, is_plain
 from mote.routing import NO_STEP
-from mote.tuner.experts import Columns, Fold, Route, fold, is_whole
+from mote.tuner.experts import Fold, Route, fold, is_whole
 
 if TYPE_CHECKING:
     from mote.tuner.layer import MoteLinear
@@ -24,47 +24,22 @@ FEW = 64  # tokens of a pass, at most: a stretch of a prompt has more
 Write = Callable[[Tensor, "Writing"], Tensor | None]  # a layer in a pass: (B, T, in) -> (B, T, out)
 
 
-class Source(NamedTuple):
-    """What a step's columns were made of: A and B, and how often they had been written to, as autograd counts it."""
-
-    a: Tensor
-    b: Tensor
-    counts: tuple[int, int]
-
-    def is_same(self, other: "Source | None") -> bool:
-        """Whether nothing has changed; as long as it is kept, nothing else can come to lie in the same place."""
-        if other is None or self.counts != other.counts:
-            return False
-        return self.a.data_ptr() == other.a.data_ptr() and self.b.data_ptr() == other.b.data_ptr()
-
-
 @dataclass
 class Kept:
     """The layers' parts for an adapter and a step.
 
     Attributes:
         now: Of the text that is being written.
-        folded: A step's own columns, of this text or an earlier one in the same cache, and what they were made of: they
-            are made anew, in the same memory, where that has changed since.
+        memory: Of a step's own columns, of this text or the last one in the same cache: the system takes longer to hand
+            out new memory than it takes to fill it.
     """
 
     now: dict[nn.Module, Write] = field(default_factory=dict)
-    folded: dict[nn.Module, tuple[Fold, Source | None]] = field(default_factory=dict)
+    memory: dict[nn.Module, Fold] = field(default_factory=dict)
 
     def end_text(self) -> None:
         """Look everything up anew from here on."""
         self.now = {}
-
-    def fold(self, layer: nn.Module, first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> Fold:
-        """`mote.tuner.experts.fold` of a layer, where it is not there yet."""
-        source, (found, before) = _source(first, second), self.folded.get(layer, (None, None))
-        if found is not None and found[0].dtype != dtype:
-            found = None
-        if found is None or source is None or not source.is_same(before):
-            with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
-                found = fold(first, second, columns, dtype, into=found)
-            self.folded[layer] = found, source
-        return found
 
 
 Texts = dict[tuple[str, int | None], Kept]  # by adapter and step, None for tokens in different ones
@@ -111,17 +86,14 @@ class Writing:
             a, b = first.to(dtype), second.to(dtype)
             write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), of_rank)
         else:
-            a, b = self.kept.fold(layer, first, second, self.routes[of_rank].columns[self.step], dtype)
+            into, columns = self.kept.memory.get(layer), self.routes[of_rank].columns[self.step]
+            if into is not None and into[0].dtype != dtype:
+                into = None
+            with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
+                a, b = self.kept.memory[layer] = fold(first, second, columns, dtype, into)
             write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), None)
         self.kept.now[layer] = write
         return write
-
-
-def _source(first: Tensor, second: Tensor) -> Source | None:
-    """A and B as they are now; None for weights made in inference mode, where nothing counts writing."""
-    if first.is_inference() or second.is_inference():
-        return None
-    return Source(first.detach(), second.detach(), (first._version, second._version))
 
 
 def _without_experts(base: Callable[[Tensor], Tensor]) -> Write:
