@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mote.tuner.layer import MoteLinear
 
 WORLD = 2
-LONGEST = 180  # seconds; a hung process ends there
+LONGEST = 60  # seconds
 
 
 def batch() -> dict[str, Tensor]:

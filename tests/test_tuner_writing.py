@@ -63,8 +63,9 @@ def test_rows_without_a_step_are_the_base_model_exactly(other: int) -> None:
     assert torch.equal(found[:3, :64], expected[:3, :64])  # the markers' rows behind them are trained
 
 
-def test_a_plain_layer_is_computed_without_a_call_of_it_and_a_watched_one_with() -> None:
-    model, calls = adapted(), []
+def test_a_plain_layer_is_computed_without_a_call_of_it_and_a_watched_one_with(monkeypatch: Any) -> None:
+    model, calls, called, forward = adapted(), [], [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: called.append(layer) or forward(layer, x))
     layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
     layers[0].base_layer.register_forward_hook(lambda *_: calls.append("hook"))
     cache = read(model, 2)
@@ -72,11 +73,12 @@ def test_a_plain_layer_is_computed_without_a_call_of_it_and_a_watched_one_with()
     for layer in layers:
         layer.base_layer.__class__ = type("Linear", (nn.Linear,), {}) if layer is layers[1] else nn.Linear
     expected = write(model, cache, [1, 1], plainly=True)
+    assert all(layer.base_layer in called for layer in layers)
     calls.clear()
+    called.clear()
     torch.testing.assert_close(write(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
     assert calls == ["hook"]
-    layers[2].base_layer.forward = None
-    write(model, cache, [1, 1])  # nobody calls it
+    assert [layer.base_layer in called for layer in layers] == [True, True] + [False] * 12
 
 
 def gpt2() -> Any:

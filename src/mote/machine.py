@@ -54,13 +54,14 @@ def cpu_vendor() -> str:
     """Who made an x86 processor, as it says itself (`GenuineIntel`, `AuthenticAMD`); empty where nothing tells it."""
     if sys.platform == "darwin" and platform.machine() == "x86_64":
         return INTEL
-    return (
-        _cpu("vendor_id") or platform.processor().rpartition(", ")[2]
-    )  # Windows: "Intel64 Family 6 ..., GenuineIntel"
+    # Windows calls it "Intel64 Family 6 Model 142 Stepping 12, GenuineIntel".
+    return _cpu("vendor_id") or platform.processor().rpartition(", ")[2]
 
 
 def _cpu(name: str) -> str:
     """What Linux says of the first processor."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+    if not path.exists():
+        return ""
+    with path.open(encoding="utf-8") as lines:  # of many processors it is long, and the first one says it
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
