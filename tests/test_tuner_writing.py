@@ -14,7 +14,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from mote.routing import NO_STEP
 from mote.tuner.layer import MoteLinear
-from mote.tuner.writing import FEW, Writing
+from mote.tuner.writing import FEW, Writing, _places
 
 STEPS = [NO_STEP, 1, 2, 3]
 MODEL = adapted()
@@ -41,7 +41,8 @@ def write(model: Any, cache: Any, steps: list[int], plainly: bool = False) -> Te
 
 def kept(model: Any, cache: Any) -> dict[Any, int]:
     """How many layers are kept of a text, by adapter and step."""
-    return {key: len(part.now) for key, part in model.get_base_model().mote_router._texts.get(cache, {}).items()}
+    texts = model.get_base_model().mote_router._texts.get(cache, {})
+    return {(key[0], step): len(writes) for key, part in texts.items() for step, writes in part.writes.items()}
 
 
 @given(st.lists(st.lists(st.sampled_from(STEPS), min_size=4, max_size=4), min_size=1, max_size=5))
@@ -175,21 +176,85 @@ def test_other_passes_go_the_plain_way(what: str) -> None:
         assert passes(model, input_ids=ids, step_ids=steps, past_key_values=cache) is None
 
 
+def replace_base(layer: MoteLinear) -> None:
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    layer.base_layer.weight.data.neg_()
+
+
+CHANGES: dict[str, Callable[[MoteLinear], Any]] = {
+    "counted": lambda layer: layer.mote_A["default"].weight.add_(1),
+    "a row of A, not counted": lambda layer: layer.mote_A["default"].weight.data[5].add_(1),
+    "a column of A, not counted": lambda layer: layer.mote_A["default"].weight.data[:, 5].add_(1),
+    "a row of B, not counted": lambda layer: layer.mote_B["default"].weight.data[5].add_(1),
+    "a column of B, not counted": lambda layer: layer.mote_B["default"].weight.data[:, 1].add_(1),
+    "other memory": lambda layer: setattr(layer.mote_B["default"].weight, "data", torch.ones(32, 16)),
+    "another weight": lambda layer: setattr(layer.mote_A["default"], "weight", nn.Parameter(torch.ones(16, 32))),
+    "the base layer's weight": lambda layer: layer.base_layer.weight.data.neg_(),
+    "the base layer's memory": lambda layer: setattr(layer.base_layer.weight, "data", torch.ones(32, 32)),
+    "a bias": lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(32))),
+    "a hook": lambda layer: layer.base_layer.register_forward_hook(lambda *given: 2 * given[-1]),
+    "another base layer": replace_base,
+}
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_next_text_of_a_cache_sees_new_weights_in_the_same_memory(mode: Any) -> None:
-    model, places = adapted(), []
+@pytest.mark.parametrize("how", CHANGES)
+def test_the_next_text_of_a_cache_sees_what_has_changed(how: str, mode: Any) -> None:
+    model, found = adapted(), []
     layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
-    cache = DynamicCache(config=model.get_base_model().config)
+    cache, ids = DynamicCache(config=model.get_base_model().config), torch.tensor([[5, 6, 7]])
+    call = {"input_ids": ids[:, :1], "step_ids": torch.ones(1, 1, dtype=torch.long)}
     for turn in range(3):
-        with torch.no_grad():
-            layer.mote_A["default"].weight += turn
-        ids = torch.tensor([[5, 6, 7]])
+        if turn == 1:
+            with torch.no_grad():
+                CHANGES[how](layer)
         with mode() if turn else torch.inference_mode():
             model(input_ids=ids, past_key_values=cache, step_ids=torch.ones_like(ids))
-            before = copy.deepcopy(cache)
-            call = {"input_ids": ids[:, :1], "step_ids": torch.ones(1, 1, dtype=torch.long)}
-            found = model(past_key_values=cache, **call).logits
-        (part,) = model.get_base_model().mote_router._texts[cache].values()
-        places.append(part.memory[layer][0].data_ptr())
-        torch.testing.assert_close(found, model(past_key_values=before, **call).logits, atol=1e-5, rtol=1e-5)
-    assert len(set(places)) == 1
+            if turn == 1:
+                before = copy.deepcopy(cache)
+            else:
+                cache.crop(len(ids[0]))
+            found.append(model(past_key_values=cache, **call).logits)
+    expected = model(past_key_values=before, **call).logits
+    torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert kept(model, cache) == {("default", 1): 14}
+
+
+@pytest.mark.parametrize("steps", [[1, 1], [1, 2], [NO_STEP, NO_STEP]], ids=str)
+def test_what_was_looked_up_serves_the_next_text_while_nothing_has_changed(steps: list[int]) -> None:
+    model = adapted()
+    cache = read(model, 2)
+    write(model, cache, steps)
+    texts = model.get_base_model().mote_router._texts[cache]
+    looked_up = [dict(writes) for kept in texts.values() for writes in kept.writes.values()]
+    more = torch.tensor([[5, 6, 7]] * 2)
+    with torch.no_grad():
+        model(input_ids=more, past_key_values=cache, step_ids=torch.ones_like(more))
+    expected = write(model, cache, steps, plainly=True)
+    torch.testing.assert_close(write(model, cache, steps), expected, atol=1e-5, rtol=1e-5)
+    assert [dict(writes) for kept in texts.values() for writes in kept.writes.values()] == looked_up
+
+
+def test_a_model_made_under_inference_mode_writes() -> None:
+    ids = torch.tensor([[5, 6, 7, 10]])
+    steps = torch.ones_like(ids)
+    with torch.inference_mode():
+        model = adapted()
+        cache = DynamicCache(config=model.get_base_model().config)
+        expected = model(input_ids=ids, step_ids=steps).logits[:, -1:]
+        for read_before in (0, 1):
+            cache.crop(read_before)
+            prompt = slice(read_before, 3)
+            model(input_ids=ids[:, prompt], step_ids=steps[:, prompt], past_key_values=cache)
+            found = model(input_ids=ids[:, -1:], step_ids=steps[:, -1:], past_key_values=cache).logits
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            assert kept(model, cache) == {("default", 1): 14}
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_the_places_that_are_looked_at_are_in_all_rows_and_columns(rows: int, columns: int, turned: bool) -> None:
+    numbers = torch.arange(rows * columns).view(rows, columns)
+    places = _places(numbers.t().contiguous().t() if turned else numbers)
+    assert set((places // columns).tolist()) == set(range(rows))
+    assert set((places % columns).tolist()) == set(range(columns))

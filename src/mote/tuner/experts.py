@@ -19,7 +19,6 @@ from mote.products import Product, add_product
 
 Frozen = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out) of a base layer
 Columns = tuple[tuple[slice, ...], Tensor]  # stretches of columns that count for a step, and their weights (2R)
-Fold = tuple[Tensor, Tensor]  # a step's own A (2R, in) and B (out, 2R)
 
 
 @dataclass
@@ -179,7 +178,7 @@ def columns_of(table: Tensor) -> list[Columns]:
     return found
 
 
-def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype, into: Fold | None = None) -> Fold:
+def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A step's own columns as a plain LoRA, with their weights multiplied into B.
 
     Args:
@@ -187,16 +186,14 @@ def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype, in
         second: B of all experts (out, E*R).
         columns: Those of the step.
         dtype: To compute in.
-        into: An earlier result of the same shape, whose memory is written to.
 
     Returns:
         A (2R, in) and B (out, 2R), by columns in memory, which is faster for few rows; R where there is no shared
         expert.
     """
     stretches, weights = columns
-    a_memory, b_memory = (into[0], into[1].t()) if into is not None else (None, None)
-    a = torch.cat([first[stretch].to(dtype) for stretch in stretches], out=a_memory)
-    b = torch.cat([second[:, stretch].to(dtype).t() for stretch in stretches], out=b_memory)
+    a = torch.cat([first[stretch].to(dtype) for stretch in stretches])
+    b = torch.cat([second[:, stretch].to(dtype).t() for stretch in stretches])
     return a, b.mul_(weights.to(dtype)[:, None]).t()
 
 

@@ -237,8 +237,8 @@ class Router:
     ) -> Writing | None:
         """The pass as one that writes a token of each row or document on a CPU; None where it is another one.
 
-        What is kept for it lasts as long as the cache of the text, up to the next prompt in it: new weights come with
-        a new text.
+        What is kept for it lasts as long as the cache of the text, and from one text to the next in it as long as the
+        weights are the same: new weights come with a new text.
         """
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None or not isinstance(cache, Cache):
@@ -256,13 +256,16 @@ class Router:
         if QUESTION in found:
             return None
         step = found.pop() if len(found) == 1 else None
-        kept = self._texts.setdefault(cache, {}).setdefault((adapter, step), Kept())
-        return Writing(adapter, step, own.numel(), routes, kept)
+        dtype = next(iter(routes.values())).gate.dtype
+        kept = self._texts.setdefault(cache, {}).setdefault((adapter, dtype), Kept())
+        if not kept.holds:
+            kept.begin_text(adapter)
+        return Writing(adapter, step, own.numel(), routes, kept.writes.setdefault(step, {}), kept)
 
     def _end_text(self, cache: Cache) -> None:
-        """A prompt comes in this cache: what was kept for its last text is looked up anew."""
+        """A prompt comes in this cache: the next text may have other weights than the last one."""
         for kept in self._texts.get(cache, {}).values():
-            kept.end_text()
+            kept.holds = False
 
     def _routes(
         self,

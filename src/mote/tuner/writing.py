@@ -1,48 +1,67 @@
 """The experts' product while text is written on a CPU: a few tokens a pass, where time goes to calls and to weights.
 
-For each layer all that a pass needs is looked up once a text and kept: then a pass takes three products a layer,
-without a call of the base layer, and where all tokens are in one step it reads the columns of that step alone.
+For each layer all that a pass needs is looked up once and kept: then a pass takes three products a layer, without a
+call of the base layer, and where all tokens are in one step it reads copies of that step's columns alone. When a text
+begins it is checked that the layers and their weights are still those.
 Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from mote.products import bind, is_plain
 from mote.routing import NO_STEP
-from mote.tuner.experts import Fold, Route, fold, is_whole
+from mote.tuner.experts import Route, fold, is_whole
 
 if TYPE_CHECKING:
     from mote.tuner.layer import MoteLinear
 
 FEW = 64  # tokens of a pass, at most: a stretch of a prompt has more
+_CPU = torch.device("cpu")
 
 Write = Callable[[Tensor, "Writing"], Tensor | None]  # a layer in a pass: (B, T, in) -> (B, T, out)
 
 
 @dataclass
 class Kept:
-    """The layers' parts for an adapter and a step.
+    """What was looked up of an adapter's layers for the texts in a cache.
 
     Attributes:
-        now: Of the text that is being written.
-        memory: Of a step's own columns, of this text or the last one in the same cache: the system takes longer to hand
-            out new memory than it takes to fill it.
+        writes: By step, None for tokens in different ones, and layer.
+        made_of: Of each layer that was looked up, what that depends on.
+        places: Parts of the layers' A and B, see `_places`.
+        values: What was in those when the layers were looked up.
+        holds: Whether that is known to be so for the text that is being written.
     """
 
-    now: dict[nn.Module, Write] = field(default_factory=dict)
-    memory: dict[nn.Module, Fold] = field(default_factory=dict)
+    writes: dict[int | None, dict[nn.Module, Write]] = field(default_factory=dict)
+    made_of: dict["MoteLinear", tuple[Any, ...]] = field(default_factory=dict)
+    places: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    holds: bool = True
 
-    def end_text(self) -> None:
-        """Look everything up anew from here on."""
-        self.now = {}
+    def begin_text(self, adapter: str) -> None:
+        """Forget everything where the layers or their weights are not those of the text before."""
+        layers = all(made_of == _made_of(layer, adapter) for layer, made_of in self.made_of.items())
+        if not layers or (self.places and not torch.equal(torch.cat(self.places), torch.cat(self.values))):
+            self.writes, self.made_of, self.places, self.values = {}, {}, [], []
+        self.holds = True
+
+    def add(self, layer: "MoteLinear", adapter: str, made_of: tuple[Any, ...]) -> None:
+        """A layer is looked up, for the first of its steps."""
+        self.made_of[layer] = made_of
+        for weight in (layer.mote_A[adapter].weight, layer.mote_B[adapter].weight):
+            assert isinstance(weight, Tensor)
+            self.places.append(_places(weight.detach()))
+            self.values.append(self.places[-1].clone())
 
 
-Texts = dict[tuple[str, int | None], Kept]  # by adapter and step, None for tokens in different ones
+Texts = dict[tuple[str, torch.dtype], Kept]  # by adapter and what the model computes in
 
 
 @dataclass(frozen=True)
@@ -54,30 +73,31 @@ class Writing:
         step: Of all tokens; None where they are in different ones.
         tokens: How many.
         routes: By rank.
-        kept: What was looked up in earlier passes.
+        writes: What was looked up for the step in earlier passes.
+        kept: The same for all steps.
     """
 
     adapter: str
     step: int | None
     tokens: int
     routes: Mapping[tuple[str, int], Route]
+    writes: dict[nn.Module, Write]
     kept: Kept
 
     def forward(self, layer: "MoteLinear", x: Tensor) -> Tensor | None:
         """`MoteLinear.forward` of this pass: (B, T, out), or None where the layer has to go the plain way."""
-        write = self.kept.now.get(layer)
+        write = self.writes.get(layer)
         if write is None and (write := self._look_up(layer, x.dtype)) is None:
             return None
         return write(x, self)
 
     def _look_up(self, layer: "MoteLinear", dtype: torch.dtype) -> Write | None:
         """A layer's part, kept for later passes; None where the adapter is not on it or its weights lie elsewhere."""
-        if self.adapter not in layer.ranks:
+        made_of = _made_of(layer, self.adapter)
+        if made_of is None:
             return None
         first, second = layer.mote_A[self.adapter].weight, layer.mote_B[self.adapter].weight
         assert isinstance(first, Tensor) and isinstance(second, Tensor)
-        if not (is_whole(first, torch.device("cpu")) and is_whole(second, torch.device("cpu"))):
-            return None
         base, of_rank = _base(layer.base_layer, dtype), (self.adapter, layer.ranks[self.adapter])
         called = base is None  # its output may be somebody else's as well
         if self.step == NO_STEP:
@@ -86,14 +106,54 @@ class Writing:
             a, b = first.to(dtype), second.to(dtype)
             write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), of_rank)
         else:
-            into, columns = self.kept.memory.get(layer), self.routes[of_rank].columns[self.step]
-            if into is not None and into[0].dtype != dtype:
-                into = None
-            with torch.inference_mode(False), torch.no_grad():  # the memory is for passes of either kind
-                a, b = self.kept.memory[layer] = fold(first, second, columns, dtype, into)
+            with torch.inference_mode(False), torch.no_grad():  # they are for passes of either kind
+                a, b = fold(first, second, self.routes[of_rank].columns[self.step], dtype)
             write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), None)
-        self.kept.now[layer] = write
+        self.writes[layer] = write
+        if layer not in self.kept.made_of:
+            self.kept.add(layer, self.adapter, made_of)
         return write
+
+
+def _made_of(layer: "MoteLinear", adapter: str) -> tuple[Any, ...] | None:
+    """The modules and the memory that a layer's part holds on to, and how often autograd saw the experts written to.
+
+    None where it has no part: the adapter is not on it, or its weights are sharded or offloaded.
+    """
+    if adapter not in layer.ranks:
+        return None
+    base, first, second = layer.base_layer, layer.mote_A[adapter].weight, layer.mote_B[adapter].weight
+    if not (_is_dense(first) and _is_dense(second)):
+        return None
+    experts = (base, *_memory(first), *_memory(second), _version(first), _version(second))
+    if not is_plain(base) or not is_whole(base.weight, _CPU):
+        return experts
+    return (*experts, type(base), *_memory(base.weight), id(base.bias))
+
+
+def _is_dense(weight: Any) -> TypeGuard[Tensor]:
+    return is_whole(weight, _CPU) and (weight.is_contiguous() or weight.t().is_contiguous())
+
+
+def _memory(weight: Tensor) -> tuple[Any, ...]:
+    """Where a weight lies and how. While somebody holds that memory nothing else can lie there."""
+    return weight.data_ptr(), weight.stride(), weight.dtype
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def _places(weight: Tensor) -> Tensor:
+    """A place or more in each row and in each column of a weight, as a view (places).
+
+    Not all that writes to a weight is counted by autograd (`weight.data`, other libraries' kernels), and to compare all
+    of it takes as long as to copy it.
+    """
+    flat = (weight if weight.is_contiguous() else weight.t()).view(-1)
+    length = weight.shape[1] if weight.is_contiguous() else weight.shape[0]
+    # A step that has no divisor in common with a line's length comes to all places of a line before it repeats one.
+    return flat[:: next(step for step in range(min(weight.shape), 0, -1) if math.gcd(step, length) == 1)]
 
 
 def _without_experts(base: Callable[[Tensor], Tensor]) -> Write:
@@ -121,20 +181,20 @@ def _with_experts(
     def write(x: Tensor, writing: Writing) -> Tensor | None:
         if gated is not None and x.numel() != writing.tokens * inputs:
             return None
-        result = base(x)
-        hidden_N = multiply(x.reshape(-1, inputs), a)
+        x_N = x.flatten(0, -2)
+        result = base(x if called else x_N)
+        hidden_N = multiply(x_N, a)
         if gated is not None:
             hidden_N *= writing.routes[gated].gate.view(hidden_N.shape)
         if called:
             return result + multiply(hidden_N, b).view_as(result)
-        result.view(-1, outputs).addmm_(hidden_N, b)
-        return result
+        return result.addmm_(hidden_N, b).view(*x.shape[:-1], outputs)
 
     return write
 
 
 def _base(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
     """The product of a linear layer, where that may be used without a call of it."""
-    if not is_plain(layer) or layer.weight.dtype != dtype or not is_whole(layer.weight, torch.device("cpu")):
+    if not is_plain(layer) or layer.weight.dtype != dtype or not is_whole(layer.weight, _CPU):
         return None
     return bind(layer)
