@@ -207,7 +207,9 @@ def test_with_the_adapter_off_a_loop_need_not_say_anything() -> None:
 def kept(model: Any) -> list[dict[int | None, int]]:
     """How many layers' weights are kept for each text that is being written, by the step (None: different ones)."""
     texts = model.get_base_model().mote_router._texts.values()
-    return [{step: len(writes) for part in text.values() for step, writes in part.writes.items()} for text in texts]
+    return [
+        {step: len(writes) for part in text.values() for (step, _), writes in part.writes.items()} for text in texts
+    ]
 
 
 def in_step(step: str, rows: int = 2, length: int = 5) -> Tensor:

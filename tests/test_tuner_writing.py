@@ -42,7 +42,7 @@ def write(model: Any, cache: Any, steps: list[int], plainly: bool = False) -> Te
 def kept(model: Any, cache: Any) -> dict[Any, int]:
     """How many layers are kept of a text, by adapter and step."""
     texts = model.get_base_model().mote_router._texts.get(cache, {})
-    return {(key[0], step): len(writes) for key, part in texts.items() for step, writes in part.writes.items()}
+    return {(key[0], step): len(writes) for key, part in texts.items() for (step, _), writes in part.writes.items()}
 
 
 @given(st.lists(st.lists(st.sampled_from(STEPS), min_size=4, max_size=4), min_size=1, max_size=5))

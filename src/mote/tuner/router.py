@@ -260,7 +260,8 @@ class Router:
         kept = self._texts.setdefault(cache, {}).setdefault((adapter, dtype), Kept())
         if not kept.holds:
             kept.begin_text(adapter)
-        return Writing(adapter, step, own.numel(), routes, kept.writes.setdefault(step, {}), kept)
+        line = ids.shape[0] == 1
+        return Writing(adapter, step, own.numel(), line, routes, kept.writes.setdefault((step, line), {}), kept)
 
     def _end_text(self, cache: Cache) -> None:
         """A prompt comes in this cache: the next text may have other weights than the last one."""

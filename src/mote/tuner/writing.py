@@ -32,14 +32,14 @@ class Kept:
     """What was looked up of an adapter's layers for the texts in a cache.
 
     Attributes:
-        writes: By step, None for tokens in different ones, and layer.
+        writes: By step, None for tokens in different ones, and whether they stand in one line; then by layer.
         made_of: Of each layer that was looked up, what that depends on.
         places: Parts of the layers' A and B, see `_places`.
         values: What was in those when the layers were looked up.
         holds: Whether that is known to be so for the text that is being written.
     """
 
-    writes: dict[int | None, dict[nn.Module, Write]] = field(default_factory=dict)
+    writes: dict[tuple[int | None, bool], dict[nn.Module, Write]] = field(default_factory=dict)
     made_of: dict["MoteLinear", tuple[Any, ...]] = field(default_factory=dict)
     places: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -72,14 +72,16 @@ class Writing:
         adapter: The one that is active.
         step: Of all tokens; None where they are in different ones.
         tokens: How many.
+        line: Whether they stand in one line, B = 1.
         routes: By rank.
-        writes: What was looked up for the step in earlier passes.
-        kept: The same for all steps.
+        writes: What was looked up for such passes.
+        kept: The same for all passes.
     """
 
     adapter: str
     step: int | None
     tokens: int
+    line: bool
     routes: Mapping[tuple[str, int], Route]
     writes: dict[nn.Module, Write]
     kept: Kept
@@ -87,28 +89,29 @@ class Writing:
     def forward(self, layer: "MoteLinear", x: Tensor) -> Tensor | None:
         """`MoteLinear.forward` of this pass: (B, T, out), or None where the layer has to go the plain way."""
         write = self.writes.get(layer)
-        if write is None and (write := self._look_up(layer, x.dtype)) is None:
+        if write is None and (write := self._look_up(layer, x)) is None:
             return None
         return write(x, self)
 
-    def _look_up(self, layer: "MoteLinear", dtype: torch.dtype) -> Write | None:
+    def _look_up(self, layer: "MoteLinear", x: Tensor) -> Write | None:
         """A layer's part, kept for later passes; None where the adapter is not on it or its weights lie elsewhere."""
         made_of = _made_of(layer, self.adapter)
         if made_of is None:
             return None
         first, second = layer.mote_A[self.adapter].weight, layer.mote_B[self.adapter].weight
         assert isinstance(first, Tensor) and isinstance(second, Tensor)
-        base, of_rank = _base(layer.base_layer, dtype), (self.adapter, layer.ranks[self.adapter])
+        dtype, line, of_rank = x.dtype, self.line and x.dim() == 3, (self.adapter, layer.ranks[self.adapter])
+        base = _base(layer.base_layer, dtype)
         called = base is None  # its output may be somebody else's as well
         if self.step == NO_STEP:
             write = _without_experts(base or layer.base_layer)
         elif self.step is None:
             a, b = first.to(dtype), second.to(dtype)
-            write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), of_rank)
+            write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), line, of_rank)
         else:
             with torch.inference_mode(False), torch.no_grad():  # they are for passes of either kind
                 a, b = fold(first, second, self.routes[of_rank].columns[self.step], dtype)
-            write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), None)
+            write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), line, None)
         self.writes[layer] = write
         if layer not in self.kept.made_of:
             self.kept.add(layer, self.adapter, made_of)
@@ -161,7 +164,7 @@ def _without_experts(base: Callable[[Tensor], Tensor]) -> Write:
 
 
 def _with_experts(
-    base: Callable[[Tensor], Tensor], called: bool, a: Tensor, b: Tensor, gated: tuple[str, int] | None
+    base: Callable[[Tensor], Tensor], called: bool, a: Tensor, b: Tensor, line: bool, gated: tuple[str, int] | None
 ) -> Write:
     """A layer with its experts.
 
@@ -173,6 +176,7 @@ def _with_experts(
         called: Whether it is the layer itself, whose output is not written to.
         a: A of the columns that count (in, 2R or E*R).
         b: B of them (2R or E*R, out), with the columns' weights where they are one step's.
+        line: Whether inputs are (1, N, in).
         gated: Adapter and rank of the gate, where tokens are in different steps.
     """
     inputs, outputs = len(a), b.shape[1]
@@ -181,14 +185,15 @@ def _with_experts(
     def write(x: Tensor, writing: Writing) -> Tensor | None:
         if gated is not None and x.numel() != writing.tokens * inputs:
             return None
-        x_N = x.flatten(0, -2)
+        x_N = x.squeeze(0) if line else x.flatten(0, -2)
         result = base(x if called else x_N)
         hidden_N = multiply(x_N, a)
         if gated is not None:
             hidden_N *= writing.routes[gated].gate.view(hidden_N.shape)
         if called:
             return result + multiply(hidden_N, b).view_as(result)
-        return result.addmm_(hidden_N, b).view(*x.shape[:-1], outputs)
+        result.addmm_(hidden_N, b)
+        return result.unsqueeze(0) if line else result.view(*x.shape[:-1], outputs)
 
     return write
 
