@@ -85,6 +85,24 @@ def test_batches_equal_single_answers_and_an_uncached_reference(model: Model) ->
         assert model.read(as_question(question), ids[prompt:], "adaptive", Limits(6)).steps == answer.steps
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_new_weights_are_seen_by_the_next_request(counted: bool, tiny: Path, adapter: Path) -> None:
+    def change(model: Model) -> None:
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for name, weight in model.model.named_parameters():
+                if "mote_" in name:
+                    (weight if counted else weight.data).copy_(torch.randn_like(weight))
+
+    used, fresh = (mote.load(str(tiny), adapter, device="cpu") for _ in range(2))
+    before = used.answer(QUESTIONS[0], "full", max_step_tokens=20)
+    assert used.answer(QUESTIONS[0], "full", max_step_tokens=20).steps == before.steps
+    change(used)
+    change(fresh)
+    after = used.answer(QUESTIONS[0], "full", max_step_tokens=20)
+    assert after.steps == fresh.answer(QUESTIONS[0], "full", max_step_tokens=20).steps != before.steps
+
+
 def test_rows_of_all_modes_share_a_batch(model: Model) -> None:
     modes = ["adaptive", "base", "full", "direct", "base", "analysis"]
     questions = [as_question(QUESTIONS[i % 3]) for i in range(len(modes))]
