@@ -101,17 +101,17 @@ class Writing:
         first, second = layer.mote_A[self.adapter].weight, layer.mote_B[self.adapter].weight
         assert isinstance(first, Tensor) and isinstance(second, Tensor)
         dtype, line, of_rank = x.dtype, self.line and x.dim() == 3, (self.adapter, layer.ranks[self.adapter])
-        base = _base(layer.base_layer, dtype)
-        called = base is None  # its output may be somebody else's as well
+        product = _base(layer.base_layer, dtype)
+        base, called = product or layer.base_layer, product is None  # its output may be somebody else's as well
         if self.step == NO_STEP:
-            write = _without_experts(base or layer.base_layer)
+            write = _without_experts(base)
         elif self.step is None:
             a, b = first.to(dtype), second.to(dtype)
-            write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), line, of_rank)
+            write = _with_experts(base, called, a.t(), b.t(), line, of_rank)
         else:
             with torch.inference_mode(False), torch.no_grad():  # they are for passes of either kind
                 a, b = fold(first, second, self.routes[of_rank].columns[self.step], dtype)
-            write = _with_experts(base or layer.base_layer, called, a.t(), b.t(), line, None)
+            write = _with_experts(base, called, a.t(), b.t(), line, None)
         self.writes[layer] = write
         if layer not in self.kept.made_of:
             self.kept.add(layer, self.adapter, made_of)
@@ -153,10 +153,10 @@ def _places(weight: Tensor) -> Tensor:
     Not all that writes to a weight is counted by autograd (`weight.data`, other libraries' kernels), and to compare all
     of it takes as long as to copy it.
     """
-    flat = (weight if weight.is_contiguous() else weight.t()).view(-1)
-    length = weight.shape[1] if weight.is_contiguous() else weight.shape[0]
+    lines = weight if weight.is_contiguous() else weight.t()
     # A step that has no divisor in common with a line's length comes to all places of a line before it repeats one.
-    return flat[:: next(step for step in range(min(weight.shape), 0, -1) if math.gcd(step, length) == 1)]
+    step = next(step for step in range(min(lines.shape), 0, -1) if math.gcd(step, lines.shape[1]) == 1)
+    return lines.view(-1)[::step]
 
 
 def _without_experts(base: Callable[[Tensor], Tensor]) -> Write:
