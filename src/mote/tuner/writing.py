@@ -48,7 +48,9 @@ class Kept:
     def begin_text(self, adapter: str) -> None:
         """Forget everything where the layers or their weights are not those of the text before."""
         layers = all(made_of == _made_of(layer, adapter) for layer, made_of in self.made_of.items())
-        if not layers or (self.places and not torch.equal(torch.cat(self.places), torch.cat(self.values))):
+        if self.values:  # put together once, not for each text
+            self.values = [torch.cat(self.values)]
+        if not layers or (self.places and not torch.equal(torch.cat(self.places), self.values[0])):
             self.writes, self.made_of, self.places, self.values = {}, {}, [], []
         self.holds = True
 
