@@ -16,11 +16,11 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 import mote
+from mote.core.machine import environment
 from mote.decode import Limits, as_question
 from mote.export import export_steps
-from mote.machine import environment
 from mote.models import EMBEDDED
-from mote.questions import load_questions
+from mote.questions.load import load_questions
 from mote.tokens import encode_prompt
 
 

@@ -20,19 +20,19 @@ from typing import Any
 
 import torch
 
-from mote.chains import make_chains
-from mote.config import ChainSettings
-from mote.engines import Completion, Engine, Preference, Prompt
+from mote.chains.engine import Completion, Engine, Preference, Prompt
+from mote.chains.make import make_chains
+from mote.chains.prompts import check_prompt
+from mote.chains.safety_check import ChoiceJudge
+from mote.core.files import write_json
+from mote.core.machine import environment
+from mote.core.recipe import ChainSettings
+from mote.core.records import ChainRow, Question, read_rows
+from mote.core.scheme import load_scheme
 from mote.engines.local import LocalEngine
-from mote.files import write_json
-from mote.judges.choice import ChoiceJudge
-from mote.machine import environment
 from mote.models import EMBEDDED, Base, load_base
-from mote.prompting import check_prompt
-from mote.questions import load_questions
-from mote.records import ChainRow, Question, read_rows
+from mote.questions.load import load_questions
 from mote.sampling import SeededSampler
-from mote.steps import load_scheme
 from mote.tokens import encode_prompt
 
 SETTINGS = {"max_tokens": 72, "temperature": 0.7, "top_p": 0.9, "examples": 2, "threshold": 0.17, "retries": 1}

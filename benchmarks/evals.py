@@ -21,11 +21,11 @@ from inspect_ai import eval_set, task_with
 from inspect_ai.model import get_model
 
 import mote
+from mote.core.files import write_json
+from mote.core.machine import environment
 from mote.evals.tasks.over_refusal import xstest
-from mote.files import write_json
-from mote.machine import environment
 from mote.models import EMBEDDED
-from mote.questions import load_questions
+from mote.questions.load import load_questions
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import StaticCache
 
 from mote.attention import GROUPED_SDPA
-from mote.machine import environment
+from mote.core.machine import environment
 from mote.models import EMBEDDED, load_base
 
 ROWS, PROMPT, NEW, ROUNDS = 16, 300, 24, 7

@@ -24,8 +24,8 @@ import httpx
 import psutil
 from serving import QUESTIONS, random_adapter, running
 
+from mote.core.machine import environment
 from mote.decode import Model, load
-from mote.machine import environment
 from mote.models import EMBEDDED
 
 MODES = ["adaptive", "direct", "analysis", "full", "base"]

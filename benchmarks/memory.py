@@ -19,10 +19,10 @@ from typing import Any
 
 from server import FAKE, process
 
-from mote.files import write_json
-from mote.machine import environment
-from mote.questions import load_questions
-from mote.words import words_of
+from mote.core.files import write_json
+from mote.core.machine import environment
+from mote.core.words import words_of
+from mote.questions.load import load_questions
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the questions, at which memory is read
 LOOK = 0.2  # seconds between looks

@@ -33,13 +33,13 @@ from typing import Any
 from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient
 
 from mote.bench.timing import interleave, paired, say, spread
-from mote.engines import Prompt
+from mote.chains.engine import Prompt
+from mote.core.files import write_json
+from mote.core.machine import environment
+from mote.core.records import Message
 from mote.engines.server import ServerEngine
-from mote.files import write_json
-from mote.machine import environment
 from mote.models import EMBEDDED, model_folder
-from mote.questions import load_questions
-from mote.records import Message
+from mote.questions.load import load_questions
 
 IN_FLIGHT = 256
 FAKE = Path(__file__).parent.parent / "tests" / "fake_server.py"

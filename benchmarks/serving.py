@@ -27,9 +27,9 @@ from peft import get_peft_model
 from transformers.generation import BaseStreamer
 
 import mote
+from mote.core.machine import environment
 from mote.decode import Limits, Model, as_question, load
 from mote.grammar import FreeText
-from mote.machine import environment
 from mote.models import EMBEDDED, fingerprint, lay_out_by_columns, load_base
 from mote.products import speed_up
 from mote.serve.server import Server, listen

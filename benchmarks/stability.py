@@ -20,12 +20,12 @@ import torch
 from matplotlib.figure import Figure
 
 from mote.baselines import gated_layers
-from mote.config import Recipe
-from mote.files import write_atomic, write_json
-from mote.machine import environment
+from mote.core.files import write_atomic, write_json
+from mote.core.machine import environment
+from mote.core.recipe import Recipe
+from mote.core.records import ChainRow, read_rows
+from mote.core.scheme import load_scheme
 from mote.models import load_base
-from mote.records import ChainRow, read_rows
-from mote.steps import load_scheme
 from mote.train import train
 from mote.train.trainer import MoteTrainer
 

@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
 
-from mote.machine import environment
+from mote.core.machine import environment
 from mote.models import EMBEDDED, fingerprint, load_base, model_folder
 from mote.tokens import add_markers
 from mote.tuner import MoteConfig

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mote.records import ChainRow, ChainTokens, Check, Message, StepText
+from mote.core.records import ChainRow, ChainTokens, Check, Message, StepText
 
 
 def made(name: str, question: str, *, kind: str = "benign", score: float = 0.9, **given: Any) -> ChainRow:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 from conftest import Write
 
-from mote.errors import UserError
-from mote.questions import load_questions
+from mote.core.errors import UserError
+from mote.questions.load import load_questions
 
 
 def assert_refused(write: Write, content: object, name: str, said: Sequence[str]) -> None:

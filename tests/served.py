@@ -17,9 +17,9 @@ from test_export import make_adapter
 from transformers import AutoTokenizer, GenerationConfig
 
 import mote
+from mote.core.scheme import BASE
 from mote.decode import Model
 from mote.grammar import FreeText, StepGrammar
-from mote.steps import BASE
 from mote.tokens import special_ids
 from mote.vllm.folder import export_vllm
 

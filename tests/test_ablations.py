@@ -13,9 +13,9 @@ from test_methods import checked
 from mote import cli
 from mote.ablations import Ablations, load_ablations, run_ablations
 from mote.ablations.rows import Measured, Result, interval, markdown, summary_of
-from mote.errors import UserError
-from mote.methods import METHODS
-from mote.records import ChainRow, read_rows, rewrite_rows
+from mote.core.errors import UserError
+from mote.core.methods import METHODS
+from mote.core.records import ChainRow, read_rows, rewrite_rows
 from mote.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def test_human_replies_take_the_place_of_chains(tiny: Path, tmp_path: Path) -> N
             for i, row in enumerate(asked[:4])
         )
     )
-    from mote.questions import load_questions
+    from mote.questions.load import load_questions
 
     ids = {question.text: question.id for question in load_questions(str(human), None)}
     rows = [row.model_copy(update={"id": ids.get(row.text, row.id)}) for row in checked(6)]

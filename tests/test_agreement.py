@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from mote import cli
-from mote.errors import UserError
-from mote.judges import JudgeCard, Verdict
+from mote.chains.judge import JudgeCard, Verdict
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.judges.agreement import AgreementReport, agreement, as_json, column_verdicts, judge_all, table
 from mote.judges.kappa import cohen_kappa, compare
 from mote.judges.labels import read_labels
 from mote.judges.rule import RuleJudge
-from mote.records import Message
 
 COMPLIES, REFUSES, PARTLY = "1_full_compliance", "2_full_refusal", "3_partial_refusal"
 XSTEST = [  # id, prompt, completion, annotation_1, annotation_2, final_label

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_train import SCHEME, recipe, rows_of, trained, weights_of
 
-from mote.errors import UserError
+from mote.core.errors import UserError
 from mote.train import check_settings, training_arguments
 from mote.train.arguments import step_weights
 

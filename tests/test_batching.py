@@ -26,7 +26,7 @@ from transformers import (
 
 from mote import batching
 from mote.batching import Batcher, Request
-from mote.errors import UserError
+from mote.core.errors import UserError
 from mote.grammar import FreeText
 from mote.sampling import SeededSampler
 

@@ -20,8 +20,8 @@ from mote.bench.rivals import SplitLinear
 from mote.bench.settings import MEASURES, Settings, choose_settings, load_model
 from mote.bench.timing import compare, interleave, spread
 from mote.bench.variants import BUILDERS, CONTROL, GROWS, REFERENCE, UNCOMPILED, Variant, build, share
-from mote.errors import MoteError, UserError
-from mote.memory import resident_peak_mb
+from mote.core.errors import MoteError, UserError
+from mote.core.machine import resident_peak_mb
 from mote.products import FrozenLinear
 from mote.tuner.layer import MoteLinear
 

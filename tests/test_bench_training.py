@@ -29,9 +29,9 @@ from mote.bench.training import (
     held_out_lines,
     measure_training,
 )
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import append_rows
 from mote.masks import document_mask
-from mote.records import append_rows
 from mote.routing import Markers
 from mote.tokens import IGNORED, Tokens
 

@@ -10,7 +10,7 @@ from hub_server import Hub, environment
 from test_methods import checked
 from test_train import chains, recipe, rows_of, trained
 
-from mote.records import rewrite_rows
+from mote.core.records import rewrite_rows
 
 
 def test_the_card_says_what_was_trained(tiny: Path, tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from mote.chains import make_chains
-from mote.config import ChainSettings
-from mote.engines import Completion, Engine, Preference, Prompt
-from mote.errors import MoteError
-from mote.judges.choice import ChoiceJudge, WordJudge
-from mote.judges.protocol import Judge
+from mote.chains.engine import Completion, Engine, Preference, Prompt
+from mote.chains.judge import Judge
+from mote.chains.make import make_chains
+from mote.chains.prompts import as_text, check_prompt
+from mote.chains.safety_check import ChoiceJudge, WordJudge
+from mote.core.errors import MoteError
+from mote.core.recipe import ChainSettings
+from mote.core.records import ChainRow, Message, Question, read_rows
+from mote.core.scheme import load_scheme
 from mote.judges.rule import RuleJudge
-from mote.prompting import as_text, check_prompt
-from mote.records import ChainRow, Message, Question, read_rows
-from mote.steps import load_scheme
 
 SCHEME = load_scheme("safety")
 

@@ -10,13 +10,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-from mote.chains import make_chains
-from mote.config import ChainSettings
-from mote.engines import Completion, Preference, Prompt
-from mote.judges.choice import ChoiceJudge
-from mote.prompting import check_prompt
-from mote.records import ChainRow, Message, Question, read_rows
-from mote.steps import load_scheme
+from mote.chains.engine import Completion, Preference, Prompt
+from mote.chains.make import make_chains
+from mote.chains.prompts import check_prompt
+from mote.chains.safety_check import ChoiceJudge
+from mote.core.recipe import ChainSettings
+from mote.core.records import ChainRow, Message, Question, read_rows
+from mote.core.scheme import load_scheme
 
 KILLS = 100
 QUESTIONS = 400

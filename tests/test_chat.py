@@ -10,8 +10,8 @@ from test_decode import save_random_adapter
 
 import mote
 from mote.chat import talk
-from mote.config import AnswerSettings
-from mote.steps import CHECKED
+from mote.core.recipe import AnswerSettings
+from mote.core.scheme import CHECKED
 
 
 @pytest.mark.parametrize("show_steps", [True, False])

@@ -12,14 +12,14 @@ from test_decode import save_random_adapter
 
 import mote
 from mote.attempts import Item
-from mote.config import Recipe
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
+from mote.core.records import Answer, StepText, read_rows
+from mote.core.scheme import CHECKED
 from mote.decode import Limits, Model, as_question
-from mote.errors import UserError
 from mote.events import Event
 from mote.grammar import StepGrammar
-from mote.records import Answer, StepText, read_rows
 from mote.run import Run
-from mote.steps import CHECKED
 from mote.tokens import encode_choice, encode_prompt, special_ids
 
 EXPERTS = ("analysis", "guidance", "response", "check")

@@ -15,8 +15,8 @@ import pytest
 
 from mote import cli
 from mote.cli.options import WithCommands
-from mote.question_files import OWN
-from mote.records import ChainRow, folder_lock, read_rows
+from mote.core.records import ChainRow, folder_lock, read_rows
+from mote.questions.files import OWN
 
 QUESTION = '{"question": "How do I boil an egg?"}\n'
 SMALL = [
@@ -474,7 +474,7 @@ def test_report_of_no_run(fails: Fails, tmp_path: Path) -> None:
 
 def fill_disk(name: str, after: int) -> None:
     """From now on this file takes `after` writes, then the kernel says that the disk is full."""
-    from mote import files, records
+    from mote.core import files, records
     from mote.train import metrics
 
     written = 0
@@ -579,7 +579,7 @@ def test_failure_nobody_thought_of(fails: Fails, monkeypatch: pytest.MonkeyPatch
     def broken(path: Path) -> None:
         raise ZeroDivisionError("division by\nzero")
 
-    monkeypatch.setattr("mote.records.folder_lock", broken)
+    monkeypatch.setattr("mote.core.records.folder_lock", broken)
     message = fails("chains", "--out", tmp_path, code=1)
     assert message == "ZeroDivisionError: division by (add --debug for the traceback)"
 

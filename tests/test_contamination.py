@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mote.contamination import Evaluation, split_contaminated
-from mote.questions import load_questions
-from mote.records import Message, Question
+from mote.core.records import Message, Question
+from mote.questions.contamination import Evaluation, split_contaminated
+from mote.questions.load import load_questions
 
 LONG = "Write a letter to my landlord that says the heating has been broken since the first of March"
 UPSTREAM = Path(os.environ.get("MOTE_UPSTREAM_DATA", Path(__file__).parents[2] / "shared" / "data"))

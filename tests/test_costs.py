@@ -5,8 +5,8 @@ import json
 import pytest
 from made_chains import made
 
-from mote.costs import Cost, Price, Spent, cost_lines
-from mote.records import ChainRow, ChainTokens
+from mote.chains.costs import Cost, Price, Spent, cost_lines
+from mote.core.records import ChainRow, ChainTokens
 
 
 def spent(*tokens: ChainTokens, accepted: int = 2, price: Price | None = None) -> Cost:

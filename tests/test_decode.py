@@ -9,15 +9,15 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 import mote
-from mote.config import Recipe
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
+from mote.core.records import Answer, read_rows
+from mote.core.scheme import load_scheme
 from mote.decode import Limits, Model, as_question
-from mote.errors import UserError
 from mote.events import Event
 from mote.grammar import StepGrammar
 from mote.models import fingerprint, load_base
-from mote.records import Answer, read_rows
 from mote.run import _answer_mode
-from mote.steps import load_scheme
 from mote.tokens import add_markers, encode_prompt
 from mote.tuner import MoteConfig
 

@@ -3,8 +3,8 @@
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-from mote.diversity import TOKENIZERS, self_bleu, signature
-from mote.questions import load_questions
+from mote.chains.diversity import TOKENIZERS, self_bleu, signature
+from mote.questions.load import load_questions
 
 TEXTS = [
     *("The person wants to keep a house.", "The person wants to keep a cat.", "the the the the the", "the the the"),

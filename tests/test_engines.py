@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mote.engines import Completion, Engine, Likelihood, Preference, Prompt
+from mote.chains.engine import Completion, Engine, Likelihood, Preference, Prompt
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.engines.local import LocalEngine
-from mote.errors import UserError
 from mote.models import Base, load_base
-from mote.records import Message
 from mote.sampling import SeededSampler
 from mote.tokens import encode_prompt, encode_text
 

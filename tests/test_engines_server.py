@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import pytest
 from fake_server import FakeServer
 
-from mote.config import load_recipe
-from mote.engines import Prompt, endpoints
+from mote.chains.engine import Prompt
+from mote.core.errors import MoteError, UserError
+from mote.core.recipe import load_recipe
+from mote.core.records import Message
+from mote.engines import endpoints
 from mote.engines.endpoints import Endpoints, backoff
 from mote.engines.server import ServerEngine
-from mote.errors import MoteError, UserError
-from mote.records import Message
 
 Result = TypeVar("Result")
 

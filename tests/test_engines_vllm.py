@@ -20,12 +20,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mote.engines import Completion, Engine, Prompt
+from mote.chains.engine import Completion, Engine, Prompt
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.engines.server import ServerEngine
 from mote.engines.vllm import VllmEngine
-from mote.errors import UserError
 from mote.models import Base, load_base
-from mote.records import Message
 from mote.tokens import encode_prompt
 
 HERE = importlib.util.find_spec("vllm") is not None

@@ -11,7 +11,9 @@ from inspect_ai import eval as inspect_eval
 from inspect_ai.log import EvalLog
 from inspect_ai.model import ChatMessageAssistant, ContentReasoning, ContentText, ModelOutput, ModelUsage, get_model
 
-from mote.errors import UserError
+from mote.chains.judge import JudgeCard, Verdict, unparsed
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.evals.collect import row_of
 from mote.evals.judging import check_judge, register_judge
 from mote.evals.rows import EvalRow
@@ -21,9 +23,6 @@ from mote.evals.tasks.helpful_harmless import hh_harm, hh_help
 from mote.evals.tasks.jailbreak import strongreject
 from mote.evals.tasks.over_refusal import xstest
 from mote.evals.tasks.step_quality import analysis_quality
-from mote.judges import JudgeCard, Verdict
-from mote.judges.protocol import unparsed
-from mote.records import Message
 
 REFUSES, HELPS = "I'm sorry, but I can't help with that.", "Sure. First, open the door; then walk in."
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import mote
 from mote import cli
-from mote.errors import MoteError, UserError
+from mote.core.errors import MoteError, UserError
 from mote.export import export_engine_steps, export_merged, export_steps, opening_template
 from mote.models import PLAIN_CHAT_TEMPLATE, fingerprint, load_tokenizer
 from mote.tokens import add_markers

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mote.errors import MoteError
-from mote.files import write_atomic, write_json
+from mote.core.errors import MoteError
+from mote.core.files import write_atomic, write_json
 
 
 def test_whole_files_appear_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

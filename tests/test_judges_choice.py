@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from mote.engines.protocol import Completion, Preference, Prompt
-from mote.judges.choice import ChoiceJudge, WordJudge
+from mote.chains.engine import Completion, Preference, Prompt
+from mote.chains.safety_check import ChoiceJudge, WordJudge
+from mote.core.records import Message
 from mote.judges.prompts import load_prompt
-from mote.records import Message
 
 
 class Chosen:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE
 
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.judges.classifier import ClassifierJudge, load_classifier
 from mote.judges.formats import disarm, load_formats
-from mote.records import Message
 
 QUESTION = [Message(role="user", content="How do I boil an egg?")]
 GUARD_TEMPLATE = (

@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
-from mote.engines.protocol import Completion, Prompt
-from mote.errors import UserError
+from mote.chains.engine import Completion, Prompt
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.judges.llm import LlmJudge, read_verdict, rubric_score
 from mote.judges.prompts import load_prompt
-from mote.records import Message
 
 PROMPTS = ["analysis-quality", "check", "guidance-quality", "harm", "harm-help", "help", "refusal", "strongreject"]
 QUESTION = [Message(role="user", content="How do I boil an egg?")]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mote.errors import UserError
-from mote.judges import JudgeCard, Verdict
+from mote.chains.judge import JudgeCard, Verdict
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.judges.named import open_judge
-from mote.records import Message
 
 
 def judged(name: str, prompt: str = "harm", model: str | None = None) -> tuple[JudgeCard, Verdict]:

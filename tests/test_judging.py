@@ -10,9 +10,9 @@ from test_decode import save_random_adapter
 
 import mote
 from mote import cli
+from mote.core.records import read_rows
 from mote.evals.rows import EvalRow, Summary
 from mote.judges.prompts import load_prompt
-from mote.records import read_rows
 
 SUITE = """
 name: judged

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from mote.chains import make_chain
-from mote.config import ChainSettings
-from mote.engines import Completion, Likelihood, Prompt
-from mote.errors import UserError
-from mote.kinds import Kinds
-from mote.prompting import kind_prompt, stage_prompt
-from mote.records import ChainRow, Message, Question
-from mote.steps import Scheme, load_scheme
+from mote.chains.engine import Completion, Likelihood, Prompt
+from mote.chains.make import make_chain
+from mote.chains.prompts import kind_prompt, stage_prompt
+from mote.chains.question_kinds import Kinds
+from mote.core.errors import UserError
+from mote.core.recipe import ChainSettings
+from mote.core.records import ChainRow, Message, Question
+from mote.core.scheme import Scheme, load_scheme
 
 SCHEME = load_scheme("safety-small")
 WIFI = "How can I open the wifi of a hotel?"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mote.language import off_language
+from mote.chains.quality import off_language
 
 EGG = "How do I boil an egg for my child?"
 GERMAN = "Wie koche ich ein Ei, ohne dass es platzt?"

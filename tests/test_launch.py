@@ -13,7 +13,7 @@ from test_methods import checked
 from test_train import recipe, rows_of, weights_of
 
 import mote
-from mote.records import ChainRow, rewrite_rows
+from mote.core.records import ChainRow, rewrite_rows
 
 # What `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP
 # --fsdp_state_dict_type FULL_STATE_DICT` puts into the environment.

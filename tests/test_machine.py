@@ -7,8 +7,8 @@ from importlib import metadata
 
 import pytest
 
-from mote import machine
-from mote.machine import INTEL, cpu_model, cpu_vendor, environment
+from mote.core import machine
+from mote.core.machine import INTEL, cpu_model, cpu_vendor, environment
 
 
 def test_versions_and_hardware_are_told_and_no_names() -> None:

@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from mote.attention import GROUPED_SDPA, grouped_sdpa
-from mote.errors import UserError
+from mote.core.errors import UserError
 from mote.masks import PADDING, block_mask, document_mask, draw_sight, positions, sdpa_mask, skip_chances
 from mote.packing import DrawnChain, collate
 from mote.tokens import IGNORED, Tokens

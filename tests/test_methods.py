@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import mote
 from mote.baselines import TokenGatedConfig, gate_loss
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.methods import METHODS, settled, steps_of
+from mote.core.records import ChainRow
+from mote.core.scheme import CHECKED
 from mote.export import export_steps
 from mote.masks import sdpa_mask, skip_chances
-from mote.methods import METHODS, settled, steps_of
 from mote.models import load_base
 from mote.packing import ChainDataset, collate
-from mote.records import ChainRow
 from mote.routing import NO_STEP
 from mote.shapes import ModelShape, count_trainable
-from mote.steps import CHECKED
 from mote.tokens import IGNORED, Tokens, add_markers
 from mote.train import check_settings, mote_config
 from mote.train.rows import groups_of

@@ -10,9 +10,9 @@ from conftest import make_tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mote import models
-from mote.errors import MoteError, UserError
+from mote.core.errors import MoteError, UserError
+from mote.core.records import Message
 from mote.models import EMBEDDED, PLAIN_CHAT_TEMPLATE, fingerprint, lay_out_by_columns, load_base, load_tokenizer
-from mote.records import Message
 from mote.tokens import encode_prompt, turn_ids
 
 

@@ -15,10 +15,10 @@ from mote.ablations.differences import differences
 from mote.ablations.figures import paper_table
 from mote.ablations.paper import OURS, PAPER, Cell, PaperComparison, TableLine, beside_the_paper
 from mote.ablations.rows import Judged, Measured, Result, summary_of
-from mote.errors import UserError
-from mote.judges.protocol import JudgeCard
-from mote.stats import PAPER_SELF_BLEU
-from mote.steps import load_scheme
+from mote.chains.judge import JudgeCard
+from mote.chains.stats import PAPER_SELF_BLEU
+from mote.core.errors import UserError
+from mote.core.scheme import load_scheme
 from mote.train import check_settings
 
 ROOT = Path(__file__).parent.parent

@@ -89,7 +89,8 @@ def test_intels_own_processors_keep_pytorchs_product(monkeypatch: pytest.MonkeyP
     assert torch.equal(layer(x), wanted) and torch.equal(bind(layer)(x), wanted)
     told = {"GenuineIntel": False, "AuthenticAMD": products.HAS_ONEDNN}
     command = (
-        "import mote.machine; mote.machine.cpu_vendor = lambda: '{}'; import mote.products; print(mote.products.HERE)"
+        "from mote.core import machine; machine.cpu_vendor = lambda: '{}'; "
+        "import mote.products; print(mote.products.HERE)"
     )
     for vendor, here in told.items():
         found = subprocess.run(

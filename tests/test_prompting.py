@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from mote.config import ChainSettings
-from mote.engines.protocol import Prompt
-from mote.prompting import as_text, check_prompt, stage_prompt
-from mote.records import Message
-from mote.steps import Scheme, load_scheme
+from mote.chains.engine import Prompt
+from mote.chains.prompts import as_text, check_prompt, stage_prompt
+from mote.core.recipe import ChainSettings
+from mote.core.records import Message
+from mote.core.scheme import Scheme, load_scheme
 
 SCHEME = """
 name: test

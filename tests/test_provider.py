@@ -21,8 +21,8 @@ from inspect_ai.solver import generate
 from test_decode import QUESTIONS, save_random_adapter
 
 import mote
+from mote.core.errors import UserError
 from mote.decode import as_question
-from mote.errors import UserError
 from mote.evals.provider import _MODELS, MoteAPI, dialogue, fingerprint
 from mote.tokens import encode_prompt
 
@@ -164,12 +164,12 @@ def test_prompting_answers_by_the_stages_of_a_scheme(tiny: Path, tmp_path: Path)
     """What the chain loop writes greedily, stage by stage; the steps are reasoning, and the first answer counts."""
     import asyncio
 
-    from mote.chains import make_chain
-    from mote.config import ChainSettings
+    from mote.chains.make import make_chain
+    from mote.core.recipe import ChainSettings
+    from mote.core.records import Message, Question
+    from mote.core.scheme import load_scheme
     from mote.engines.local import LocalEngine
     from mote.models import load_base
-    from mote.records import Message, Question
-    from mote.steps import load_scheme
 
     model = get_model(f"mote-prompting/{tiny}", scheme="analysis-guidance", examples=1, max_step_tokens=8, device="cpu")
     log = answered(tmp_path, model, QUESTIONS)

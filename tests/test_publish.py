@@ -9,10 +9,10 @@ import yaml
 from hub_server import Hub, environment
 from made_chains import made
 
-from mote.errors import UserError
-from mote.importing import import_chains
-from mote.publish import export_dataset
-from mote.records import ChainRow, append_rows, read_rows
+from mote.chains.importing import import_chains
+from mote.chains.publishing import export_dataset
+from mote.core.errors import UserError
+from mote.core.records import ChainRow, append_rows, read_rows
 
 ROWS = [
     made("one", "How do I clean it?", response="Use soap."),

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mote.engines import Completion
-from mote.quality import fault
-from mote.steps import load_scheme
+from mote.chains.engine import Completion
+from mote.chains.quality import fault
+from mote.core.scheme import load_scheme
 
 SCHEME = load_scheme("safety")
 PROMPT = [*SCHEME.templates.values(), *(text for example in SCHEME.examples for text in example.steps.values())]

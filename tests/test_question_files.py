@@ -8,8 +8,8 @@ import pytest
 from conftest import Write
 from refused_questions import assert_refused
 
-from mote.errors import UserError
-from mote.questions import load_questions
+from mote.core.errors import UserError
+from mote.questions.load import load_questions
 
 ROW = {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": ""}
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import Write
 from refused_questions import assert_refused
 
-from mote.questions import load_questions
-from mote.records import Question
+from mote.core.records import Question
+from mote.questions.load import load_questions
 
 UPSTREAM = Path(os.environ.get("MOTE_UPSTREAM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 upstream = pytest.mark.skipif(not UPSTREAM.is_dir(), reason="the upstream files are not here")

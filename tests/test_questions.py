@@ -6,12 +6,12 @@ import pytest
 from conftest import Write
 from refused_questions import assert_refused
 
-from mote.duplicates import similarity
-from mote.errors import UserError
-from mote.question_sets import tidy
-from mote.questions import iter_questions, load_questions, normalised
-from mote.records import Question
-from mote.steps import load_scheme
+from mote.core.errors import UserError
+from mote.core.records import Question
+from mote.core.scheme import load_scheme
+from mote.questions.duplicates import similarity
+from mote.questions.formats import tidy
+from mote.questions.load import iter_questions, load_questions, normalised
 
 
 def turns(question: Question) -> list[tuple[str, str]]:

@@ -4,16 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mote.errors import MoteError, UserError
-from mote.records import (
-    Message,
-    Question,
-    append_rows,
-    cut_torn_line,
-    folder_lock,
-    read_rows,
-    rewrite_rows,
-)
+from mote.core.errors import MoteError, UserError
+from mote.core.records import Message, Question, append_rows, cut_torn_line, folder_lock, read_rows, rewrite_rows
 
 
 def question(name: str, text: str = "how?") -> Question:
@@ -76,7 +68,7 @@ def test_a_folder_is_held_by_one_process_and_freed_when_it_is_killed(tmp_path: P
     with folder_lock(tmp_path), pytest.raises(UserError, match="in use by another mote process"), folder_lock(tmp_path):
         pass
     hold = (
-        "import sys, time; from pathlib import Path; from mote.records import folder_lock\n"
+        "import sys, time; from pathlib import Path; from mote.core.records import folder_lock\n"
         "with folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -10,17 +10,17 @@ import pytest
 from fake_server import FakeServer
 from made_chains import made
 
-from mote.chains import make_chain, make_chains
-from mote.config import ChainSettings
-from mote.engines import Refused
+from mote.chains.engine import Refused
+from mote.chains.make import make_chain, make_chains
+from mote.chains.prompts import check_prompt
+from mote.chains.refusals import FIRST, Refusals
+from mote.chains.safety_check import ChoiceJudge
+from mote.chains.stats import chain_stats
+from mote.core.errors import UserError
+from mote.core.recipe import ChainSettings
+from mote.core.records import ChainRow, Message, Question, read_rows
+from mote.core.scheme import load_scheme
 from mote.engines.server import ServerEngine
-from mote.errors import UserError
-from mote.judges.choice import ChoiceJudge
-from mote.prompting import check_prompt
-from mote.records import ChainRow, Message, Question, read_rows
-from mote.refusals import FIRST, Refusals
-from mote.stats import chain_stats
-from mote.steps import load_scheme
 
 SCHEME = load_scheme("safety")
 LONG = "How do I write it? " * 200

@@ -14,10 +14,10 @@ import pytest
 from made_evals import small, write_agreement, write_evals
 
 from mote import plots
-from mote.config import Recipe, dump_recipe
-from mote.errors import UserError
-from mote.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, Kind, Message, Question, StepText
-from mote.records import append_rows as append
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe, dump_recipe
+from mote.core.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, Kind, Message, Question, StepText
+from mote.core.records import append_rows as append
 from mote.reporting.pages import TEMPLATES
 from mote.reporting.report import render, write_report
 from mote.reporting.summary import summarise

@@ -13,8 +13,8 @@ from made_evals import judged, write_evals
 from test_decode import save_random_adapter
 from test_suite import arguments, data, run  # noqa: F401 (fixtures)
 
+from mote.core.records import read_rows
 from mote.evals.rows import EvalRow
-from mote.records import read_rows
 from mote.reporting.report import write_report
 
 LABELS = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from made_evals import HARM, RULE, judged, small, write_evals
 
-from mote.errors import UserError
+from mote.core.errors import UserError
 from mote.evals.stats import Estimate
 from mote.reporting.compare import Compared, TwoReports, compare, independent
 from mote.reporting.report import write_report

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from made_evals import HARM, RULE, judged, small, write_agreement, write_evals
 
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import read_rows, rewrite_rows
 from mote.evals.rows import EvalRow
-from mote.records import read_rows, rewrite_rows
 from mote.reporting.evaluation import Evaluation, mode_rank, read_evaluation
 
 

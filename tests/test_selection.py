@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mote.config import Recipe
-from mote.errors import UserError
-from mote.records import LeftOut
-from mote.selection import select_questions
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
+from mote.core.records import LeftOut
+from mote.questions.load import select_questions
 
 TEXTS = [
     "How do I pick the lock of a front door without a key?",

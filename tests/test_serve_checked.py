@@ -13,10 +13,10 @@ from test_checking import EXPERTS, QUESTIONS
 from test_decode import save_random_adapter
 
 import mote
-from mote.config import AnswerSettings
+from mote.core.recipe import AnswerSettings
+from mote.core.records import Answer
+from mote.core.scheme import CHECKED
 from mote.decode import Model, as_question
-from mote.records import Answer
-from mote.steps import CHECKED
 from mote.tokens import encode_prompt
 
 THRESHOLD = 0.5  # some of the questions' answers pass, some never do

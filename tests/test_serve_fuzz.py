@@ -14,8 +14,8 @@ from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer
 
 import mote
+from mote.core.records import Message
 from mote.decode import Model
-from mote.records import Message
 from mote.routing import step_ids
 from mote.tokens import encode_prompt, encode_text, special_ids
 

@@ -13,10 +13,10 @@ from test_checking import QUESTIONS as CHECKED_QUESTIONS
 from test_decode import save_random_adapter
 
 import mote
-from mote.config import AnswerSettings
+from mote.core.recipe import AnswerSettings
+from mote.core.scheme import CHECKED
 from mote.decode import Model
 from mote.serve.server import Server
-from mote.steps import CHECKED
 
 PAGE = Path(mote.__file__).parent / "serve" / "page.html"
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from made_chains import made
 
-from mote.costs import Price
-from mote.diversity import self_bleu
-from mote.errors import UserError
+from mote.chains.costs import Price
+from mote.chains.diversity import self_bleu
+from mote.chains.stats import PAPER_SHARES, Outcomes, chain_stats, table
+from mote.core.errors import UserError
+from mote.core.records import ChainRow, append_rows
 from mote.plots import standalone
-from mote.records import ChainRow, append_rows
-from mote.stats import PAPER_SHARES, Outcomes, chain_stats, plots_of, table
+from mote.view import plots_of
 
 ROWS = [
     made("a", "Why is the sky blue?", response="It is the light."),

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mote.errors import UserError
-from mote.steps import Scheme, load_scheme, markers
+from mote.core.errors import UserError
+from mote.core.scheme import Scheme, load_scheme, markers
 
-SHIPPED = sorted(path.name.removesuffix(".yaml") for path in (resources.files("mote") / "prompts").iterdir())
+SHIPPED = sorted(path.name.removesuffix(".yaml") for path in (resources.files("mote.core") / "schemes").iterdir())
 GOOD = """
 name: arithmetic
 answer: response

@@ -17,11 +17,11 @@ from inspect_ai.log import read_eval_log
 from test_decode import save_random_adapter
 
 from mote import cli
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import read_rows
 from mote.evals.attacks import load_techniques
 from mote.evals.rows import EvalRow, Summary
 from mote.evals.settings import TaskSettings, load_suite, systems_of, task_args
-from mote.records import read_rows
 
 SUITE = """
 name: small

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import ChainRow, Message
 from mote.models import load_base
-from mote.records import ChainRow, Message
 from mote.tokens import IGNORED, add_markers, check_markers, decode_steps, encode_chain, encode_prompt, encode_text
 from mote.tuner import MoteConfig
 

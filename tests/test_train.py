@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import mote
-from mote.config import Recipe
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
+from mote.core.records import ChainRow
+from mote.core.scheme import load_scheme
 from mote.models import load_base
 from mote.packing import ChainDataset
-from mote.records import ChainRow
-from mote.steps import load_scheme
 from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
 from mote.train import (
     MoteTrainer,

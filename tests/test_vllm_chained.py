@@ -12,8 +12,8 @@ from served import make_base, vllm_server
 from test_export import make_adapter
 from transformers import AutoTokenizer
 
+from mote.core.records import Message
 from mote.export import export_engine_steps, export_steps
-from mote.records import Message
 from mote.tokens import encode_prompt, special_ids
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")

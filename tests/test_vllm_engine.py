@@ -19,9 +19,9 @@ import torch  # noqa: E402
 from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
+from mote.core.records import Message  # noqa: E402
+from mote.core.scheme import BASE  # noqa: E402
 from mote.decode import Model  # noqa: E402
-from mote.records import Message  # noqa: E402
-from mote.steps import BASE  # noqa: E402
 from mote.tokens import encode_prompt  # noqa: E402
 from mote.vllm import experts, merged, models, steps, written  # noqa: E402
 from mote.vllm.renderer import StepRenderer  # noqa: E402

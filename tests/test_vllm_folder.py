@@ -13,8 +13,8 @@ from test_export import command, logits, make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mote
+from mote.core.errors import UserError
 from mote.decode import Model
-from mote.errors import UserError
 from mote.tokens import special_ids
 from mote.tuner.router import gate_table
 from mote.vllm.folder import export_vllm

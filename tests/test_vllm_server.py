@@ -17,9 +17,9 @@ import pytest
 from openai import BadRequestError, OpenAI
 from served import load_served, make_served, reference, vllm_server
 
+from mote.core.records import Message
+from mote.core.scheme import BASE
 from mote.decode import Model
-from mote.records import Message
-from mote.steps import BASE
 from mote.tokens import decode_steps, encode_prompt
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")

@@ -1,4 +1,4 @@
-from mote.words import runs_of, without_code, words_of
+from mote.core.words import runs_of, without_code, words_of
 
 
 def test_words() -> None:

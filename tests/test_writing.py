@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from mote.errors import MoteError, UserError
-from mote.writing import check_new, whole, writing
+from mote.core.errors import MoteError, UserError
+from mote.core.files import check_new, whole, writing
 
 
 @contextmanager

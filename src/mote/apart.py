@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from mote.attempts import Item
 from mote.batching import Batcher, Request
+from mote.core.seeds import seed_of
 from mote.grammar import OpenStep
-from mote.seeds import seed_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mote.errors import UserError
+from mote.core.errors import UserError
 from mote.routing import NO_STEP, QUESTION, Markers, next_step, step_ids
 from mote.sampling import draw
 from mote.slots import EMPTY, SLOTS, Pass, Prefix, Reading, SlotCache, running

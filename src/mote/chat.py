@@ -2,9 +2,9 @@
 
 import sys
 
-from mote.config import AnswerSettings
+from mote.core.errors import UserError
+from mote.core.recipe import AnswerSettings
 from mote.decode import Model
-from mote.errors import UserError
 from mote.events import Event
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mote.attempts import Checked, Item
 from mote.batching import Grammar, Request
+from mote.core.seeds import seed_of
 from mote.routing import Markers
-from mote.seeds import seed_of
 
 
 @dataclass(frozen=True)

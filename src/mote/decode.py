@@ -17,15 +17,15 @@ from mote.attempts import Item, settle
 from mote.batching import Batcher, Request
 from mote.chain_grammar import LEAST
 from mote.checking import SelfCheck, Verdicts
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import Answer, AnswerTokens, Check, Finish, Message, Question, StepText
+from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme, load_scheme
+from mote.core.seeds import seed_of
 from mote.events import Event, Events
 from mote.grammar import FreeText, OpenStep, StepGrammar
 from mote.models import Base, fingerprint, lay_out_by_columns, load_base
 from mote.products import speed_up
-from mote.records import Answer, AnswerTokens, Check, Finish, Message, Question, StepText
 from mote.routing import Markers
-from mote.seeds import seed_of
-from mote.steps import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme, load_scheme
 from mote.tokens import check_markers, decode_steps, encode_choice, encode_prompt, special_ids
 from mote.tuner import MoteConfig
 

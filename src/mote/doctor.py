@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.cache import cache_folder
+from mote.core.machine import cache_folder
 
 DISTRIBUTION = "mote-align"
 MODEL_PACKAGES = ("torch", "transformers", "peft", "safetensors", "jinja2")

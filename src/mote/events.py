@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mote.attempts import Checked, Item
+from mote.core.scheme import CHECK, Chain
 from mote.routing import Markers
-from mote.steps import CHECK, Chain
 
 
 class Event(BaseModel):

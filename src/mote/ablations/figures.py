@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from mote.errors import UserError
+from mote.core.errors import UserError
 
 
 class _Strict(BaseModel):

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 from mote.ablations.recipe import Ablations, Variant
-from mote.config import Recipe
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
+from mote.core.scheme import BASE
 from mote.evals.rows import Summary, System
 from mote.evals.settings import Suite, load_suite, systems_of, task_args
-from mote.steps import BASE
 
 RULE = "rule"
 OWN_QUESTIONS = "mote:test"

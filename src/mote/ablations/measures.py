@@ -6,13 +6,13 @@ from statistics import mean
 
 from mote.ablations.recipe import Variant
 from mote.ablations.rows import Judged, Measured
-from mote.config import Recipe
+from mote.chains.judge import COMPLIANCE
+from mote.chains.stats import chain_stats
+from mote.core.recipe import Recipe
+from mote.core.records import Answer, ChainRow, iter_rows, read_rows
+from mote.core.scheme import BASE
 from mote.evals.rows import Summary
-from mote.judges.protocol import COMPLIANCE
 from mote.judges.rule import classify, find_signs
-from mote.records import Answer, ChainRow, iter_rows, read_rows
-from mote.stats import chain_stats
-from mote.steps import BASE
 
 TOKENS, SECONDS, SELF_BLEU = "tokens of training", "seconds of training", "Self-BLEU"
 

@@ -9,11 +9,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mote.ablations.figures import paper_table
-from mote.config import MethodName, Recipe, load_recipe
-from mote.errors import UserError
+from mote.core.errors import UserError, first_line
+from mote.core.methods import METHODS, steps_of
+from mote.core.recipe import MethodName, Recipe, load_recipe
+from mote.core.scheme import ADAPTIVE, BASE, load_scheme
 from mote.evals.settings import TaskName
-from mote.methods import METHODS, steps_of
-from mote.steps import ADAPTIVE, BASE, first_line, load_scheme
 
 # Keys that `key=value` sets here, and not in the shared recipe, each with what may be given for it.
 _OWN = {

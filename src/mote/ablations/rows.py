@@ -6,7 +6,7 @@ from statistics import mean, stdev
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.judges.protocol import JudgeCard
+from mote.chains.judge import JudgeCard
 
 # Student's t at 97.5 %, for 1 to 10 degrees of freedom; beyond, the normal distribution's is within 10 %.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

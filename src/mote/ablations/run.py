@@ -8,14 +8,14 @@ from mote.ablations.measures import measured
 from mote.ablations.paper import beside_the_paper
 from mote.ablations.recipe import Ablations, Variant
 from mote.ablations.rows import Result, markdown, summary_of
-from mote.config import Recipe
-from mote.errors import UserError
-from mote.files import write_atomic, write_json
-from mote.importing import import_chains
-from mote.machine import environment
-from mote.records import ChainRow, read_rows, rewrite_rows
+from mote.chains.importing import import_chains
+from mote.core.errors import UserError
+from mote.core.files import write_atomic, write_json
+from mote.core.machine import environment
+from mote.core.recipe import Recipe
+from mote.core.records import ChainRow, read_rows, rewrite_rows
+from mote.core.scheme import load_scheme
 from mote.run import Run
-from mote.steps import load_scheme
 
 
 def run_ablations(wanted: Ablations, folder: Path, judge: str = "rule", data: Path | None = None) -> Result:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from mote.bench.settings import SHAPES, load_shape
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import ChainRow, iter_rows
 from mote.models import load_base
-from mote.questions import load_questions
-from mote.records import ChainRow, iter_rows
+from mote.questions.load import load_questions
 from mote.routing import QUESTION, Markers, step_ids
 from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
 from mote.tuner import MoteConfig

@@ -17,9 +17,9 @@ from mote.bench.memory import peak_mb_apart
 from mote.bench.settings import Settings, load_model
 from mote.bench.timing import compare, interleave, say
 from mote.bench.variants import BASE, CONTROL, REFERENCE, STEPS, UNCOMPILED, Variant, build, share
-from mote.errors import UserError
-from mote.files import write_json
-from mote.machine import environment
+from mote.core.errors import UserError
+from mote.core.files import write_json
+from mote.core.machine import environment
 
 BACKEND = "inductor"
 Measure = tuple[str, str, dict[str, list[float]]]  # name, unit, variant -> rounds

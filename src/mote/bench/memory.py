@@ -5,8 +5,8 @@ import subprocess
 import sys
 from typing import Any
 
-from mote.errors import MoteError
-from mote.memory import resident_peak_mb
+from mote.core.errors import MoteError
+from mote.core.machine import resident_peak_mb
 
 
 def peak_mb_apart(settings: dict[str, Any], name: str, module: str = "mote.bench.memory") -> float:

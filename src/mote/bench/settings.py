@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mote.bench.variants import BUILDERS, CONTROL, REFERENCE
-from mote.errors import UserError
+from mote.core.errors import UserError
 from mote.models import EMBEDDED, default_attention, default_device, default_dtype, load_base
 
 DTYPES = ("float32", "bfloat16", "float16")

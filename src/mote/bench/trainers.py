@@ -19,10 +19,10 @@ from transformers import PrinterCallback, TrainerCallback
 from mote.bench.chains import STEPS, Ground, prepare
 from mote.bench.measures import synchronize
 from mote.bench.variants import share
-from mote.config import Recipe
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.machine import peak_memory_mb
+from mote.core.recipe import Recipe
 from mote.masks import block_mask, document_mask, skip_chances
-from mote.memory import peak_memory_mb
 from mote.packing import ChainDataset, collate
 from mote.products import speed_up
 from mote.tokens import IGNORED

@@ -14,9 +14,9 @@ from mote.bench.memory import peak_mb_apart
 from mote.bench.skipping import Pass, batches, seven, step_views
 from mote.bench.timing import compare, interleave, paired, say
 from mote.bench.trainers import ARMS, PACKED, PADDED, SFT_AGAIN, SFT_PACKED, SFT_PADDED, Training, build, with_experts
-from mote.errors import UserError
-from mote.files import write_json
-from mote.machine import environment
+from mote.core.errors import UserError
+from mote.core.files import write_json
+from mote.core.machine import environment
 from mote.masks import block_mask, document_mask
 from mote.models import EMBEDDED, default_device, default_dtype
 

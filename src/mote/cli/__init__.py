@@ -19,7 +19,7 @@ from mote.cli import (  # noqa: F401 (each adds its commands)
     stages,
 )
 from mote.cli.root import mote as mote
-from mote.errors import MoteError
+from mote.core.errors import MoteError
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from mote.chains.diversity import TOKENIZERS
 from mote.cli.stages import chains
-from mote.diversity import TOKENIZERS
 
 _PATH = click.argument("path", type=click.Path(path_type=Path))
 
@@ -24,13 +24,14 @@ def stats(
     path: Path, as_json: bool, plot: Path | None, price: tuple[float, float] | None, sample: int, tokenizer: str
 ) -> None:
     """Count the chains of PATH, a chains.jsonl or the run folder of one, beside the paper's numbers."""
-    from mote.costs import Price
-    from mote.stats import chain_stats, plots_of, table
+    from mote.chains.costs import Price
+    from mote.chains.stats import chain_stats, table
+    from mote.view import plots_of
 
     of_tokens = Price(read=price[0], written=price[1]) if price is not None else None
     found = chain_stats(path, of_tokens, sample, tokenizer)
     if plot is not None:
-        from mote.files import write_atomic
+        from mote.core.files import write_atomic
         from mote.plots import standalone
 
         write_atomic(plot, standalone(plots_of(found)))
@@ -57,7 +58,7 @@ def view(path: Path, out: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 def bring(file: Path, form: str, writer: str | None, limit: int | None, out: Path) -> None:
     """Make chains of other people's answers in FILE -> OUT/chains.jsonl."""
-    from mote.importing import import_chains
+    from mote.chains.importing import import_chains
 
     made = import_chains(file, out, form, writer, limit)
     print(f"{out / 'chains.jsonl'}: {made.summary()}")
@@ -71,7 +72,7 @@ def bring(file: Path, form: str, writer: str | None, limit: int | None, out: Pat
 @click.option("--private", is_flag=True, help="Make that repository private, where it is new.")
 def pass_on(path: Path, out: Path, licence: str, push: str | None, private: bool) -> None:
     """Write the accepted chains of PATH as a folder for datasets.load_dataset, with a card."""
-    from mote.publish import export_dataset, push_dataset
+    from mote.chains.publishing import export_dataset, push_dataset
 
     export_dataset(path, out, licence, push)
     print(out)

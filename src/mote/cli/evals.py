@@ -7,7 +7,7 @@ import click
 
 from mote.cli.options import MODEL_HELP, WithCommands, folder_of, locked
 from mote.cli.root import mote
-from mote.errors import UserError
+from mote.core.errors import UserError
 
 _JUDGE_HELP = "rule, self, choice:MODEL, llm:MODEL, llamaguard:MODEL, ...; or column:NAME of the labels."
 
@@ -86,12 +86,12 @@ def agreement(
     """Compare a judge's verdicts with the labels that people gave the same answers."""
     import asyncio
 
-    from mote.files import write_atomic
+    from mote.chains.judge import JudgeCard, Verdict
+    from mote.core.files import write_atomic
+    from mote.core.progress import Progress
     from mote.judges import agreement as measures
     from mote.judges.labels import read_labels
     from mote.judges.named import open_judge
-    from mote.judges.protocol import JudgeCard, Verdict
-    from mote.progress import Progress
 
     form, rows = read_labels(files, form)
     rows = [row for row in rows if half is None or row.number % 2 == (half == "odd")][:limit]

@@ -7,7 +7,7 @@ import click
 
 from mote.cli.options import adapter_of, folder_of, options, settings_of
 from mote.cli.root import mote
-from mote.errors import UserError
+from mote.core.errors import UserError
 
 _FORMAT_HELP = (
     "peft-steps: a plain PEFT LoRA a step; engine-steps: the same beside a base model with the markers' rows; merged: "

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from mote.config import Recipe, load_recipe
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe, load_recipe
 
 Command = Callable[..., None]
 
@@ -86,8 +86,8 @@ def locked(folder: Path, launched: bool = False) -> Any:
     Raises:
         UserError: It was started in several, and may not.
     """
-    from mote.machine import is_first_process, process_count
-    from mote.records import folder_lock
+    from mote.core.machine import is_first_process, process_count
+    from mote.core.records import folder_lock
 
     if process_count() > 1 and not launched:
         raise UserError(

@@ -8,7 +8,7 @@ import click
 
 from mote.cli.options import adapter_of, options, settings_of
 from mote.cli.root import mote
-from mote.errors import UserError
+from mote.core.errors import UserError
 
 
 @mote.command()

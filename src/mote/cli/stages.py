@@ -8,8 +8,8 @@ import click
 
 from mote.cli.options import WithCommands, folder_of, locked, options, run_of, settings_of
 from mote.cli.root import mote
-from mote.config import load_recipe
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.recipe import load_recipe
 
 
 @mote.command()

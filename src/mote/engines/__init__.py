@@ -1,5 +1,1 @@
-"""Ask a model for text."""
-
-from mote.engines.protocol import Completion, Engine, Likelihood, Preference, Prompt, Refused, Scorer
-
-__all__ = ["Completion", "Engine", "Likelihood", "Preference", "Prompt", "Refused", "Scorer"]
+"""Engines write text: in this process, at a server, in vLLM."""

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mote.batching import Batcher, Request
-from mote.engines.protocol import Completion, Likelihood, Preference, Prompt
-from mote.errors import UserError
+from mote.chains.engine import Completion, Likelihood, Preference, Prompt
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.grammar import FreeText
 from mote.models import Base
-from mote.records import Message
 from mote.tokens import encode_choice, encode_prompt, encode_text
 
 

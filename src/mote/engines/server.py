@@ -9,10 +9,10 @@ from aiohttp import ClientError
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAioHttpClient, OpenAIError, Timeout
 from pydantic import ValidationError
 
+from mote.chains.engine import Completion, Preference, Prompt, Refused
+from mote.core.errors import MoteError, UserError
 from mote.engines.endpoints import Endpoint, Endpoints, backoff
-from mote.engines.protocol import Completion, Preference, Prompt, Refused
 from mote.engines.replies import OF_ONE_REQUEST, Choice, Reply, may_pass, said, wait_of
-from mote.errors import MoteError, UserError
 
 _CONNECT = 30.0  # seconds until a machine that is off counts as such
 

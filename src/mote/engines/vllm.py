@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from mote.engines.protocol import Completion, Preference, Prompt, Refused
-from mote.errors import MoteError, UserError
+from mote.chains.engine import Completion, Preference, Prompt, Refused
+from mote.core.errors import MoteError, UserError
 from mote.models import load_tokenizer, model_folder
 from mote.tokens import encode_prompt
 

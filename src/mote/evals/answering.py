@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-from mote.records import Answer, Message
-from mote.steps import BASE
+from mote.core.records import Answer, Message
+from mote.core.scheme import BASE
 from mote.tokens import encode_prompt
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from typing import Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
-from mote.errors import UserError
-from mote.steps import first_line
+from mote.core.errors import UserError, first_line
 
 Encoding = Literal["base64", "rot13", "hex", "reverse", "leetspeak", "disemvowel", "split"]
 _HOLDER = "{prompt}"

@@ -10,13 +10,13 @@ from typing import Any
 from inspect_ai.log import EvalLog, EvalSample, read_eval_log
 from inspect_ai.model import ContentReasoning
 
+from mote.chains.judge import UNPARSED, JudgeCard
+from mote.core.files import write_json
+from mote.core.records import StepText, rewrite_rows
+from mote.core.scheme import BASE
 from mote.evals.metrics import comparisons_of, costs_of, numbers_of
 from mote.evals.rows import ABSENT, EvalRow, Summary, System
 from mote.evals.settings import Suite
-from mote.files import write_json
-from mote.judges.protocol import UNPARSED, JudgeCard
-from mote.records import StepText, rewrite_rows
-from mote.steps import BASE
 
 
 def collect(

@@ -11,11 +11,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from inspect_ai.hooks import Hooks, RunEnd, hooks
 from inspect_ai.model import GenerateConfig, get_model
 
-from mote.engines.protocol import Completion, Prompt
-from mote.errors import UserError
+from mote.chains.engine import Completion, Prompt
+from mote.chains.judge import Judge
+from mote.core.errors import UserError
 from mote.evals.provider import MoteAPI
 from mote.evals.tasks.samples import chat
-from mote.judges import Judge
 from mote.judges.formats import load_formats
 from mote.judges.llm import LlmJudge
 from mote.judges.named import open_judge

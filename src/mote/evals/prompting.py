@@ -15,13 +15,13 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from mote.chains import make_chain
-from mote.config import ChainSettings
-from mote.engines import Engine
-from mote.errors import UserError
+from mote.chains.engine import Engine
+from mote.chains.make import make_chain
+from mote.core.errors import UserError
+from mote.core.recipe import ChainSettings
+from mote.core.records import Question
+from mote.core.scheme import load_scheme
 from mote.evals.provider import content_of, dialogue
-from mote.records import Question
-from mote.steps import load_scheme
 
 
 class PromptingAPI(ModelAPI):

@@ -25,11 +25,11 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.files import sha256_of
+from mote.core.records import Message, StepText
+from mote.core.scheme import BASE, CHECKED
 from mote.evals.answering import Answering, Settings, Written
-from mote.files import sha256_of
-from mote.records import Message, StepText
-from mote.steps import BASE, CHECKED
 
 
 class Loaded(NamedTuple):

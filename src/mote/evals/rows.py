@@ -4,9 +4,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mote.chains.judge import JudgeCard
+from mote.core.records import Kind, StepText
 from mote.evals.stats import Estimate, Paired
-from mote.judges.protocol import JudgeCard
-from mote.records import Kind, StepText
 
 ABSENT = "absent"  # the label where an answer lacks the step that was to be judged
 

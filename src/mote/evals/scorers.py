@@ -11,14 +11,13 @@ from inspect_ai.model import ChatMessage, ContentReasoning
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, mean, metric, scorer
 from inspect_ai.solver import TaskState
 
+from mote.chains.judge import COMPLIANCE, SAFE, JudgeCard, Verdict
+from mote.core.records import Message
 from mote.evals.attacks import decoded
 from mote.evals.judging import judge_for
 from mote.evals.rows import ABSENT
 from mote.evals.stats import goodness as goodness_of
-from mote.judges import JudgeCard, Verdict
-from mote.judges.protocol import COMPLIANCE, SAFE
 from mote.judges.rule import RuleJudge
-from mote.records import Message
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mote.config import DEFAULT_MODES
-from mote.errors import UserError
+from mote.core.errors import UserError, first_line
+from mote.core.recipe import DEFAULT_MODES
+from mote.core.scheme import BASE
 from mote.evals.rows import System
-from mote.steps import BASE, first_line
 
 TaskName = Literal[
     "hh-harm",

@@ -19,17 +19,17 @@ from inspect_ai.hooks import Hooks, SampleEnd, hooks
 from inspect_ai.log import EvalLog
 from inspect_ai.model import Model, get_model
 
-from mote.errors import MoteError, UserError
+from mote.core.errors import MoteError, UserError, first_line
+from mote.core.files import write_json
+from mote.core.machine import environment
+from mote.core.progress import Progress
+from mote.core.scheme import BASE
 from mote.evals import registry
 from mote.evals.collect import collect
 from mote.evals.prompting import PromptingAPI
 from mote.evals.provider import MoteAPI, mode_and_budget
 from mote.evals.rows import System
 from mote.evals.settings import Suite, TaskSettings, task_args
-from mote.files import write_json
-from mote.machine import environment
-from mote.progress import Progress
-from mote.steps import BASE, first_line
 
 _PROGRESS: list["_Count"] = []  # the run in progress, if any
 

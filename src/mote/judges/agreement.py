@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.errors import UserError
+from mote.chains.judge import COMPLIANCE, SAFE, UNPARSED, UNSAFE, Judge, JudgeCard, Verdict, unparsed
+from mote.core.errors import UserError
+from mote.core.records import Message, append_rows, read_rows
 from mote.judges.kappa import Agreement, cohen_kappa, compare
 from mote.judges.labels import FORMATS, HARMFUL, HARMLESS, FormatName, Labelled
-from mote.judges.protocol import COMPLIANCE, SAFE, UNPARSED, UNSAFE, Judge, JudgeCard, Verdict, unparsed
-from mote.records import Message, append_rows, read_rows
 
 _QUESTIONS = ("any_refusal", "three_class", "harmful")
 _IN_FLIGHT = 256  # calls that wait at the judge at a time; engines bound what they send

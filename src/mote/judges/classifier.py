@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mote.errors import UserError
+from mote.chains.judge import JudgeCard, Verdict, unparsed
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.judges.formats import Format, disarm, load_formats
-from mote.judges.protocol import JudgeCard, Verdict, unparsed
 from mote.models import Base, fingerprint, load_base
-from mote.records import Message
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mote.errors import UserError
-from mote.judges.protocol import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL
+from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL
+from mote.core.errors import UserError
 
 FormatName = Literal["xstest", "jailbreakbench"]
 HARMFUL, HARMLESS = "harmful", "harmless"

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from mote.engines.protocol import Prompt
+from mote.chains.engine import Prompt
+from mote.chains.judge import JudgeCard, Verdict, Writer, unparsed
+from mote.core.records import Message
 from mote.judges.prompts import JudgePrompt
-from mote.judges.protocol import JudgeCard, Verdict, Writer, unparsed
-from mote.records import Message
 
 _BRACKETS = re.compile(r"\[\[\s*([\w.-]+)\s*\]\]")
 _RATING = re.compile(r"^\W*(?:\w+\s*:)?\W*(\d+(?:\.\d+)?)(?:\s*/\s*\d+)?\W*$")

@@ -14,13 +14,13 @@ under that name: qwen@http://localhost:8000/v1.
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from mote.engines import Engine
-from mote.errors import UserError
-from mote.judges.choice import ChoiceJudge
+from mote.chains.engine import Engine
+from mote.chains.judge import Judge
+from mote.chains.safety_check import ChoiceJudge
+from mote.core.errors import UserError
 from mote.judges.formats import load_formats
 from mote.judges.llm import LlmJudge
 from mote.judges.prompts import load_prompt
-from mote.judges.protocol import Judge
 from mote.judges.rule import RuleJudge
 
 _BATCH = 16  # rows that a model in this process works on at once

@@ -10,9 +10,9 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field
 
-from mote.engines.protocol import Prompt
-from mote.errors import UserError
-from mote.records import Message
+from mote.chains.engine import Prompt
+from mote.core.errors import UserError
+from mote.core.records import Message
 
 _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined)
 

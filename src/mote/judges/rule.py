@@ -12,8 +12,8 @@ from importlib import resources
 
 import yaml
 
-from mote.judges.protocol import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL, JudgeCard, Verdict, unparsed
-from mote.records import Message
+from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL, JudgeCard, Verdict, unparsed
+from mote.core.records import Message
 
 _OPENING = 3  # sentences; a refusal comes early, and later "I can't" mostly is about something else
 _OPENING_CHARS = 500

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mote.errors import UserError
+from mote.chains.judge import JudgeCard
+from mote.core.errors import UserError, first_line
 from mote.evals.metrics import scored_of
 from mote.evals.rows import EvalRow
 from mote.evals.stats import Estimate, paired, share
-from mote.judges.protocol import JudgeCard
 from mote.reporting.differs import Differing, differing
 from mote.reporting.evaluation import Headline, token_scores
 from mote.reporting.summary import Report, summarise
-from mote.steps import first_line
 
 Key = tuple[str, str, str, str]  # task, metric, system, mode
 Scores = dict[str, float]

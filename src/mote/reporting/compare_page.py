@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mote.files import write_atomic, write_json
+from mote.core.files import write_atomic, write_json
 from mote.reporting import pages
 from mote.reporting.compare import Compared, TwoReports, compare
 from mote.reporting.names import named

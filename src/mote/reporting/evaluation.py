@@ -10,15 +10,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mote.config import DEFAULT_MODES
-from mote.errors import UserError
+from mote.chains.judge import JudgeCard
+from mote.core.errors import UserError, first_line
+from mote.core.recipe import DEFAULT_MODES
+from mote.core.records import read_rows
 from mote.evals.metrics import Scored, scored_of
 from mote.evals.rows import Comparison, Cost, EvalRow, Number, Summary, System
 from mote.evals.stats import Estimate, Paired, mean, paired
 from mote.judges.agreement import AgreementReport
-from mote.judges.protocol import JudgeCard
-from mote.records import read_rows
-from mote.steps import first_line
 
 TOKENS = "tokens"  # the metric of what an answer costs, over all tasks
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -9,14 +9,14 @@ from typing import Any
 from markupsafe import Markup
 
 from mote import plots
-from mote.files import write_atomic, write_json
+from mote.chains.stats import PAPER_SHARES
+from mote.core.files import write_atomic, write_json
 from mote.reporting import eval_plots, pages
 from mote.reporting.evaluation import Evaluation
 from mote.reporting.names import is_safety, named
 from mote.reporting.sample import as_rows, sample
 from mote.reporting.summary import Report, in_order, summarise
 from mote.reporting.tables import boards, by_technique, by_type, class_shares
-from mote.stats import PAPER_SHARES
 
 SHOWN = 500  # questions side by side; a page with more of them is slow to open and nobody reads it
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mote.config import Recipe, dump_recipe, load_recipe
-from mote.errors import UserError
+from mote.core.errors import UserError, first_line
+from mote.core.files import sha256_of
+from mote.core.recipe import Recipe, dump_recipe, load_recipe
+from mote.core.records import Answer, ChainRow, Question, read_rows
+from mote.core.scheme import Chain
 from mote.evals.rows import EvalRow
-from mote.files import sha256_of
-from mote.records import Answer, ChainRow, Question, read_rows
 from mote.reporting.evaluation import Evaluation, mode_rank, read_evaluation
-from mote.steps import Chain, first_line
 
 HASHED = ("questions.jsonl", "chains.jsonl", "adapter/adapter_model.safetensors", "evals/results.jsonl")
 

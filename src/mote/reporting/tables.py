@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL, JudgeCard
 from mote.evals.attacks import load_techniques
 from mote.evals.rows import Number
-from mote.judges.protocol import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL, JudgeCard
 from mote.reporting.evaluation import TOKENS, Evaluation, Headline
 from mote.reporting.names import is_safety
 

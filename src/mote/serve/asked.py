@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from mote.core.errors import UserError, first_line
+from mote.core.records import Question
+from mote.core.scheme import ADAPTIVE, CHECKED
 from mote.decode import Limits, as_question
-from mote.errors import UserError
-from mote.records import Question
 from mote.serve.faults import Fault
 from mote.serve.settings import ServeSettings
-from mote.steps import ADAPTIVE, CHECKED, first_line
 
 # Fields of OpenAI's API that change no answer here ...
 _HARMLESS = {

@@ -14,8 +14,8 @@ from jinja2 import TemplateError
 
 from mote.attempts import Item
 from mote.batching import Request
+from mote.core.errors import UserError
 from mote.decode import Model
-from mote.errors import UserError
 from mote.serve.asked import Asked
 from mote.serve.faults import Fault
 from mote.serve.settings import ServeSettings

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from mote.records import Finish
+from mote.core.records import Finish
 
 
 class Details(BaseModel):

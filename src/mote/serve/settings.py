@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mote.config import AnswerSettings
+from mote.core.recipe import AnswerSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

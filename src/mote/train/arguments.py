@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from mote.config import Recipe, TrainSettings
-from mote.errors import UserError
-from mote.steps import first_line
+from mote.core.errors import UserError, first_line
+from mote.core.recipe import Recipe, TrainSettings
 
 # Settings of TrainingArguments that a run gives itself.
 _FIXED = {

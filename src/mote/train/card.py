@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from mote.config import Recipe
-from mote.errors import MoteError
-from mote.machine import environment
-from mote.methods import METHODS
-from mote.steps import Chain, Scheme, first_line
-from mote.writing import whole, writing
+from mote.core.errors import MoteError, first_line
+from mote.core.files import whole, writing
+from mote.core.machine import environment
+from mote.core.methods import METHODS
+from mote.core.recipe import Recipe
+from mote.core.scheme import Chain, Scheme
 
 GO_ON = "run the same command again: training goes on from its last whole checkpoint"
 

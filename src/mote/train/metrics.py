@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from mote.files import write_atomic
-from mote.memory import peak_memory_mb
+from mote.core.files import write_atomic
+from mote.core.machine import peak_memory_mb
 from mote.train.trainer import MoteTrainer
 
 COMPLETE = "complete"  # the last file of a checkpoint; without it the checkpoint is torn

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mote.config import Recipe
-from mote.errors import UserError
-from mote.methods import METHODS
-from mote.records import ChainRow
+from mote.core.errors import UserError
+from mote.core.methods import METHODS
+from mote.core.recipe import Recipe
+from mote.core.records import ChainRow
+from mote.core.scheme import CHECK, Chain, Scheme
 from mote.routing import Markers
-from mote.steps import CHECK, Chain, Scheme
 from mote.tokens import IGNORED, Tokens, encode_chain, encode_check
 
 Group = list[Tokens]  # the rows of one chain

@@ -17,19 +17,19 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mote.attention import GROUPED_SDPA
 from mote.baselines import TokenGatedConfig
-from mote.config import Recipe
-from mote.errors import UserError
-from mote.footprint import advice, training_bytes
-from mote.machine import is_first_process
+from mote.core.errors import UserError, first_line
+from mote.core.files import writing
+from mote.core.machine import is_first_process
+from mote.core.methods import METHODS, settled, steps_of
+from mote.core.recipe import Recipe
+from mote.core.records import ChainRow
+from mote.core.scheme import Scheme
+from mote.footprint import advice, memory_there_is, training_bytes
 from mote.masks import block_mask, document_mask, skip_chances
-from mote.memory import memory_there_is
-from mote.methods import METHODS, settled, steps_of
 from mote.models import Base, default_device, fingerprint
 from mote.packing import ChainDataset, collate
 from mote.products import speed_up
-from mote.records import ChainRow
 from mote.shapes import LLAMA_LIKE, shape_of
-from mote.steps import Scheme, first_line
 from mote.tokens import add_markers
 from mote.train.arguments import step_weights, training_arguments, uses_flex_attention
 from mote.train.card import GO_ON, Facts, model_card, push, save_adapter
@@ -38,7 +38,6 @@ from mote.train.rows import groups_of, split_groups, usable
 from mote.train.trainer import Epochs, MoteTrainer
 from mote.tuner import MoteConfig
 from mote.views import unroll
-from mote.writing import writing
 
 
 def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe, folder: Path) -> Path:

@@ -16,16 +16,16 @@ from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mote.core.errors import UserError
+from mote.core.files import check_new, whole, writing
+from mote.core.records import Message
+from mote.core.scheme import ADAPTIVE, BASE, Scheme
 from mote.decode import adapter_config, load
-from mote.errors import UserError
 from mote.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
-from mote.records import Message
-from mote.steps import ADAPTIVE, BASE, Scheme
 from mote.tokens import encode_prompt, special_ids
 from mote.tuner import MoteConfig
 from mote.tuner.router import gate_table
 from mote.vllm.served import Served
-from mote.writing import check_new, whole, writing
 
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")  # vLLM's classes that have experts here
 EXPERTS = "experts.safetensors"

@@ -12,9 +12,9 @@ from vllm.parser.abstract_parser import Parser
 from vllm.parser.parser_manager import ParserManager
 from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 
+from mote.core.scheme import BASE
 from mote.events import Events
 from mote.serve.deltas import Deltas
-from mote.steps import BASE
 from mote.vllm.served import ONLY_IN_THE_TEMPLATE, OWN_GRAMMAR, Served
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
-from mote.steps import BASE
+from mote.core.scheme import BASE
 from mote.tokens import encode_dialogue
 from mote.vllm.served import Served
 

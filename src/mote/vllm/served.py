@@ -3,8 +3,8 @@
 from pydantic import BaseModel, ConfigDict
 
 from mote.chain_grammar import LEAST, ChainGrammar
+from mote.core.scheme import BASE
 from mote.routing import Markers
-from mote.steps import BASE
 
 OWN_GRAMMAR = "{}: not with step experts, whose grammar decides which tokens may come; leave it out"
 ONLY_IN_THE_TEMPLATE = (

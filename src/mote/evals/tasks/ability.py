@@ -7,11 +7,11 @@ from inspect_ai import Task, task
 from inspect_ai.dataset import Sample
 from inspect_ai.scorer import mean
 
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.evals.scorers import exact
 from mote.evals.tasks.samples import chat, task_name
-from mote.question_files import raw_rows
-from mote.records import Message
+from mote.questions.files import raw_rows
 
 
 @task(name=task_name("mmlu"))

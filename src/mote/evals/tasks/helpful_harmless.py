@@ -3,10 +3,10 @@
 from inspect_ai import Task, task
 from inspect_ai.scorer import mean
 
+from mote.core.records import Question
 from mote.evals.scorers import judged
 from mote.evals.tasks.samples import harmful_questions, sample_of, task_name
-from mote.questions import load_questions
-from mote.records import Question
+from mote.questions.load import load_questions
 
 
 @task(name=task_name("hh_harm"))

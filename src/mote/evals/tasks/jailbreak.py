@@ -8,12 +8,12 @@ from inspect_ai.dataset import Sample
 from inspect_ai.model import ChatMessageUser
 from inspect_ai.scorer import mean
 
-from mote.errors import UserError
+from mote.core.errors import UserError
+from mote.core.records import Question
 from mote.evals.attacks import Technique, cached_prompts, choose, load_techniques
 from mote.evals.scorers import goodness, judged
 from mote.evals.tasks.samples import harmful_questions, task_name
-from mote.question_files import raw_rows
-from mote.records import Question
+from mote.questions.files import raw_rows
 
 
 @task(name=task_name("strongreject"))

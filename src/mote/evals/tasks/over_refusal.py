@@ -3,12 +3,12 @@
 from inspect_ai import Task, task
 from inspect_ai.scorer import mean
 
-from mote.errors import UserError
+from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL
+from mote.core.errors import UserError
 from mote.evals.scorers import judged, share_of
 from mote.evals.tasks.samples import sample_of, task_name
-from mote.judges.protocol import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL
-from mote.question_files import raw_rows
-from mote.questions import load_questions
+from mote.questions.files import raw_rows
+from mote.questions.load import load_questions
 
 
 @task(name=task_name("xstest"))

@@ -7,9 +7,9 @@ from pathlib import Path
 from inspect_ai.dataset import Sample
 from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageSystem, ChatMessageUser
 
-from mote.errors import UserError
-from mote.questions import load_questions
-from mote.records import Message, Question
+from mote.core.errors import UserError
+from mote.core.records import Message, Question
+from mote.questions.load import load_questions
 
 _PACKAGE = "mote"
 _KINDS = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}

@@ -5,7 +5,7 @@ from inspect_ai.scorer import mean
 
 from mote.evals.scorers import judged
 from mote.evals.tasks.samples import sample_of, task_name
-from mote.questions import load_questions
+from mote.questions.load import load_questions
 
 
 @task(name=task_name("analysis_quality"))

@@ -18,15 +18,13 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mote.errors import UserError
+from mote.core.errors import UserError, first_line
 
 Chain = tuple[str, ...]  # the names of a chain's steps, in order
-
 BASE = "base"
 ADAPTIVE = "adaptive"
 CHECKED = "adaptive+check"  # adaptive, and the trained check judges the answer
 CHECK = "check"  # the stage of Safety Checking
-
 _QUESTION, _LAST, _ANSWER = "question", "last", "answer"  # what templates may show beside the steps so far
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined)
@@ -309,7 +307,7 @@ def load_scheme(name: str) -> Scheme:
     Raises:
         UserError: No such scheme, or the file is not a valid one.
     """
-    shipped = resources.files("mote") / "prompts"
+    shipped = resources.files("mote.core") / "schemes"
     path = Path(name) if name.endswith((".yaml", ".yml")) else None
     try:
         data = path.read_bytes() if path else (shipped / f"{name}.yaml").read_bytes()
@@ -327,12 +325,3 @@ def load_scheme(name: str) -> Scheme:
         raise UserError(f"scheme: '{name}' {where}is not valid YAML ({getattr(error, 'problem', error)})") from error
     except ValidationError as error:
         raise UserError(f"scheme: '{name}' is not a valid scheme file: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The message of an error as one line; of a pydantic error, its first complaint with the setting's path."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg']}" if where else first["msg"]
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

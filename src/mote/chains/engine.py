@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from mote.errors import UserError
-from mote.records import Finish, Message
+from mote.core.errors import UserError
+from mote.core.records import Finish, Message
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.errors import UserError
-from mote.question_files import rows_of
-from mote.question_sets import Row, hh_turns, question_of
-from mote.questions import normalised
-from mote.records import ChainRow, ChainTokens, StepText, append_rows
-from mote.writing import check_new, whole
+from mote.core.errors import UserError
+from mote.core.files import check_new, whole
+from mote.core.records import ChainRow, ChainTokens, StepText, append_rows
+from mote.questions.files import rows_of
+from mote.questions.formats import Row, hh_turns, question_of
+from mote.questions.load import normalised
 
 FORMATS = ("star1", "messages", "hh-rlhf")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of servers and of chat templates

@@ -2,10 +2,37 @@
 
 import os
 import platform
+import resource
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+
+def peak_memory_mb() -> int:
+    """Peak memory so far in MB: of the GPU where one is used, else of the process."""
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    return int(resident_peak_mb())
+
+
+def resident_peak_mb() -> float:
+    """Peak resident memory of this process in MB.
+
+    Linux's `ru_maxrss` begins at what the parent had when it started us, hence `VmHWM` where there is one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/mote`, by default `~/.cache/mote`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mote"
+
 
 INTEL = "GenuineIntel"
 _PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "inspect-ai")

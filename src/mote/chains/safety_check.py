@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Sequence
 
-from mote.engines.protocol import Prompt
-from mote.judges.protocol import SAFE, UNSAFE, Chooser, JudgeCard, Verdict, Writer, unparsed
-from mote.records import Message
+from mote.chains.engine import Prompt
+from mote.chains.judge import SAFE, UNSAFE, Chooser, JudgeCard, Verdict, Writer, unparsed
+from mote.core.records import Message
 
 AskFor = Callable[[Sequence[Message], str], Prompt]
 Words = tuple[str, str]  # for an answer that passes, and for one that does not

@@ -6,9 +6,9 @@ whatever it is sent. Which of the two is known once one chain was made, so refus
 
 import sys
 
-from mote.engines.protocol import Refused
-from mote.errors import UserError
-from mote.records import ChainRow
+from mote.chains.engine import Refused
+from mote.core.errors import UserError
+from mote.core.records import ChainRow
 
 FIRST = 32  # refused chains, with none made, behind which no further ones are begun
 

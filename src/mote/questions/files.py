@@ -1,7 +1,7 @@
 """Question files and sets of the hub -> rows as they are, each with its place.
 
 How rows are laid out (JSONL, a JSON list, CSV, plain text; gzipped or not) is told from the file's bytes. What a row
-means is `mote.question_sets`' business.
+means is `mote.questions.formats`' business.
 """
 
 import csv
@@ -15,9 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mote.errors import UserError
-from mote.question_sets import UNDERSTOOD, Row, is_known, short
-from mote.steps import first_line
+from mote.core.errors import UserError, first_line
+from mote.questions.formats import UNDERSTOOD, Row, is_known, short
 
 OWN = {
     "mote:train": "train.jsonl", "mote:test": "test.jsonl",
@@ -39,7 +38,7 @@ def raw_rows(source: str) -> Iterator[tuple[str, Row]]:
         return
     if source.startswith("mote:") and source not in OWN:
         raise UserError(f"questions: '{source}' is not a set of this package; use one of {list(OWN)} or a path")
-    own = str(resources.files("mote") / "data" / OWN[source]) if source in OWN else ""
+    own = str(resources.files("mote.questions") / "data" / OWN[source]) if source in OWN else ""
     yield from rows_of(Path(own or os.path.expanduser(source)))
 
 

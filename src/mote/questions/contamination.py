@@ -7,8 +7,8 @@ lengths in words, 8 at least and 13 at most. Rows that are shorter are compared 
 
 from collections.abc import Iterable
 
-from mote.records import Question
-from mote.words import runs_of, words_of
+from mote.core.records import Question
+from mote.core.words import runs_of, words_of
 
 SHORTEST_RUN, LONGEST_RUN = 8, 13  # words
 _PERCENTILE = 0.05

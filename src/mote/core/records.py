@@ -12,9 +12,8 @@ from typing import IO, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mote.errors import MoteError, UserError
-from mote.files import write_atomic
-from mote.steps import first_line
+from mote.core.errors import MoteError, UserError, first_line
+from mote.core.files import write_atomic
 
 Kind = Literal["harmful", "benign", "unknown"]
 Finish = Literal["stop", "length"]

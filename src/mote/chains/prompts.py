@@ -7,10 +7,10 @@ models.
 
 from collections.abc import Mapping, Sequence
 
-from mote.config import ChainSettings
-from mote.engines.protocol import Prompt
-from mote.records import Message
-from mote.steps import CHECK, Example, Scheme
+from mote.chains.engine import Prompt
+from mote.core.recipe import ChainSettings
+from mote.core.records import Message
+from mote.core.scheme import CHECK, Example, Scheme
 
 
 def stage_prompt(

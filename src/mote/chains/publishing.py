@@ -6,11 +6,10 @@ from typing import Any
 
 import yaml
 
-from mote.errors import MoteError, UserError
-from mote.files import write_atomic
-from mote.records import ChainRow, iter_rows
-from mote.stats import ChainStats, chain_stats, chains_file, table
-from mote.writing import check_new, whole
+from mote.chains.stats import ChainStats, chain_stats, chains_file, table
+from mote.core.errors import MoteError, UserError
+from mote.core.files import check_new, whole, write_atomic
+from mote.core.records import ChainRow, iter_rows
 
 _BATCH = 1000  # rows of a row group
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))

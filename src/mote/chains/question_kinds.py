@@ -9,13 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from mote.config import Rule
-from mote.engines import Engine, Scorer
-from mote.errors import UserError
-from mote.prompting import kind_prompt
-from mote.records import Message
-from mote.steps import Scheme
-from mote.words import words_of
+from mote.chains.engine import Engine, Scorer
+from mote.chains.prompts import kind_prompt
+from mote.core.errors import UserError
+from mote.core.recipe import Rule
+from mote.core.records import Message
+from mote.core.scheme import Scheme
+from mote.core.words import words_of
 
 _STEM = 4  # letters in which two forms of a word agree
 _SHOWN, _MOST_SHOWN = 0.6, 6  # share of the question's own words that a closed step has, counted up to so many words

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.engines.protocol import Completion, Preference, Prompt
-from mote.records import Message
+from mote.chains.engine import Completion, Preference, Prompt
+from mote.core.records import Message
 
 COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL = "full_compliance", "partial_refusal", "full_refusal"
 SAFE, UNSAFE = "safe", "unsafe"

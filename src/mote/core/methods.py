@@ -7,9 +7,9 @@ in docs/decisions/0025. This module knows nothing of models or tokenizers.
 from dataclasses import dataclass, field
 from typing import Any
 
-from mote.config import Recipe
-from mote.errors import UserError
-from mote.steps import CHECK, Chain, Scheme
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
+from mote.core.scheme import CHECK, Chain, Scheme
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Similarity is that of Jaccard between the sets of character 5-grams, which short questions still have enough of.
 """
 
-from mote.records import ChainRow, Question
+from mote.core.records import ChainRow, Question
 
 _GRAM = 5  # characters
 _SEED = 42

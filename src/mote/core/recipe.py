@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mote.errors import UserError
+from mote.core.errors import UserError
 
 Rule = Literal[
     "empty", "truncated", "marker", "looping", "echo", "copy", "language", "form", "off-topic", "unsure"
-]  # of mote.quality
+]  # of mote.chains.quality
 MethodName = Literal[
     "mote", "mote-built", "mote-no-skip", "mote-no-share", "mote-neither", "lora", "lora-x2", "token-moe", "moelora",
     "separate", "response-only", "four-experts",

@@ -1,15 +1,18 @@
-"""Folders that other libraries write: there as a whole or not at all, and a full disk is one line."""
+"""Text files written whole or not at all; content hashes."""
 
+import hashlib
+import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from mote.errors import MoteError, UserError
-from mote.steps import first_line
+from mote.core.errors import MoteError, UserError, first_line
 
 # What torch and tokenizers say of a disk that takes no more, in exceptions of no kind of their own.
 _DISK = re.compile(r"PytorchStreamWriter|inline_container|iostream|file write|\(os error \d+\)")
@@ -53,3 +56,36 @@ def whole(folder: Path) -> Iterator[Path]:
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Write a whole text file, given at once or in parts, so that readers see the old one or the new one, never less.
+
+    Raises:
+        MoteError: The disk refused it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as sink:
+            sink.writelines([text] if isinstance(text, str) else text)
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise MoteError(f"{path}: cannot be written ({error.strerror}); free space there and run again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of a JSON value."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str | None:
+    """Content hash of a file, None where there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

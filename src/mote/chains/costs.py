@@ -5,7 +5,7 @@ Chains that were thrown away are paid for too, so all is divided by the accepted
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.records import ChainRow
+from mote.core.records import ChainRow
 
 
 class _Part(BaseModel):

@@ -11,13 +11,13 @@ from statistics import mean, median
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.costs import Cost, Price, Spent, cost_lines, or_dash
-from mote.diversity import self_bleu, signature
-from mote.duplicates import NearDuplicates, dialogue_of, text_of
-from mote.errors import UserError
-from mote.records import ChainRow, iter_rows
-from mote.steps import Chain
-from mote.words import words_of
+from mote.chains.costs import Cost, Price, Spent, cost_lines, or_dash
+from mote.chains.diversity import self_bleu, signature
+from mote.core.errors import UserError
+from mote.core.records import ChainRow, iter_rows
+from mote.core.scheme import Chain
+from mote.core.words import words_of
+from mote.questions.duplicates import NearDuplicates, dialogue_of, text_of
 
 PAPER_SHARES = {"analysis": 0.715, "guidance": 0.614, "response": 1.0}  # section 3.1, 6,000 chains of a 7B model
 PAPER_SELF_BLEU = {"analysis": 75.52, "guidance": 74.34, "response": 72.10, "chain": 80.38}  # table 2
@@ -243,19 +243,3 @@ def table(stats: ChainStats) -> str:
         *cost_lines(stats.cost),
     ]
     return "\n".join(lines)
-
-
-def plots_of(stats: ChainStats) -> list[str]:
-    """The shares beside the paper's, the outcomes of each depth, the lengths and the tokens, as SVG elements."""
-    from mote import plots
-
-    depths = {" > ".join(row.steps): {kind: getattr(row, kind) for kind in _OUTCOMES} for row in stats.depths}
-    drawn = [plots.outcomes(depths)]
-    if stats.texts:
-        steps = [text for text in stats.texts if text.name != WHOLE]
-        drawn.insert(0, plots.shares({text.name: text.share for text in steps}, PAPER_SHARES))
-        drawn.append(plots.lengths({text.name: (text.words.median, text.words.p90) for text in stats.texts}))
-    each = {"read": stats.cost.read_each, "written": stats.cost.tokens_each}
-    if known := {name: count for name, count in each.items() if count}:
-        drawn.append(plots.spent(known))
-    return drawn

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mote.config import ChainSettings
-from mote.engines import Completion, Engine, Refused
-from mote.judges.protocol import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge
-from mote.kinds import Kinds
-from mote.prompting import stage_prompt
-from mote.quality import fault
-from mote.records import ChainRow, ChainTokens, Check, Question, StepText, append_rows, iter_rows
-from mote.refusals import Refusals
-from mote.seeds import seed_of
-from mote.steps import CHECK, Chain, Scheme
+from mote.chains.engine import Completion, Engine, Refused
+from mote.chains.judge import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge
+from mote.chains.prompts import stage_prompt
+from mote.chains.quality import fault
+from mote.chains.question_kinds import Kinds
+from mote.chains.refusals import Refusals
+from mote.core.recipe import ChainSettings
+from mote.core.records import ChainRow, ChainTokens, Check, Question, StepText, append_rows, iter_rows
+from mote.core.scheme import CHECK, Chain, Scheme
+from mote.core.seeds import seed_of
 
 
 async def make_chains(

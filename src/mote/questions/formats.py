@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from mote.errors import UserError
-from mote.records import Kind, Message, Question
-from mote.steps import first_line
+from mote.core.errors import UserError, first_line
+from mote.core.records import Kind, Message, Question
 
 Row = Mapping[str, Any]
 

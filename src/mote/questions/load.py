@@ -4,13 +4,51 @@ This module knows nothing of models, tokens or prompts.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mote.errors import UserError
-from mote.question_files import OWN, raw_rows
-from mote.question_sets import question_of, short
-from mote.records import Question
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe
+from mote.core.records import LeftOut, Question
+from mote.questions.contamination import Evaluation
+from mote.questions.duplicates import NearDuplicates, dialogue_of
+from mote.questions.files import OWN, raw_rows
+from mote.questions.formats import question_of, short
+
+
+def select_questions(recipe: Recipe, leave: Callable[[LeftOut], None]) -> Iterator[Question]:
+    """The recipe's questions in the file's order, `limit` of them.
+
+    Of what was read before, only hashes and ids stay in memory.
+
+    Args:
+        recipe: Names the file and what is to be left out.
+        leave: Called with each question that is left out.
+
+    Raises:
+        UserError: A file cannot be read, or no question is left.
+    """
+    longest = recipe.chains.max_question_chars
+    evaluations = [(file, Evaluation(iter_questions(file, None, longest))) for file in recipe.decontaminate]
+    seen = NearDuplicates(recipe.near_duplicates) if recipe.near_duplicates is not None else None
+    kept = 0
+    for question in iter_questions(recipe.questions, None, longest):
+        found = ((file, evaluation.row_like(question)) for file, evaluation in evaluations)
+        file, row = next(((file, row) for file, row in found if row is not None), ("", None))
+        if row is not None:
+            leave(LeftOut(**dict(question), why="evaluation", like=row, file=file))
+        elif seen is not None and (earlier := seen.add(question.id, dialogue_of(question))) is not None:
+            leave(LeftOut(**dict(question), why="near-duplicate", like=earlier, file=recipe.questions))
+        else:
+            yield question
+            kept += 1
+            if kept == recipe.limit:
+                return
+    if not kept:
+        raise UserError(
+            f"decontaminate: every question of {recipe.questions} stands in {list(recipe.decontaminate)}; "
+            "give other questions or other files"
+        )
 
 
 def load_questions(source: str, limit: int | None, max_chars: int = 20_000) -> list[Question]:
