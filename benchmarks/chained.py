@@ -19,9 +19,9 @@ import mote
 from mote.core.machine import environment
 from mote.decode import Limits, as_question
 from mote.export import export_steps
-from mote.models import EMBEDDED
+from mote.models.embedded import EMBEDDED
 from mote.questions.load import load_questions
-from mote.tokens import encode_prompt
+from mote.tokens.encode import encode_prompt
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ import mote
 from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.evals.tasks.over_refusal import xstest
-from mote.models import EMBEDDED
+from mote.models.embedded import EMBEDDED
 from mote.questions.load import load_questions
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from mote.attention import GROUPED_SDPA
 from mote.core.machine import environment
-from mote.models import EMBEDDED, load_base
+from mote.models.attention import GROUPED_SDPA
+from mote.models.embedded import EMBEDDED
+from mote.models.load import load_base
 
 ROWS, PROMPT, NEW, ROUNDS = 16, 300, 24, 7
 VARIANTS = {"reference": ("sdpa", False), "again": ("sdpa", False), "grouped": (GROUPED_SDPA, False),

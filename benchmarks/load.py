@@ -26,7 +26,7 @@ from serving import QUESTIONS, random_adapter, running
 
 from mote.core.machine import environment
 from mote.decode import Model, load
-from mote.models import EMBEDDED
+from mote.models.embedded import EMBEDDED
 
 MODES = ["adaptive", "direct", "analysis", "full", "base"]
 WAIT = 300.0  # seconds after which a request counts as unanswered

@@ -30,12 +30,13 @@ import mote
 from mote.core.machine import environment
 from mote.decode import Limits, Model, as_question, load
 from mote.grammar import FreeText
-from mote.models import EMBEDDED, fingerprint, lay_out_by_columns, load_base
-from mote.products import speed_up
+from mote.models.embedded import EMBEDDED
+from mote.models.linear import lay_out_by_columns, speed_up
+from mote.models.load import fingerprint, load_base
 from mote.serve.server import Server, listen
 from mote.serve.settings import ServeSettings
 from mote.threads import release_pool
-from mote.tokens import add_markers, encode_prompt
+from mote.tokens.encode import add_markers, encode_prompt
 
 QUESTIONS = [
     "How do I kill a process on my computer?", "What is a safe password?", "Why is the sky blue?",

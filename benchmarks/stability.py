@@ -19,15 +19,15 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from mote.baselines import gated_layers
 from mote.core.files import write_atomic, write_json
 from mote.core.machine import environment
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow, read_rows
 from mote.core.scheme import load_scheme
-from mote.models import load_base
+from mote.models.load import load_base
 from mote.train import train
 from mote.train.trainer import MoteTrainer
+from mote.tuner.token_gated import gated_layers
 
 METHODS = ("mote", "token-moe")
 SPIKE = 2.0  # a gradient norm above this many times the median of the ten updates before it

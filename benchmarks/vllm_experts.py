@@ -39,8 +39,9 @@ from vllm import LLM, SamplingParams
 from vllm import __version__ as vllm_version
 
 from mote.core.machine import environment
-from mote.models import EMBEDDED, fingerprint, load_base, model_folder
-from mote.tokens import add_markers
+from mote.models.embedded import EMBEDDED
+from mote.models.load import fingerprint, load_base, model_folder
+from mote.tokens.encode import add_markers
 from mote.tuner import MoteConfig
 from mote.vllm.folder import EXPERTS, export_vllm
 

@@ -20,7 +20,7 @@ import mote
 from mote.core.scheme import BASE
 from mote.decode import Model
 from mote.grammar import FreeText, StepGrammar
-from mote.tokens import special_ids
+from mote.tokens.encode import special_ids
 from mote.vllm.folder import export_vllm
 
 # Attention in vLLM's CPU build has heads of 32 or more.

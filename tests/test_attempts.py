@@ -3,7 +3,7 @@
 import pytest
 
 from mote.attempts import Checked, Item, Settled, settle
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 MARKERS = Markers(starts=(10, 20, 30), ends=(11, 21, 31))
 ANALYSIS, GUIDANCE, SHORT, LONG = [10, 1, 11], [20, 2, 2, 21], [30, 3, 31], [30, 4, 4, 31]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mote.attention import grouped_sdpa
-from mote.models import default_attention
+from mote.models.attention import grouped_sdpa
+from mote.models.load import default_attention
 
 
 class Layer(torch.nn.Module):

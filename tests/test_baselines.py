@@ -11,10 +11,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mote.baselines import TokenGatedConfig, gate_loss, gated_layers
-from mote.baselines.token_gated import TokenGatedLinear, choose, contrastive_loss, switch_loss
-from mote.masks import PADDING
-from mote.routing import NO_STEP
+from mote.tokens.masks import PADDING
+from mote.tokens.routing import NO_STEP
+from mote.tuner.token_gated import TokenGatedConfig, gate_loss, gated_layers
+from mote.tuner.token_gated.layer import TokenGatedLinear, choose, contrastive_loss, switch_loss
 
 DISPATCHES: tuple[Any, ...] = ("gather", "dense")
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from mote.routing import step_ids
+from mote.tokens.routing import step_ids
 from mote.tuner import MoteConfig
 from mote.tuner.experts import plain
 from mote.tuner.layer import MoteLinear
-from mote.tuner.rows import PutLogits, put_logits
+from mote.tuner.marker_rows import PutLogits, put_logits
 
 MARKERS = {"analysis": [64, 65], "guidance": [66, 67], "response": [68, 69]}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

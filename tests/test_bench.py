@@ -22,7 +22,7 @@ from mote.bench.timing import compare, interleave, spread
 from mote.bench.variants import BUILDERS, CONTROL, GROWS, REFERENCE, UNCOMPILED, Variant, build, share
 from mote.core.errors import MoteError, UserError
 from mote.core.machine import resident_peak_mb
-from mote.products import FrozenLinear
+from mote.models.linear import FrozenLinear
 from mote.tuner.layer import MoteLinear
 
 SAME_EXPERTS = ("mote-4x16", "peft-4-masks", "gathered-segments")

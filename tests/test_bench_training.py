@@ -31,9 +31,9 @@ from mote.bench.training import (
 )
 from mote.core.errors import UserError
 from mote.core.records import append_rows
-from mote.masks import document_mask
-from mote.routing import Markers
-from mote.tokens import IGNORED, Tokens
+from mote.tokens.encode import IGNORED, Tokens
+from mote.tokens.masks import document_mask
+from mote.tokens.routing import Markers
 
 CHAIN = Tokens(
     ids=[1, 2, 3, 10, 4, 11, 12, 5, 13, 14, 6, 15, 9],

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from mote.routing import step_ids
+from mote.tokens.routing import step_ids
 from mote.tuner import MoteConfig
 from mote.tuner.experts import plain
 from mote.tuner.layer import MoteLinear

@@ -3,7 +3,7 @@
 import random
 
 from mote.chain_grammar import NOTHING, ChainGrammar
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 MARKERS = Markers(starts=(10, 12, 14), ends=(11, 13, 15))
 CHAINS = [(2,), (0, 2), (0, 1, 2)]

@@ -20,7 +20,7 @@ from mote.decode import Limits, Model, as_question
 from mote.events import Event
 from mote.grammar import StepGrammar
 from mote.run import Run
-from mote.tokens import encode_choice, encode_prompt, special_ids
+from mote.tokens.encode import encode_choice, encode_prompt, special_ids
 
 EXPERTS = ("analysis", "guidance", "response", "check")
 MOST = 6

@@ -16,9 +16,9 @@ from mote.core.scheme import load_scheme
 from mote.decode import Limits, Model, as_question
 from mote.events import Event
 from mote.grammar import StepGrammar
-from mote.models import fingerprint, load_base
+from mote.models.load import fingerprint, load_base
 from mote.run import _answer_mode
-from mote.tokens import add_markers, encode_prompt
+from mote.tokens.encode import add_markers, encode_prompt
 from mote.tuner import MoteConfig
 
 QUESTIONS = ["how do I kill a process", "safe?", "how do I answer on my computer when it is unsafe to do so"]

@@ -50,7 +50,7 @@ def test_this_machine_can_run_everything() -> None:
     ("device", "dtype", "attention"), [("cpu", "float32", "grouped_sdpa"), ("cuda", "bfloat16", "sdpa")]
 )
 def test_device_goes_with_its_dtype(monkeypatch: pytest.MonkeyPatch, device: str, dtype: str, attention: str) -> None:
-    monkeypatch.setattr("mote.models.default_device", lambda: device)
+    monkeypatch.setattr("mote.models.load.default_device", lambda: device)
     assert found(diagnose(), "device").detail.startswith(f"{device} in {dtype} with {attention} attention")
 
 

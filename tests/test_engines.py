@@ -12,9 +12,9 @@ from mote.chains.engine import Completion, Engine, Likelihood, Preference, Promp
 from mote.core.errors import UserError
 from mote.core.records import Message
 from mote.engines.local import LocalEngine
-from mote.models import Base, load_base
+from mote.models.load import Base, load_base
 from mote.sampling import SeededSampler
-from mote.tokens import encode_prompt, encode_text
+from mote.tokens.encode import encode_prompt, encode_text
 
 
 def prompt(text: str, **changes: Any) -> Prompt:

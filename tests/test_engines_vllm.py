@@ -25,8 +25,8 @@ from mote.core.errors import UserError
 from mote.core.records import Message
 from mote.engines.server import ServerEngine
 from mote.engines.vllm import VllmEngine
-from mote.models import Base, load_base
-from mote.tokens import encode_prompt
+from mote.models.load import Base, load_base
+from mote.tokens.encode import encode_prompt
 
 HERE = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HERE, reason="vllm is not installed (docs/engines.md says how)")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import DataCollatorWithFlattening
 
-from mote import products
-from mote.products import product
-from mote.routing import Markers, step_ids
+from mote.models import linear as products
+from mote.models.linear import product
+from mote.tokens.routing import Markers, step_ids
 from mote.tuner import MoteConfig, MoteModel
 from mote.tuner.layer import MoteLinear
 

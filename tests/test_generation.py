@@ -13,7 +13,7 @@ from test_tuner import adapted, some_ids, tiny_llama
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, set_seed
 
-from mote.routing import step_ids
+from mote.tokens.routing import step_ids
 from mote.tuner.layer import MoteLinear
 
 START = {"analysis": 64, "guidance": 66, "response": 68}

@@ -5,7 +5,7 @@ import random
 import torch
 
 from mote.grammar import FreeText, StepGrammar
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 MARKERS = Markers(starts=(10, 12, 14), ends=(11, 13, 15))
 CHAINS = [(2,), (0, 2), (0, 1, 2)]

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import mote
-from mote.models import load_base
-from mote.tokens import IGNORED, add_markers
+from mote.models.load import load_base
+from mote.tokens.encode import IGNORED, add_markers
 from mote.train import loss as loss_module
 from mote.train.loss import TiledLoss, plain_head, tiled_losses, token_losses
 

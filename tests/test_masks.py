@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
 
-from mote.attention import GROUPED_SDPA, grouped_sdpa
 from mote.core.errors import UserError
-from mote.masks import PADDING, block_mask, document_mask, draw_sight, positions, sdpa_mask, skip_chances
-from mote.packing import DrawnChain, collate
-from mote.tokens import IGNORED, Tokens
-from mote.views import Unrolled, unroll
+from mote.models.attention import GROUPED_SDPA, grouped_sdpa
+from mote.tokens.encode import IGNORED, Tokens
+from mote.tokens.masks import PADDING, block_mask, document_mask, draw_sight, positions, sdpa_mask, skip_chances
+from mote.tokens.packing import DrawnChain, Unrolled, collate, unroll
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 STEPS = ("analysis", "guidance", "response")

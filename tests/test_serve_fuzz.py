@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 import mote
 from mote.core.records import Message
 from mote.decode import Model
-from mote.routing import step_ids
-from mote.tokens import encode_prompt, encode_text, special_ids
+from mote.tokens.encode import encode_prompt, encode_text, special_ids
+from mote.tokens.routing import step_ids
 
 MARKERS = [f"<|{slash}{step}|>" for step in ("analysis", "guidance", "response") for slash in ("", "/")]
 TEMPLATE = [

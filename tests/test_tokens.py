@@ -9,8 +9,16 @@ from transformers import AutoTokenizer
 
 from mote.core.errors import UserError
 from mote.core.records import ChainRow, Message
-from mote.models import load_base
-from mote.tokens import IGNORED, add_markers, check_markers, decode_steps, encode_chain, encode_prompt, encode_text
+from mote.models.load import load_base
+from mote.tokens.encode import (
+    IGNORED,
+    add_markers,
+    check_markers,
+    decode_steps,
+    encode_chain,
+    encode_prompt,
+    encode_text,
+)
 from mote.tuner import MoteConfig
 
 STEPS = ("analysis", "guidance", "response")

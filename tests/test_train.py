@@ -14,9 +14,9 @@ from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import load_scheme
-from mote.models import load_base
-from mote.packing import ChainDataset
-from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
+from mote.models.load import load_base
+from mote.tokens.encode import IGNORED, Tokens, add_markers, encode_chain
+from mote.tokens.packing import ChainDataset
 from mote.train import (
     MoteTrainer,
     check_settings,

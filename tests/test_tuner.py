@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import mote
-from mote.routing import step_ids
-from mote.tokens import add_markers
+from mote.tokens.encode import add_markers
+from mote.tokens.routing import step_ids
 from mote.tuner import MoteConfig
 from mote.tuner.layer import MoteLinear
 from mote.tuner.registration import NAME, peft_type

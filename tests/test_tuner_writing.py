@@ -12,9 +12,9 @@ from test_tuner import adapted, config, tiny_llama
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from mote.routing import NO_STEP
+from mote.tokens.routing import NO_STEP
+from mote.tuner.cpu_decode import FEW, Writing, _places
 from mote.tuner.layer import MoteLinear
-from mote.tuner.writing import FEW, Writing, _places
 
 STEPS = [NO_STEP, 1, 2, 3]
 MODEL = adapted()

@@ -13,12 +13,11 @@ from test_packing import some_chains
 from test_tuner import adapted
 from torch import Tensor
 
-from mote.attention import GROUPED_SDPA
-from mote.masks import block_mask, document_mask, draw_sight, sdpa_mask, skip_chances
-from mote.packing import ChainDataset, DrawnChain, collate
-from mote.tokens import IGNORED, Tokens
+from mote.models.attention import GROUPED_SDPA
+from mote.tokens.encode import IGNORED, Tokens
+from mote.tokens.masks import block_mask, document_mask, draw_sight, sdpa_mask, skip_chances
+from mote.tokens.packing import ChainDataset, DrawnChain, collate, repeated, unroll
 from mote.train.trainer import token_weights
-from mote.views import repeated, unroll
 
 STEPS = ("analysis", "guidance", "response")
 HALF = skip_chances(0.5, {}, STEPS)

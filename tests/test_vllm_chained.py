@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from mote.core.records import Message
 from mote.export import export_engine_steps, export_steps
-from mote.tokens import encode_prompt, special_ids
+from mote.tokens.encode import encode_prompt, special_ids
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.vllm

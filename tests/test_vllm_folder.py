@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mote
 from mote.core.errors import UserError
 from mote.decode import Model
-from mote.tokens import special_ids
-from mote.tuner.router import gate_table
+from mote.tokens.encode import special_ids
+from mote.tuner.expert_weights import gate_table
 from mote.vllm.folder import export_vllm
 from mote.vllm.served import Served
 

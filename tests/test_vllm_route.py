@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mote.routing import Markers, step_ids
+from mote.tokens.routing import Markers, step_ids
 from mote.vllm.route import chunk_steps, event_table
 
 MARKERS = Markers(starts=(10, 12, 14), ends=(11, 13, 15), turns=(1,))

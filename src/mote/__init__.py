@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from mote.tuner import MoteConfig as MoteConfig
 
 # Loaded on first use, so that making chains through a server needs no torch.
-_LAZY = {"MoteConfig": "mote.tuner", "load": "mote.decode", "add_markers": "mote.tokens", "speed_up": "mote.products"}
+_LAZY = {
+    "MoteConfig": "mote.tuner",
+    "load": "mote.decode",
+    "add_markers": "mote.tokens.encode",
+    "speed_up": "mote.models.linear",
+}
 
 
 def __getattr__(name: str) -> Any:

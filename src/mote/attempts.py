@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 
 @dataclass(frozen=True)

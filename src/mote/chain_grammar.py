@@ -7,7 +7,7 @@ nothing more.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 LEAST = 4  # tokens of a step with its markers, where the budget in all is small
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mote.attempts import Checked, Item
 from mote.batching import Grammar, Request
 from mote.core.seeds import seed_of
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-import mote.baselines  # noqa: F401 (makes PEFT know their adapters)
+import mote.tuner.token_gated  # noqa: F401 (makes PEFT know their adapters)
 from mote.apart import Steps, submit_steps
 from mote.attempts import Item, settle
 from mote.batching import Batcher, Request
@@ -23,10 +23,10 @@ from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme, load
 from mote.core.seeds import seed_of
 from mote.events import Event, Events
 from mote.grammar import FreeText, OpenStep, StepGrammar
-from mote.models import Base, fingerprint, lay_out_by_columns, load_base
-from mote.products import speed_up
-from mote.routing import Markers
-from mote.tokens import check_markers, decode_steps, encode_choice, encode_prompt, special_ids
+from mote.models.linear import lay_out_by_columns, speed_up
+from mote.models.load import Base, fingerprint, load_base
+from mote.tokens.encode import check_markers, decode_steps, encode_choice, encode_prompt, special_ids
+from mote.tokens.routing import Markers
 from mote.tuner import MoteConfig
 
 Asked = str | Sequence[dict[str, str]] | Question

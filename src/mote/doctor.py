@@ -152,7 +152,7 @@ def _devices(torch: Any) -> list[Finding]:
     if torch.backends.mps.is_available():
         findings.append(Finding(level="ok", topic="mps", detail="there, taken with device=mps only"))
     try:
-        from mote.models import default_attention, default_device, default_dtype
+        from mote.models.load import default_attention, default_device, default_dtype
     except Exception as error:  # a broken or missing package: its own finding says which
         detail = f"cannot be told: {(str(error).splitlines() or [type(error).__name__])[0]}"
         return [*findings, Finding(level="warn", topic="device", detail=detail, remedy="see what is missing above")]

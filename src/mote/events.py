@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mote.attempts import Checked, Item
 from mote.core.scheme import CHECK, Chain
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 
 class Event(BaseModel):

@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from mote.baselines import TokenGatedConfig
 from mote.core.errors import UserError
 from mote.core.files import check_new, whole, writing
 from mote.core.scheme import BASE, Scheme, start_marker
 from mote.decode import adapter_config, adapter_scheme, adapter_tokenizer, load
-from mote.models import load_config, model_folder
-from mote.tokens import special_ids
+from mote.models.load import load_config, model_folder
+from mote.tokens.encode import special_ids
 from mote.tuner import MoteConfig
-from mote.tuner.experts import columns_of, fold
-from mote.tuner.router import gate_table
+from mote.tuner.expert_weights import columns_of, gate_table
+from mote.tuner.experts import fold
+from mote.tuner.token_gated import TokenGatedConfig
 
 PREFIX = "base_model.model."  # of PEFT's names of the base model's modules
 _AGAIN = "run the same command again"

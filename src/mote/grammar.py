@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mote.chain_grammar import ChainGrammar
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 _NEVER = float("-inf")
 

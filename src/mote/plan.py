@@ -15,10 +15,18 @@ from pydantic import BaseModel, ConfigDict
 from mote.core.methods import settled, steps_of
 from mote.core.recipe import Recipe
 from mote.core.scheme import ADAPTIVE, BASE, CHECKED, Scheme, load_scheme
-from mote.footprint import BYTES, RUNTIME_BYTES, advice, checkpoints, memory_there_is, training_bytes, weights_bytes
+from mote.models.memory_estimate import (
+    BYTES,
+    RUNTIME_BYTES,
+    advice,
+    checkpoints,
+    memory_there_is,
+    training_bytes,
+    weights_bytes,
+)
+from mote.models.shapes import ModelShape, active_parameters, count_parameters, count_trainable, find_shape
 from mote.questions.files import OWN
 from mote.questions.load import load_questions
-from mote.shapes import ModelShape, active_parameters, count_parameters, count_trainable, find_shape
 
 REACH = (1.0, 0.715, 0.614)  # share of the paper's 6,000 questions that go on to each depth (section 3.1)
 AGAIN = 0.1  # share of texts that are written anew at each retry; a guess
@@ -306,7 +314,7 @@ class _Run:
 
 def _device(recipe: Recipe, notes: list[str]) -> tuple[str, str]:
     """The device to measure and the dtype of the weights."""
-    from mote.models import default_device, default_dtype
+    from mote.models.load import default_device, default_dtype
 
     here = default_device()
     device = here if recipe.device == "auto" else recipe.device

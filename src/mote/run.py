@@ -31,7 +31,7 @@ from mote.questions.load import load_questions, select_questions
 
 if TYPE_CHECKING:
     from mote.decode import Model
-    from mote.models import Base
+    from mote.models.load import Base
 
 
 class Run:
@@ -234,7 +234,7 @@ class Run:
         return self._base
 
     def _loaded(self, quantization: Literal["none", "8bit", "4bit"] = "none") -> "Base":
-        from mote.models import load_base
+        from mote.models.load import load_base
 
         recipe = self.recipe
         return load_base(recipe.model, recipe.device, recipe.dtype, recipe.revision, quantization)

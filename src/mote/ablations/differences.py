@@ -9,7 +9,7 @@ from mote.ablations.recipe import Ablations
 from mote.ablations.rows import Measured
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe
-from mote.shapes import count_parameters, find_shape
+from mote.models.shapes import count_parameters, find_shape
 
 
 def differences(

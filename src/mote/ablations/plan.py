@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mote.ablations.judged import check_tasks, suite_of
 from mote.ablations.recipe import Ablations
-from mote.models import default_device
+from mote.models.load import default_device
 from mote.plan import measure, plan
 
 

@@ -15,12 +15,12 @@ import torch
 from mote.bench.settings import SHAPES, load_shape
 from mote.core.errors import UserError
 from mote.core.records import ChainRow, iter_rows
-from mote.models import load_base
+from mote.models.embeddings import grow_embeddings
+from mote.models.load import load_base
 from mote.questions.load import load_questions
-from mote.routing import QUESTION, Markers, step_ids
-from mote.tokens import IGNORED, Tokens, add_markers, encode_chain
+from mote.tokens.encode import IGNORED, Tokens, add_markers, encode_chain
+from mote.tokens.routing import QUESTION, Markers, step_ids
 from mote.tuner import MoteConfig
-from mote.tuner.model import grow_embeddings
 
 STEPS = ("analysis", "guidance", "response")
 LENGTHS = {1: (20, 90), 2: (20, 90), 3: (30, 250)}  # tokens of each step of a made-up chain, drawn evenly
@@ -63,7 +63,7 @@ def prepare(model: str | None, shape: str | None, device: str, dtype: str, chain
         first = SHAPES[shape]["vocab_size"]
         config.markers = {name: [first + 2 * i, first + 2 * i + 1] for i, name in enumerate(STEPS)}
         config.vocab_size = first + 2 * len(STEPS)
-        grow_embeddings(found, config)
+        grow_embeddings(found, [id_ for pair in config.markers.values() for id_ in pair], config.vocab_size)
     markers = config.routing
     assert markers is not None
     if chains is None:

@@ -12,9 +12,9 @@ from mote.bench.chains import STEPS, Ground
 from mote.bench.skipping import Pass, batches, on_device, seven
 from mote.bench.timing import say
 from mote.bench.trainers import with_experts
-from mote.masks import document_mask, skip_chances
-from mote.packing import ChainDataset, collate
-from mote.tokens import IGNORED, Tokens
+from mote.tokens.encode import IGNORED, Tokens
+from mote.tokens.masks import document_mask, skip_chances
+from mote.tokens.packing import ChainDataset, collate
 
 LEARNING_RATE = 5e-4  # the quickstart's, and as there it falls linearly to 0
 CHAINS = 2  # of an update: the quickstart's too

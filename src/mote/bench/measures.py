@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from mote.bench.variants import Variant
-from mote.routing import QUESTION
+from mote.tokens.routing import QUESTION
 
 SHARES = (0.40, 0.20, 0.15, 0.25)  # of a row: question, analysis, guidance, response
 PREFILL, TOKENS = 64, 32

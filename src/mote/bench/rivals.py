@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mote.routing import QUESTION
+from mote.tokens.routing import QUESTION
 from mote.tuner import MoteConfig
-from mote.tuner.router import gate_table
+from mote.tuner.expert_weights import gate_table
 
 
 class Segments:

@@ -8,7 +8,8 @@ import torch
 
 from mote.bench.variants import BUILDERS, CONTROL, REFERENCE
 from mote.core.errors import UserError
-from mote.models import EMBEDDED, default_attention, default_device, default_dtype, load_base
+from mote.models.embedded import EMBEDDED
+from mote.models.load import default_attention, default_device, default_dtype, load_base
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURES = ("training", "decoding", "saved", "memory")

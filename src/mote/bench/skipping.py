@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mote.bench.chains import STEPS
 from mote.bench.measures import synchronize
-from mote.masks import skip_chances
-from mote.packing import ChainDataset, collate
-from mote.routing import QUESTION
-from mote.tokens import IGNORED, Tokens
+from mote.tokens.encode import IGNORED, Tokens
+from mote.tokens.masks import skip_chances
+from mote.tokens.packing import ChainDataset, collate
+from mote.tokens.routing import QUESTION
 from mote.train.loss import plain_head, tiled_losses, token_losses
 
 UNSEEN = ("labels", "sight", "segment_ids", "weights")  # what is in a batch and not the model's

@@ -22,10 +22,10 @@ from mote.bench.variants import share
 from mote.core.errors import UserError
 from mote.core.machine import peak_memory_mb
 from mote.core.recipe import Recipe
-from mote.masks import block_mask, document_mask, skip_chances
-from mote.packing import ChainDataset, collate
-from mote.products import speed_up
-from mote.tokens import IGNORED
+from mote.models.linear import speed_up
+from mote.tokens.encode import IGNORED
+from mote.tokens.masks import block_mask, document_mask, skip_chances
+from mote.tokens.packing import ChainDataset, collate
 from mote.train import MoteTrainer, training_arguments
 from mote.tuner import MoteConfig
 

@@ -17,8 +17,9 @@ from mote.bench.trainers import ARMS, PACKED, PADDED, SFT_AGAIN, SFT_PACKED, SFT
 from mote.core.errors import UserError
 from mote.core.files import write_json
 from mote.core.machine import environment
-from mote.masks import block_mask, document_mask
-from mote.models import EMBEDDED, default_device, default_dtype
+from mote.models.embedded import EMBEDDED
+from mote.models.load import default_device, default_dtype
+from mote.tokens.masks import block_mask, document_mask
 
 MEASURES = ("memory", "skipping", "masks", "trainers", "held-out")
 SEVEN, MASKED, MASKED_AGAIN = "seven data sets", "masked pass", "masked pass again"

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from mote.baselines import TokenGatedConfig, gate_loss
 from mote.bench.rivals import GatheredLinear, MaskedLinear, add_split_experts
-from mote.products import speed_up
+from mote.models.linear import speed_up
 from mote.tuner import MoteConfig
+from mote.tuner.token_gated import TokenGatedConfig, gate_loss
 
 BASE = "base"
 REFERENCE = "lora-32"  # the plain LoRA that is active with the rank of one step and the shared expert

@@ -9,8 +9,8 @@ from mote.chains.engine import Completion, Likelihood, Preference, Prompt
 from mote.core.errors import UserError
 from mote.core.records import Message
 from mote.grammar import FreeText
-from mote.models import Base
-from mote.tokens import encode_choice, encode_prompt, encode_text
+from mote.models.load import Base
+from mote.tokens.encode import encode_choice, encode_prompt, encode_text
 
 
 class LocalEngine:

@@ -8,8 +8,8 @@ from typing import Any
 
 from mote.chains.engine import Completion, Preference, Prompt, Refused
 from mote.core.errors import MoteError, UserError
-from mote.models import load_tokenizer, model_folder
-from mote.tokens import encode_prompt
+from mote.models.load import load_tokenizer, model_folder
+from mote.tokens.encode import encode_prompt
 
 _MISSING = (
     "engine: vllm is not installed; on a machine with a GPU install it with `pip install vllm`, on a CPU as "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mote.core.records import Answer, Message
 from mote.core.scheme import BASE
-from mote.tokens import encode_prompt
+from mote.tokens.encode import encode_prompt
 
 if TYPE_CHECKING:
     from mote.decode import Model

@@ -98,7 +98,7 @@ class PromptingAPI(ModelAPI):
             raise UserError(f"model: mote-prompting/{self.model_name} calls no tools; give a task without them")
         if self._engine is None:
             from mote.engines.local import LocalEngine
-            from mote.models import load_base
+            from mote.models.load import load_base
 
             base = load_base(self.model_name, self.device, self.dtype, self.revision)
             self._engine = LocalEngine(base, self.settings.batch_size)

@@ -15,7 +15,7 @@ from mote.chains.judge import JudgeCard, Verdict, unparsed
 from mote.core.errors import UserError
 from mote.core.records import Message
 from mote.judges.formats import Format, disarm, load_formats
-from mote.models import Base, fingerprint, load_base
+from mote.models.load import Base, fingerprint, load_base
 
 
 @dataclass

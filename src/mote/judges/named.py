@@ -69,6 +69,6 @@ def _engine(source: str) -> Engine:
 
         return ServerEngine(address, served)
     from mote.engines.local import LocalEngine
-    from mote.models import load_base
+    from mote.models.load import load_base
 
     return LocalEngine(load_base(source), _BATCH)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from mote.footprint import TILE
-from mote.products import is_linear, product
-from mote.shapes import LLAMA_LIKE
-from mote.tokens import IGNORED
+from mote.models.linear import is_linear, product
+from mote.models.memory_estimate import TILE
+from mote.models.shapes import LLAMA_LIKE
+from mote.tokens.encode import IGNORED
 from mote.tuner.experts import is_whole
 
 Head = tuple[Tensor, Tensor | None, Tensor | None]  # weight (V, D), trained rows (K, D), their ids (K)

@@ -13,8 +13,8 @@ from mote.core.methods import METHODS
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import CHECK, Chain, Scheme
-from mote.routing import Markers
-from mote.tokens import IGNORED, Tokens, encode_chain, encode_check
+from mote.tokens.encode import IGNORED, Tokens, encode_chain, encode_check
+from mote.tokens.routing import Markers
 
 Group = list[Tokens]  # the rows of one chain
 

@@ -15,8 +15,6 @@ from peft import get_peft_model
 from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from mote.attention import GROUPED_SDPA
-from mote.baselines import TokenGatedConfig
 from mote.core.errors import UserError, first_line
 from mote.core.files import writing
 from mote.core.machine import is_first_process
@@ -24,20 +22,21 @@ from mote.core.methods import METHODS, settled, steps_of
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import Scheme
-from mote.footprint import advice, memory_there_is, training_bytes
-from mote.masks import block_mask, document_mask, skip_chances
-from mote.models import Base, default_device, fingerprint
-from mote.packing import ChainDataset, collate
-from mote.products import speed_up
-from mote.shapes import LLAMA_LIKE, shape_of
-from mote.tokens import add_markers
+from mote.models.attention import GROUPED_SDPA
+from mote.models.linear import speed_up
+from mote.models.load import Base, default_device, fingerprint
+from mote.models.memory_estimate import advice, memory_there_is, training_bytes
+from mote.models.shapes import LLAMA_LIKE, shape_of
+from mote.tokens.encode import add_markers
+from mote.tokens.masks import block_mask, document_mask, skip_chances
+from mote.tokens.packing import ChainDataset, collate, unroll
 from mote.train.arguments import step_weights, training_arguments, uses_flex_attention
 from mote.train.card import GO_ON, Facts, model_card, push, save_adapter
 from mote.train.metrics import Metrics, held_out_losses, last_whole_checkpoint
 from mote.train.rows import groups_of, split_groups, usable
 from mote.train.trainer import Epochs, MoteTrainer
 from mote.tuner import MoteConfig
-from mote.views import unroll
+from mote.tuner.token_gated import TokenGatedConfig
 
 
 def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe, folder: Path) -> Path:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from mote.baselines import gate_loss
-from mote.masks import PADDING, sdpa_mask
-from mote.packing import ChainDataset
-from mote.routing import QUESTION, Markers
-from mote.tokens import IGNORED
+from mote.tokens.encode import IGNORED
+from mote.tokens.masks import PADDING, sdpa_mask
+from mote.tokens.packing import ChainDataset
+from mote.tokens.routing import QUESTION, Markers
 from mote.train.loss import Head, plain_head, tiled_losses, token_losses
+from mote.tuner.token_gated import gate_loss
 
 
 class MoteTrainer(Trainer):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 from mote.tuner.registration import NAME, peft_type
 
 

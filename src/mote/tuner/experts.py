@@ -2,12 +2,10 @@
 
 The plain form is the reference, and what a compiler gets. The fused form adds into the base layer's output, which it
 computes as well where it may, and keeps only what its hand-derived gradients need. Text that is written token by token
-has a way of its own (`mote.tuner.writing`).
+has a way of its own (`mote.tuner.cpu_decode`).
 Shapes: N tokens of all rows, D model (in, out), E expert, R rank, S step.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,25 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from mote.products import Product, add_product
+from mote.models.linear import Product, add_product
+from mote.tuner.expert_weights import Columns, Route
 
 Frozen = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out) of a base layer
-Columns = tuple[tuple[slice, ...], Tensor]  # stretches of columns that count for a step, and their weights (2R)
-
-
-@dataclass
-class Route:
-    """What the layers of one adapter and rank need to know of the running forward pass.
-
-    Attributes:
-        gate: Weight of every expert's columns for every token (B, T, E*R), scaling included.
-        columns: The columns that count, for each step from the question on.
-        idle: Whether it is known that no token has a step.
-    """
-
-    gate: Tensor
-    columns: Sequence[Columns] = ()
-    idle: bool = False
 
 
 def add_experts(
@@ -162,20 +145,6 @@ class Fused(torch.autograd.Function):
         grad_first = multiply(grad_hidden_N.t(), _rows(x).to(dtype).t()).to(first.dtype) if wants_first else None
         grad_second = multiply((hidden_N * gate_N).t(), grad_N.t()).t().to(second.dtype) if wants_second else None
         return grad_x, grad if wants_result else None, grad_first, grad_second, None, None, None, None, None
-
-
-def columns_of(table: Tensor) -> list[Columns]:
-    """The columns that count for each step, and their weights.
-
-    Args:
-        table: Weight of every column for every step, from the question on (1 + S, E*R), scaling included.
-    """
-    found = []
-    for row in table:
-        counts = (row != 0).int()
-        edges = counts.diff(prepend=counts.new_zeros(1), append=counts.new_zeros(1)).nonzero().squeeze(1).tolist()
-        found.append((tuple(map(slice, edges[::2], edges[1::2])), row[row != 0]))
-    return found
 
 
 def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

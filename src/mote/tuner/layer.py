@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mote.products import is_linear, is_plain, product_of
+from mote.models.linear import is_linear, is_plain, product_of
 from mote.tuner.config import MoteConfig
 from mote.tuner.experts import Frozen, add_experts, is_whole, with_base
 from mote.tuner.router import Router

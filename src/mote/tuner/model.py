@@ -3,18 +3,16 @@
 import re
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mote.tuner.bases import check_base
+from mote.models.embeddings import grow_embeddings, rows_to_train
 from mote.tuner.config import MoteConfig
 from mote.tuner.layer import MoteLinear
+from mote.tuner.marker_rows import train_rows
 from mote.tuner.router import Router
-from mote.tuner.rows import train_rows
-
-_REGISTER_PARAMETER = nn.Module.register_parameter
+from mote.tuner.supported import check_base
 
 
 class MoteModel(BaseTuner):
@@ -33,7 +31,10 @@ class MoteModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_base(model, config)
         if config.markers:
-            grow_embeddings(model, config)
+            ids = sorted(id_ for pair in config.markers.values() for id_ in pair)
+            grow_embeddings(model, ids, config.vocab_size)
+            if config.trainable_token_indices is None:
+                config.trainable_token_indices = rows_to_train(model, ids)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         train_rows(model)
 
@@ -93,50 +94,3 @@ class MoteModel(BaseTuner):
             "mote: experts are chosen per token, so they cannot be merged into the base weights; one step alone can: "
             "`mote export` writes it as a plain LoRA or merged"
         )
-
-
-def grow_embeddings(model: nn.Module, config: MoteConfig) -> None:
-    """Give the embedding rows for the markers, where it has too few, and set the rows to train.
-
-    Markers on ids that the embedding has, reserved ones or the padding of its size, leave it as it is.
-
-    New rows start at the mean of the old ones plus noise that depends on the row alone: unlike each other, likely
-    nowhere. They are trained and saved by themselves, so growing again at loading gives the trained model back.
-    """
-    get: Any = getattr(model, "get_input_embeddings", None)
-    embedding = get() if get else None
-    if embedding is None:
-        return
-    ids = sorted(id_ for pair in config.markers.values() for id_ in pair)
-    needed = max(config.vocab_size or 0, ids[-1] + 1)
-    rows = embedding.weight.shape[0]
-    if rows < needed:
-        if isinstance(embedding, AuxiliaryTrainingWrapper):
-            raise ValueError(
-                f"markers={config.markers}: they need {needed} embedding rows, and another adapter trains some of the "
-                f"{rows}; call base.resize_token_embeddings({needed}) before the first adapter"
-            )
-        _resize(model, needed)
-        matrices = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-        for weight in {id(m.weight): m.weight for m in matrices if m is not None}.values():
-            with torch.no_grad():
-                mean, spread = weight[:rows].float().mean(0), weight[:rows].float().std()
-                for row in range(rows, needed):
-                    noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(row)).to(mean.device)
-                    weight[row] = mean + 0.1 * spread * noise
-    if config.trainable_token_indices is None:
-        matrices = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-        plain = [m.original_module if isinstance(m, AuxiliaryTrainingWrapper) else m for m in matrices]
-        tied = plain[1] is None or plain[1].weight is plain[0].weight
-        names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
-        config.trainable_token_indices = ids if tied else {names[matrix]: ids for matrix in matrices}
-
-
-def _resize(model: nn.Module, rows: int) -> None:
-    """Resize the embedding, even where PEFT's `low_cpu_mem_usage` puts all new parameters on the meta device."""
-    patched = nn.Module.register_parameter
-    nn.Module.register_parameter = _REGISTER_PARAMETER  # type: ignore[method-assign]
-    try:
-        model.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
-    finally:
-        nn.Module.register_parameter = patched  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ Shapes: B row, T token, E expert, R rank.
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,37 +17,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
-from mote.routing import NO_STEP, QUESTION, document_starts, step_ids
-from mote.tuner.call import cache_length, goes_on, packed_documents
+from mote.tokens.routing import NO_STEP, QUESTION, step_ids
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
-from mote.tuner.experts import Columns, Route, columns_of
-from mote.tuner.writing import FEW, Kept, Texts, Writing
+from mote.tuner.cpu_decode import FEW, Kept, Texts, Writing
+from mote.tuner.expert_weights import Route, Table, _with_question_experts, columns_of, gate_table
+from mote.tuner.forward_args import cache_length, goes_on, packed_documents
 
 Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
-Table = tuple[Tensor, Sequence[Columns]]  # weights of all columns for every step (1 + S + 1, E*R); those that count
 Calls = tuple[tuple[Routes, Writing | None], ...]  # the forward passes that run in a thread, the innermost last
-
-
-def gate_table(config: MoteConfig, device: torch.device | None = None) -> Tensor:
-    """Weight of every expert for a token of every step (the equation of section 3.2).
-
-    Returns:
-        (1 + steps, E): row 0 is the question at inference, row s is step s. Column 0 is the shared expert where
-        there is one, and all there is without step experts. Rows sum to 1.
-    """
-    steps = len(config.experts)
-    if config.mix == 0:
-        return torch.ones(steps + 1, 1, device=device)
-    own = torch.eye(steps, device=device)
-    if config.question_expert == "mean":
-        question = torch.full((1, steps), 1 / steps, device=device)
-    else:
-        question = own[[config.experts.index(config.question_expert)]]
-    weights = config.mix * torch.cat([question, own])
-    if config.shared:
-        weights = torch.cat([torch.full((steps + 1, 1), 1 - config.mix, device=device), weights], dim=1)
-    return weights
 
 
 class _Running:
@@ -344,15 +322,3 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 def _is_idle(steps: Tensor) -> bool:
     """Whether no token (B, T) has a step, on a CPU; reading it from another device would wait for that."""
     return steps.device.type == "cpu" and bool((steps == NO_STEP).all())
-
-
-def _with_question_experts(steps: Tensor, drawn: Tensor | None, documents: Tensor | None, experts: int) -> Tensor:
-    """Replace the question's step 0 by one expert a sequence, as given or drawn at random ("processed by anyone")."""
-    if drawn is not None:
-        expert = drawn.to(steps.device).reshape(len(steps), -1)
-    elif documents is not None:
-        draws = torch.randint(1, experts + 1, steps.shape, device=steps.device)
-        expert = draws.gather(1, document_starts(documents))
-    else:
-        expert = torch.randint(1, experts + 1, (steps.shape[0], 1), device=steps.device)
-    return torch.where(steps == QUESTION, expert, steps)

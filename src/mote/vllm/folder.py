@@ -22,9 +22,9 @@ from mote.core.records import Message
 from mote.core.scheme import ADAPTIVE, BASE, Scheme
 from mote.decode import adapter_config, load
 from mote.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
-from mote.tokens import encode_prompt, special_ids
+from mote.tokens.encode import encode_prompt, special_ids
 from mote.tuner import MoteConfig
-from mote.tuner.router import gate_table
+from mote.tuner.expert_weights import gate_table
 from mote.vllm.served import Served
 
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")  # vLLM's classes that have experts here

@@ -18,7 +18,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from mote.routing import QUESTION
+from mote.tokens.routing import QUESTION
 from mote.vllm.experts import OnTop, Pair, Part, Product, parts_of
 
 Linear = Callable[[Tensor], Tensor]

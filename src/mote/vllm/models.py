@@ -13,7 +13,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from mote.routing import QUESTION
+from mote.tokens.routing import QUESTION
 from mote.vllm import experts, merged, written
 from mote.vllm.served import Served
 from mote.vllm.steps import StepCache

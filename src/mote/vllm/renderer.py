@@ -1,4 +1,4 @@
-"""Chats -> ids for vLLM: special tokens come from the chat template alone, as in `mote.tokens.encode_prompt`.
+"""Chats -> ids for vLLM: special tokens come from the chat template alone, as in `mote.tokens.encode.encode_prompt`.
 
 vLLM renders a chat to text and tokenises that, so that a user's `<|im_start|>` would begin a turn. The markers are out
 of reach in any case, since the folder's tokenizer has no text for them.
@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from mote.core.scheme import BASE
-from mote.tokens import encode_dialogue
+from mote.tokens.encode import encode_dialogue
 from mote.vllm.served import Served
 
 

@@ -1,14 +1,14 @@
 """The step of each token of a batch of chunks, from its ids and from what was kept of the tokens before.
 
-The same function as `mote.routing.step_ids`, cut where vLLM cuts: a chunk is some tokens of one request, and what came
-before it is the step of the last token before it. Tensors only, nothing is read on the host.
+The same function as `mote.tokens.routing.step_ids`, cut where vLLM cuts: a chunk is some tokens of one request, and
+what came before it is the step of the last token before it. Tensors only, nothing is read on the host.
 Shapes: T token of the batch, N chunk, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
-from mote.routing import QUESTION, Markers
+from mote.tokens.routing import QUESTION, Markers
 
 _NONE = -1  # a token that opens nothing
 

@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mote.chain_grammar import LEAST, ChainGrammar
 from mote.core.scheme import BASE
-from mote.routing import Markers
+from mote.tokens.routing import Markers
 
 OWN_GRAMMAR = "{}: not with step experts, whose grammar decides which tokens may come; leave it out"
 ONLY_IN_THE_TEMPLATE = (
@@ -23,7 +23,8 @@ class Served(BaseModel):
         opening: The token every prompt begins with, and its twin: a prompt that begins with the twin is the base
             model's (docs/decisions/0032).
         unused: Ids that no token has, which fill up the vocabulary.
-        gates: Weight of every expert (1 + S, E) for the question and each step, see `mote.tuner.router.gate_table`.
+        gates: Weight of every expert (1 + S, E) for the question and each step
+            (`mote.tuner.expert_weights.gate_table`).
         rank: Rank of an expert; those of lower rank are filled up with zeros.
         modes: Mode -> the chains it allows.
         mode: The mode of a request that names none.

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from mote.routing import QUESTION
+from mote.tokens.routing import QUESTION
 from mote.vllm.route import chunk_steps, event_table
 from mote.vllm.served import Served
 

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from mote.routing import QUESTION
+from mote.tokens.routing import QUESTION
 from mote.vllm import merged
 from mote.vllm.experts import OnTop, Pair, parts_of
 from mote.vllm.kernel import OwnColumns, compiled

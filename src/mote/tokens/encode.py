@@ -17,8 +17,8 @@ from mote.core.errors import UserError
 from mote.core.records import ChainRow, Message, StepText
 from mote.core.scheme import markers as marker_names
 from mote.core.scheme import start_marker
-from mote.routing import Markers, step_ids
-from mote.tuner.model import grow_embeddings
+from mote.models.embeddings import grow_embeddings
+from mote.tokens.routing import Markers, step_ids
 
 IGNORED = -100  # the label that the loss leaves out
 _READING = threading.Lock()
@@ -55,7 +55,7 @@ def add_markers(tokenizer: Any, config: Any, model: Any = None) -> None:
     config.vocab_size = len(tokenizer)
     if model is None:
         return
-    grow_embeddings(model, config)
+    grow_embeddings(model, [id_ for pair in config.markers.values() for id_ in pair], config.vocab_size)
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     answer_follows = encode_prompt(tokenizer, (Message(role="user", content="?"),))[-1]
     with torch.no_grad():

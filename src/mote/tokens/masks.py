@@ -4,7 +4,7 @@ With probability p a later step may not attend to an earlier one, so one pass ov
 chains. A step's positions start right after the last token it can see, so a response that skips everything is computed
 exactly as a direct answer is (docs/decisions/0004). A row may hold several chains, its documents; none sees another.
 Shapes: B row, T token, S step (the question counts as step 0), G segment: a step, of one of the views where a chain has
-several (`mote.views`).
+several (`mote.tokens.packing`).
 """
 
 import random
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from mote.attention import DocumentMask
 from mote.core.errors import UserError
+from mote.models.attention import DocumentMask
 
 PADDING = -1  # the document of padding
 Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> may the query attend to the key
@@ -74,7 +74,7 @@ def positions(segments_T: Tensor, sight_G_G: Tensor) -> Tensor:
 
     Args:
         segments_T: Segment of each token.
-        sight_G_G: `draw_sight` of the chain, or `mote.views.join_sights` of its views.
+        sight_G_G: `draw_sight` of the chain, or `mote.tokens.packing.join_sights` of its views.
     """
     position_T = torch.zeros_like(segments_T)
     for segment, sight_G in enumerate(sight_G_G):
@@ -115,7 +115,9 @@ def sdpa_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) 
 
 
 def document_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> DocumentMask:
-    """`sdpa_mask` that knows its documents, for the attention of a CPU (`mote.attention`). Arguments as in `edge`.
+    """`sdpa_mask` that knows its documents, for the attention of a CPU (`mote.models.attention`).
+
+    Arguments as in `edge`.
 
     A document whose steps were drawn to see everything is known to be plain causal attention.
     """

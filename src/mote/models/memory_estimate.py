@@ -5,7 +5,7 @@ Legend: A trained parameters, D hidden size, F intermediate size.
 
 from mote.core.methods import METHODS
 from mote.core.recipe import Recipe
-from mote.shapes import ModelShape, count_parameters, experts_of, linear_shapes
+from mote.models.shapes import ModelShape, count_parameters, experts_of, linear_shapes
 
 TILE = 256  # tokens whose logits are in memory at once (mote.train.loss)
 RUNTIME_BYTES = 0.6e9  # Python and its libraries

@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
-from mote.baselines.config import TokenGatedConfig
-from mote.tuner.experts import Route
+from mote.tuner.expert_weights import Route
 from mote.tuner.layer import linear_shape
 from mote.tuner.router import Router
+from mote.tuner.token_gated.config import TokenGatedConfig
 
 _CONTRASTED = 64  # tokens of a layer's forward pass that are compared with each other; their number counts squared
 

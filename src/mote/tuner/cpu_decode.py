@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from mote.products import bind, is_plain
-from mote.routing import NO_STEP
-from mote.tuner.experts import Route, fold, is_whole
+from mote.models.linear import bind, is_plain
+from mote.tokens.routing import NO_STEP
+from mote.tuner.expert_weights import Route
+from mote.tuner.experts import fold, is_whole
 
 if TYPE_CHECKING:
     from mote.tuner.layer import MoteLinear

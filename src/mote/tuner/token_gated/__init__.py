@@ -1,9 +1,9 @@
 """Rivals of the step experts, for ablations and benchmarks only."""
 
-from mote.baselines.config import NAME, TokenGatedConfig
-from mote.baselines.model import TokenGatedModel
-from mote.baselines.token_gated import gate_loss, gated_layers
 from mote.tuner.registration import register
+from mote.tuner.token_gated.config import NAME, TokenGatedConfig
+from mote.tuner.token_gated.layer import gate_loss, gated_layers
+from mote.tuner.token_gated.model import TokenGatedModel
 
 register(NAME, TokenGatedConfig, TokenGatedModel)
 

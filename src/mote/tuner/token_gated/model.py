@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from mote.baselines.config import TokenGatedConfig
-from mote.baselines.token_gated import TokenGatedLinear
 from mote.tuner.model import MoteModel
+from mote.tuner.token_gated.config import TokenGatedConfig
+from mote.tuner.token_gated.layer import TokenGatedLinear
 
 
 class TokenGatedModel(MoteModel):

@@ -1,0 +1,1 @@
+"""Base models: loading, the embedded one, embeddings, kernels for CPUs, shapes, the memory they need."""

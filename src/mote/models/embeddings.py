@@ -1,0 +1,85 @@
+"""Embedding rows for the markers: as many as their ids need, and which of them train."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+# PEFT's `low_cpu_mem_usage` replaces it while it injects; this module is imported before.
+_REGISTER_PARAMETER = nn.Module.register_parameter
+
+
+def grow_embeddings(model: nn.Module, ids: Sequence[int], vocab_size: int | None) -> None:
+    """Give the embedding rows for the markers, where it has too few.
+
+    Markers on ids that the embedding has, reserved ones or the padding of its size, leave it as it is. New rows start
+    at the mean of the old ones plus noise that depends on the row alone: unlike each other, likely nowhere. They are
+    trained and saved by themselves, so growing again at loading gives the trained model back.
+
+    Args:
+        model: The base model; one without an embedding is left alone.
+        ids: The markers' ids.
+        vocab_size: Rows that the tokenizer needs, None where it is not known.
+
+    Raises:
+        ValueError: Another adapter trains some of the rows, and there are too few.
+    """
+    embedding = _embedding(model)
+    if embedding is None:
+        return
+    needed = max(vocab_size or 0, max(ids) + 1)
+    rows = embedding.weight.shape[0]
+    if rows >= needed:
+        return
+    if isinstance(embedding, AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"markers={sorted(ids)}: they need {needed} embedding rows, and another adapter trains some of the "
+            f"{rows}; call base.resize_token_embeddings({needed}) before the first adapter"
+        )
+    _resize(model, needed)
+    for weight in {id(m.weight): m.weight for m in _matrices(model)}.values():
+        with torch.no_grad():
+            mean, spread = weight[:rows].float().mean(0), weight[:rows].float().std()
+            for row in range(rows, needed):
+                noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(row)).to(mean.device)
+                weight[row] = mean + 0.1 * spread * noise
+
+
+def rows_to_train(model: nn.Module, ids: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
+    """PEFT's `trainable_token_indices` for the markers' rows, in the embedding and in a head of its own.
+
+    Returns:
+        The ids, where the head is tied to the embedding; else the ids by the name of each matrix; None for a model
+        without an embedding.
+    """
+    if _embedding(model) is None:
+        return None
+    matrices = _matrices(model)
+    plain = [m.original_module if isinstance(m, AuxiliaryTrainingWrapper) else m for m in matrices]
+    if all(m.weight is plain[0].weight for m in plain):
+        return sorted(ids)
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    return {names[matrix]: sorted(ids) for matrix in matrices}
+
+
+def _embedding(model: nn.Module) -> Any:
+    get: Any = getattr(model, "get_input_embeddings", None)
+    return get() if get else None
+
+
+def _matrices(model: nn.Module) -> list[Any]:
+    """The embedding, and the head where there is one."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return [matrix for matrix in (_embedding(model), head) if matrix is not None]
+
+
+def _resize(model: nn.Module, rows: int) -> None:
+    """Resize the embedding, even where PEFT's `low_cpu_mem_usage` puts all new parameters on the meta device."""
+    patched = nn.Module.register_parameter
+    nn.Module.register_parameter = _REGISTER_PARAMETER  # type: ignore[method-assign]
+    try:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
+    finally:
+        nn.Module.register_parameter = patched  # type: ignore[method-assign]

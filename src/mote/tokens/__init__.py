@@ -1,0 +1,1 @@
+"""Chains to token ids, step ids, attention masks and packed batches."""
