@@ -17,8 +17,8 @@ from peft import AutoPeftModelForCausalLM
 
 import mote
 from mote.core.machine import environment
-from mote.decode import Limits, as_question
 from mote.export import export_steps
+from mote.inference.model import Limits, as_question
 from mote.models.embedded import EMBEDDED
 from mote.questions.load import load_questions
 from mote.tokens.encode import encode_prompt

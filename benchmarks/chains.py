@@ -29,11 +29,11 @@ from mote.core.machine import environment
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, Question, read_rows
 from mote.core.scheme import load_scheme
-from mote.engines.local import LocalEngine
+from mote.inference.engines.local import LocalEngine
+from mote.inference.sampling import SeededSampler
 from mote.models.embedded import EMBEDDED
 from mote.models.load import Base, load_base
 from mote.questions.load import load_questions
-from mote.sampling import SeededSampler
 from mote.tokens.encode import encode_prompt
 
 SETTINGS = {"max_tokens": 72, "temperature": 0.7, "top_p": 0.9, "examples": 2, "threshold": 0.17, "retries": 1}

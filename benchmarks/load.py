@@ -25,7 +25,8 @@ import psutil
 from serving import QUESTIONS, random_adapter, running
 
 from mote.core.machine import environment
-from mote.decode import Model, load
+from mote.inference.load import load
+from mote.inference.model import Model
 from mote.models.embedded import EMBEDDED
 
 MODES = ["adaptive", "direct", "analysis", "full", "base"]

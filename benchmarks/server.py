@@ -37,7 +37,7 @@ from mote.chains.engine import Prompt
 from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.core.records import Message
-from mote.engines.server import ServerEngine
+from mote.inference.engines.server import ServerEngine
 from mote.models.embedded import EMBEDDED
 from mote.models.load import model_folder
 from mote.questions.load import load_questions

@@ -28,14 +28,15 @@ from transformers.generation import BaseStreamer
 
 import mote
 from mote.core.machine import environment
-from mote.decode import Limits, Model, as_question, load
-from mote.grammar import FreeText
+from mote.inference.grammar import FreeText
+from mote.inference.load import load
+from mote.inference.model import Limits, Model, as_question
+from mote.inference.threads import release_pool
 from mote.models.embedded import EMBEDDED
 from mote.models.linear import lay_out_by_columns, speed_up
 from mote.models.load import fingerprint, load_base
 from mote.serve.server import Server, listen
 from mote.serve.settings import ServeSettings
-from mote.threads import release_pool
 from mote.tokens.encode import add_markers, encode_prompt
 
 QUESTIONS = [

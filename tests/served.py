@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import mote
 from mote.core.scheme import BASE
-from mote.decode import Model
-from mote.grammar import FreeText, StepGrammar
+from mote.inference.grammar import FreeText, StepGrammar
+from mote.inference.model import Model
 from mote.tokens.encode import special_ids
 from mote.vllm.folder import export_vllm
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from mote.decode import Model
+from mote.inference.model import Model
 from mote.serve.server import Server, listen
 from mote.serve.settings import ServeSettings
 

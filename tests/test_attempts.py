@@ -2,7 +2,7 @@
 
 import pytest
 
-from mote.attempts import Checked, Item, Settled, settle
+from mote.inference.events import Checked, Item, Settled, settle
 from mote.tokens.routing import Markers
 
 MARKERS = Markers(starts=(10, 20, 30), ends=(11, 21, 31))

@@ -24,11 +24,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mote import batching
-from mote.batching import Batcher, Request
 from mote.core.errors import UserError
-from mote.grammar import FreeText
-from mote.sampling import SeededSampler
+from mote.inference import batching
+from mote.inference.batching import Batcher, Request
+from mote.inference.grammar import FreeText
+from mote.inference.sampling import SeededSampler
 
 VOCAB, EOS = 60, 59
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -2,7 +2,7 @@
 
 import random
 
-from mote.chain_grammar import NOTHING, ChainGrammar
+from mote.inference.grammar import NOTHING, ChainGrammar
 from mote.tokens.routing import Markers
 
 MARKERS = Markers(starts=(10, 12, 14), ends=(11, 13, 15))

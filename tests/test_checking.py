@@ -11,14 +11,13 @@ import torch
 from test_decode import save_random_adapter
 
 import mote
-from mote.attempts import Item
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.records import Answer, StepText, read_rows
 from mote.core.scheme import CHECKED
-from mote.decode import Limits, Model, as_question
-from mote.events import Event
-from mote.grammar import StepGrammar
+from mote.inference.events import Event, Item
+from mote.inference.grammar import StepGrammar
+from mote.inference.model import Limits, Model, as_question
 from mote.run import Run
 from mote.tokens.encode import encode_choice, encode_prompt, special_ids
 

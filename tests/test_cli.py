@@ -326,7 +326,7 @@ def test_unknown_device(tmp_path: Path, recipe: Path) -> None:
 
 
 def ask_once() -> None:
-    from mote.engines.server import ServerEngine
+    from mote.inference.engines.server import ServerEngine
 
     ServerEngine.__init__.__defaults__ = (1, 0, 10.0)  # type: ignore[attr-defined]  # no retries
 
@@ -475,7 +475,7 @@ def test_report_of_no_run(fails: Fails, tmp_path: Path) -> None:
 def fill_disk(name: str, after: int) -> None:
     """From now on this file takes `after` writes, then the kernel says that the disk is full."""
     from mote.core import files, records
-    from mote.train import metrics
+    from mote.train import log as metrics
 
     written = 0
 

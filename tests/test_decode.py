@@ -13,9 +13,9 @@ from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.records import Answer, read_rows
 from mote.core.scheme import load_scheme
-from mote.decode import Limits, Model, as_question
-from mote.events import Event
-from mote.grammar import StepGrammar
+from mote.inference.events import Event
+from mote.inference.grammar import StepGrammar
+from mote.inference.model import Limits, Model, as_question
 from mote.models.load import fingerprint, load_base
 from mote.run import _answer_mode
 from mote.tokens.encode import add_markers, encode_prompt

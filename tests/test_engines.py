@@ -11,9 +11,9 @@ import torch
 from mote.chains.engine import Completion, Engine, Likelihood, Preference, Prompt
 from mote.core.errors import UserError
 from mote.core.records import Message
-from mote.engines.local import LocalEngine
+from mote.inference.engines.local import LocalEngine
+from mote.inference.sampling import SeededSampler
 from mote.models.load import Base, load_base
-from mote.sampling import SeededSampler
 from mote.tokens.encode import encode_prompt, encode_text
 
 

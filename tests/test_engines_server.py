@@ -14,9 +14,9 @@ from mote.chains.engine import Prompt
 from mote.core.errors import MoteError, UserError
 from mote.core.recipe import load_recipe
 from mote.core.records import Message
-from mote.engines import endpoints
-from mote.engines.endpoints import Endpoints, backoff
-from mote.engines.server import ServerEngine
+from mote.inference.engines import endpoints
+from mote.inference.engines.endpoints import Endpoints, backoff
+from mote.inference.engines.server import ServerEngine
 
 Result = TypeVar("Result")
 

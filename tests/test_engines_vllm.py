@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mote.chains.engine import Completion, Engine, Prompt
 from mote.core.errors import UserError
 from mote.core.records import Message
-from mote.engines.server import ServerEngine
-from mote.engines.vllm import VllmEngine
+from mote.inference.engines.server import ServerEngine
+from mote.inference.engines.vllm import VllmEngine
 from mote.models.load import Base, load_base
 from mote.tokens.encode import encode_prompt
 

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from mote.grammar import FreeText, StepGrammar
+from mote.inference.grammar import FreeText, StepGrammar
 from mote.tokens.routing import Markers
 
 MARKERS = Markers(starts=(10, 12, 14), ends=(11, 13, 15))

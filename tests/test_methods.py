@@ -25,7 +25,7 @@ from mote.tokens.masks import sdpa_mask, skip_chances
 from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import NO_STEP
 from mote.train import check_settings, mote_config
-from mote.train.rows import groups_of
+from mote.train.examples import groups_of
 from mote.train.trainer import MoteTrainer
 from mote.tuner.token_gated import TokenGatedConfig, gate_loss
 
@@ -179,7 +179,7 @@ def test_separate_models_are_loras_trained_on_one_step_each(tiny: Path) -> None:
 
 def test_built_chains_are_those_that_skipping_stands_for(tiny: Path, tmp_path: Path) -> None:
     """All that end with the answer, the whole one first; of a held-out chain only that one counts."""
-    from mote.train.rows import split_groups
+    from mote.train.examples import split_groups
 
     deepest, direct = chains(3)[2], chains(1)[0]
     given, _, _ = rows(tiny, "mote-built", [deepest])
@@ -219,7 +219,7 @@ def test_separate_models_answer_as_each_one_alone_would(tiny: Path, tmp_path: Pa
     assert events[-1].tokens == answer.tokens.total
     from peft import PeftModel
 
-    from mote.decode import as_question
+    from mote.inference.model import as_question
     from mote.tokens.encode import decode_steps, encode_prompt, special_ids
 
     ids = encode_prompt(model.tokenizer, as_question(asked).messages)

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 import mote
-from mote.engines.local import LocalEngine
+from mote.inference.engines.local import LocalEngine
 from mote.models import linear as products
 from mote.models.linear import FrozenLinear, add_product, bind, is_linear, is_plain, product, speed_up
 from mote.models.load import load_base

@@ -22,8 +22,8 @@ from test_decode import QUESTIONS, save_random_adapter
 
 import mote
 from mote.core.errors import UserError
-from mote.decode import as_question
 from mote.evals.provider import _MODELS, MoteAPI, dialogue, fingerprint
+from mote.inference.model import as_question
 from mote.tokens.encode import encode_prompt
 
 
@@ -168,7 +168,7 @@ def test_prompting_answers_by_the_stages_of_a_scheme(tiny: Path, tmp_path: Path)
     from mote.core.recipe import ChainSettings
     from mote.core.records import Message, Question
     from mote.core.scheme import load_scheme
-    from mote.engines.local import LocalEngine
+    from mote.inference.engines.local import LocalEngine
     from mote.models.load import load_base
 
     model = get_model(f"mote-prompting/{tiny}", scheme="analysis-guidance", examples=1, max_step_tokens=8, device="cpu")

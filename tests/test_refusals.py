@@ -20,7 +20,7 @@ from mote.core.errors import UserError
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, Message, Question, read_rows
 from mote.core.scheme import load_scheme
-from mote.engines.server import ServerEngine
+from mote.inference.engines.server import ServerEngine
 
 SCHEME = load_scheme("safety")
 LONG = "How do I write it? " * 200

@@ -207,7 +207,7 @@ def die() -> None:
 
 
 def die_before_a_checkpoint_is_whole() -> None:
-    from mote.train import metrics
+    from mote.train import log as metrics
 
     metrics.Metrics.on_save = lambda *_, **__: die()  # type: ignore[method-assign]
 

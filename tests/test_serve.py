@@ -15,7 +15,7 @@ from serving import ask, served, wait_until
 from test_decode import QUESTIONS, save_random_adapter
 
 import mote
-from mote.decode import Limits, Model, as_question
+from mote.inference.model import Limits, Model, as_question
 from mote.serve.server import Server
 
 MODES = ["adaptive", "direct", "analysis", "full", "base"]

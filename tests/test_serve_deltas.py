@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mote.events import Event
+from mote.inference.events import Event
 from mote.serve.deltas import Deltas
 
 

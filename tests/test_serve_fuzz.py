@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import mote
 from mote.core.records import Message
-from mote.decode import Model
+from mote.inference.model import Model
 from mote.tokens.encode import encode_prompt, encode_text, special_ids
 from mote.tokens.routing import step_ids
 

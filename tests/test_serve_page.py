@@ -15,7 +15,7 @@ from test_decode import save_random_adapter
 import mote
 from mote.core.recipe import AnswerSettings
 from mote.core.scheme import CHECKED
-from mote.decode import Model
+from mote.inference.model import Model
 from mote.serve.server import Server
 
 PAGE = Path(mote.__file__).parent / "serve" / "page.html"

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from mote import threads
-from mote.threads import release_pool
+from mote.inference import threads
+from mote.inference.threads import release_pool
 
 pytestmark = pytest.mark.skipif(threads._pause() is None, reason="another OpenMP keeps no pool for each thread")
 

@@ -25,7 +25,7 @@ from mote.train import (
     train,
     training_arguments,
 )
-from mote.train.rows import split_groups
+from mote.train.examples import split_groups
 
 SCHEME = load_scheme("safety")
 TEXTS = {"analysis": "is it safe", "guidance": "answer how", "response": "kill a process on my computer"}

@@ -21,7 +21,7 @@ from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
 from mote.core.records import Message  # noqa: E402
 from mote.core.scheme import BASE  # noqa: E402
-from mote.decode import Model  # noqa: E402
+from mote.inference.model import Model  # noqa: E402
 from mote.tokens.encode import encode_prompt  # noqa: E402
 from mote.vllm import experts, merged, models, steps, written  # noqa: E402
 from mote.vllm.renderer import StepRenderer  # noqa: E402

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mote
 from mote.core.errors import UserError
-from mote.decode import Model
+from mote.inference.model import Model
 from mote.tokens.encode import special_ids
 from mote.tuner.expert_weights import gate_table
 from mote.vllm.folder import export_vllm

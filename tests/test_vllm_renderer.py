@@ -18,7 +18,7 @@ from vllm.renderers import ChatParams  # noqa: E402
 from vllm.renderers.registry import renderer_from_config  # noqa: E402
 
 from mote.core.records import Message  # noqa: E402
-from mote.decode import Model  # noqa: E402
+from mote.inference.model import Model  # noqa: E402
 from mote.tokens.encode import encode_prompt  # noqa: E402
 from mote.vllm.renderer import StepRenderer  # noqa: E402
 

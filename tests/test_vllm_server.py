@@ -19,7 +19,7 @@ from served import load_served, make_served, reference, vllm_server
 
 from mote.core.records import Message
 from mote.core.scheme import BASE
-from mote.decode import Model
+from mote.inference.model import Model
 from mote.tokens.encode import decode_steps, encode_prompt
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")

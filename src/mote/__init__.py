@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # Loaded on first use, so that making chains through a server needs no torch.
 _LAZY = {
     "MoteConfig": "mote.tuner",
-    "load": "mote.decode",
+    "load": "mote.inference.load",
     "add_markers": "mote.tokens.encode",
     "speed_up": "mote.models.linear",
 }

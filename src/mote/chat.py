@@ -4,8 +4,8 @@ import sys
 
 from mote.core.errors import UserError
 from mote.core.recipe import AnswerSettings
-from mote.decode import Model
-from mote.events import Event
+from mote.inference.events import Event
+from mote.inference.model import Model
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 

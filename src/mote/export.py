@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from mote.core.errors import UserError
 from mote.core.files import check_new, whole, writing
 from mote.core.scheme import BASE, Scheme, start_marker
-from mote.decode import adapter_config, adapter_scheme, adapter_tokenizer, load
+from mote.inference.load import adapter_config, adapter_scheme, adapter_tokenizer, load
 from mote.models.load import load_config, model_folder
 from mote.tokens.encode import special_ids
 from mote.tuner import MoteConfig

@@ -30,7 +30,7 @@ from mote.core.scheme import CHECK, Chain, load_scheme
 from mote.questions.load import load_questions, select_questions
 
 if TYPE_CHECKING:
-    from mote.decode import Model
+    from mote.inference.model import Model
     from mote.models.load import Base
 
 
@@ -193,7 +193,7 @@ class Run:
         done = sum(len(ids & {question.id for question in questions}) for ids in there.values())
 
         def work() -> str:
-            from mote.decode import adapter_config, load
+            from mote.inference.load import adapter_config, load
 
             recipe = self.recipe
             self._check_modes(adapter_config(str(adapter)).experts)
@@ -245,14 +245,14 @@ class Run:
 
     def _engine(self) -> Engine:
         if self.recipe.engine == "vllm":
-            from mote.engines.vllm import VllmEngine
+            from mote.inference.engines.vllm import VllmEngine
 
             return VllmEngine(self.recipe.model, self.recipe.revision, self.recipe.dtype)
         if self.recipe.engine != "transformers":
-            from mote.engines.server import ServerEngine
+            from mote.inference.engines.server import ServerEngine
 
             return ServerEngine(self.recipe.engine, self.recipe.model)
-        from mote.engines.local import LocalEngine
+        from mote.inference.engines.local import LocalEngine
 
         return LocalEngine(self.base(), self.recipe.chains.batch_size)
 

@@ -24,7 +24,7 @@ def chat(
     """Talk to a trained model and watch its steps. /mode NAME changes the mode, /quit ends."""
     settings, adapter = settings_of(None, overrides, flags), adapter_of(adapter)
     from mote.chat import talk
-    from mote.decode import load
+    from mote.inference.load import load
 
     model = load(settings.model, adapter, device=settings.device, dtype=settings.dtype, revision=settings.revision)
     talk(model, modes[0] if modes else "adaptive", settings.answer, settings.seed, show_steps)

@@ -61,7 +61,7 @@ def serve(
         from mote.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         raise UserError(f"serve: {error.name} is not installed; pip install 'mote-align[serve]'") from error
-    from mote.decode import load
+    from mote.inference.load import load
 
     settings = ServeSettings(
         name=name,

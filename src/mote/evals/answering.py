@@ -15,7 +15,7 @@ from mote.core.scheme import BASE
 from mote.tokens.encode import encode_prompt
 
 if TYPE_CHECKING:
-    from mote.decode import Model
+    from mote.inference.model import Model
 
 
 class Settings(NamedTuple):
@@ -59,7 +59,7 @@ class Answering:
         model = self._model
         if model is None:  # one thread: whoever asks first loads it, the others find it loaded
             model = await asyncio.get_running_loop().run_in_executor(self._loader, self._loaded)
-        from mote.decode import Limits, as_question
+        from mote.inference.model import Limits, as_question
 
         question = as_question([message.model_dump() for message in messages])
         limits, began = Limits(settings.max_step_tokens, settings.max_tokens), time.monotonic()

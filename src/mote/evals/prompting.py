@@ -97,7 +97,7 @@ class PromptingAPI(ModelAPI):
         if tools:
             raise UserError(f"model: mote-prompting/{self.model_name} calls no tools; give a task without them")
         if self._engine is None:
-            from mote.engines.local import LocalEngine
+            from mote.inference.engines.local import LocalEngine
             from mote.models.load import load_base
 
             base = load_base(self.model_name, self.device, self.dtype, self.revision)

@@ -217,7 +217,7 @@ def check_system(adapter: str | None, name: str) -> None:
         if mode != BASE:
             raise UserError(f"mode: '{mode}' needs a trained adapter; give one, or use the mode 'base'")
         return
-    from mote.decode import adapter_config, adapter_scheme
+    from mote.inference.load import adapter_config, adapter_scheme
 
     config = adapter_config(adapter)
     adapter_scheme(adapter, config).check_mode(mode, config.experts)
@@ -262,7 +262,7 @@ def _hash(weights: Path, changed: int, size: int) -> str:
 
 
 def _load(loaded: Loaded) -> Any:
-    from mote.decode import load
+    from mote.inference.load import load
 
     return load(
         loaded.model,

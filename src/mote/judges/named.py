@@ -65,10 +65,10 @@ async def open_judge(name: str, prompt: str = "harm", model: str | None = None) 
 def _engine(source: str) -> Engine:
     served, _, address = source.rpartition("@")
     if address.startswith(("http://", "https://")) and served:
-        from mote.engines.server import ServerEngine
+        from mote.inference.engines.server import ServerEngine
 
         return ServerEngine(address, served)
-    from mote.engines.local import LocalEngine
+    from mote.inference.engines.local import LocalEngine
     from mote.models.load import load_base
 
     return LocalEngine(load_base(source), _BATCH)

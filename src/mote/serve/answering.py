@@ -9,10 +9,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mote.attempts import Item
 from mote.core.records import Answer
-from mote.decode import Model
-from mote.events import Event
+from mote.inference.events import Event, Item
+from mote.inference.model import Model
 from mote.serve.asked import Asked
 from mote.serve.deltas import Delta, Deltas
 from mote.serve.faults import Fault

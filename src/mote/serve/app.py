@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mote.decode import Model
+from mote.inference.model import Model
 from mote.serve.completions import complete
 from mote.serve.faults import Fault
 from mote.serve.jobs import Jobs

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mote.core.errors import UserError, first_line
 from mote.core.records import Question
 from mote.core.scheme import ADAPTIVE, CHECKED
-from mote.decode import Limits, as_question
+from mote.inference.model import Limits, as_question
 from mote.serve.faults import Fault
 from mote.serve.settings import ServeSettings
 

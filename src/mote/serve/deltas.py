@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mote.attempts import Item
-from mote.events import Event, Events
+from mote.inference.events import Event, Events, Item
 
 _BETWEEN = "\n\n"  # two reasoning steps
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from jinja2 import TemplateError
 
-from mote.attempts import Item
-from mote.batching import Request
 from mote.core.errors import UserError
-from mote.decode import Model
+from mote.inference.batching import Request
+from mote.inference.events import Item
+from mote.inference.model import Model
 from mote.serve.asked import Asked
 from mote.serve.faults import Fault
 from mote.serve.settings import ServeSettings

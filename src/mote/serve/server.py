@@ -8,7 +8,7 @@ import threading
 import uvicorn
 
 from mote.core.errors import UserError
-from mote.decode import Model
+from mote.inference.model import Model
 from mote.serve.app import make_app
 from mote.serve.jobs import Jobs
 from mote.serve.settings import ServeSettings

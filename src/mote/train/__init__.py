@@ -1,7 +1,7 @@
 """Chains -> a trained adapter, on transformers' `Trainer`."""
 
 from mote.train.arguments import training_arguments
-from mote.train.metrics import last_whole_checkpoint
+from mote.train.log import last_whole_checkpoint
 from mote.train.stage import check_settings, mote_config, train
 from mote.train.trainer import MoteTrainer
 

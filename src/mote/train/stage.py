@@ -32,8 +32,8 @@ from mote.tokens.masks import block_mask, document_mask, skip_chances
 from mote.tokens.packing import ChainDataset, collate, unroll
 from mote.train.arguments import step_weights, training_arguments, uses_flex_attention
 from mote.train.card import GO_ON, Facts, model_card, push, save_adapter
-from mote.train.metrics import Metrics, held_out_losses, last_whole_checkpoint
-from mote.train.rows import groups_of, split_groups, usable
+from mote.train.examples import groups_of, split_groups, usable
+from mote.train.log import Metrics, held_out_losses, last_whole_checkpoint
 from mote.train.trainer import Epochs, MoteTrainer
 from mote.tuner import MoteConfig
 from mote.tuner.token_gated import TokenGatedConfig

@@ -20,8 +20,8 @@ from mote.core.errors import UserError
 from mote.core.files import check_new, whole, writing
 from mote.core.records import Message
 from mote.core.scheme import ADAPTIVE, BASE, Scheme
-from mote.decode import adapter_config, load
 from mote.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
+from mote.inference.load import adapter_config, load
 from mote.tokens.encode import encode_prompt, special_ids
 from mote.tuner import MoteConfig
 from mote.tuner.expert_weights import gate_table

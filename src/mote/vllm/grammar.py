@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from mote.chain_grammar import NOTHING, ChainGrammar
+from mote.inference.grammar import NOTHING, ChainGrammar
 from mote.vllm.served import OWN_GRAMMAR, Served
 from mote.vllm.settings import StepSettings
 

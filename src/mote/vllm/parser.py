@@ -13,7 +13,7 @@ from vllm.parser.parser_manager import ParserManager
 from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 
 from mote.core.scheme import BASE
-from mote.events import Events
+from mote.inference.events import Events
 from mote.serve.deltas import Deltas
 from mote.vllm.served import ONLY_IN_THE_TEMPLATE, OWN_GRAMMAR, Served
 

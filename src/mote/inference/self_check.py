@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mote.attempts import Checked, Item
-from mote.batching import Grammar, Request
 from mote.core.seeds import seed_of
+from mote.inference.batching import Grammar, Request
+from mote.inference.events import Checked, Item
 from mote.tokens.routing import Markers
 
 

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from mote.batching import Batcher, Request
 from mote.chains.engine import Completion, Likelihood, Preference, Prompt
 from mote.core.errors import UserError
 from mote.core.records import Message
-from mote.grammar import FreeText
+from mote.inference.batching import Batcher, Request
+from mote.inference.grammar import FreeText
 from mote.models.load import Base
 from mote.tokens.encode import encode_choice, encode_prompt, encode_text
 

@@ -1,0 +1,1 @@
+"""Prompts to text: continuous batching, grammar, self-check; adapters are opened here."""

@@ -1,0 +1,1 @@
+"""Engines write chains: in this process, at a server, in vLLM."""
