@@ -23,7 +23,7 @@ from mote.core.records import Message  # noqa: E402
 from mote.core.scheme import BASE  # noqa: E402
 from mote.inference.model import Model  # noqa: E402
 from mote.tokens.encode import encode_prompt  # noqa: E402
-from mote.vllm import experts, merged, models, steps, written  # noqa: E402
+from mote.vllm import experts, merged, models, steps  # noqa: E402
 from mote.vllm.renderer import StepRenderer  # noqa: E402
 from mote.vllm.route import chunk_steps  # noqa: E402
 
@@ -231,7 +231,7 @@ def test_two_tensor_parallel_processes(kv_heads: int, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("form", [experts.Gates, merged.MergedGates, written.WrittenGates])
+@pytest.mark.parametrize("form", [experts.Gates, merged.MergedGates])
 def test_all_forms_of_the_experts(
     form: type,
     eager: bool,
@@ -242,8 +242,6 @@ def test_all_forms_of_the_experts(
 ) -> None:
     if form is experts.Gates:
         monkeypatch.setattr(models, "mergeable", lambda vllm_config: False)  # as on a GPU
-    elif form is merged.MergedGates:
-        monkeypatch.setattr(written, "SPARE", 0)  # as where memory is short
     engine = Engine(served, **TIGHT, enforce_eager=eager)
     gates = engine.engine.model_executor.driver_worker.worker.model_runner.model.mote_gates
     assert type(gates) is form

@@ -1,6 +1,5 @@
 """The experts merged into one weight of a layer, or two, against the plain form of the same experts."""
 
-import ctypes
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from vllm.distributed import (  # noqa: E402
 )
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear  # noqa: E402
 
-from mote.vllm import experts, merged, written  # noqa: E402
+from mote.vllm import experts, merged  # noqa: E402
 from mote.vllm.models import mergeable  # noqa: E402
 
 RANK, INPUTS, WIDTHS = 4, 32, [48, 16]
@@ -102,54 +101,6 @@ def test_a_prompt_is_given_nothing_and_a_step_no_shared_expert() -> None:
     assert [given.shape for given in gates.given] == [(2, 1, 3 * RANK)]
     gates.set(torch.tensor([2, 4]))
     assert gates.rows is None and [given.shape for given in gates.given] == [(2, 1, 3 * RANK), (2, 1, RANK)]
-
-
-@pytest.fixture(scope="module")
-def kernel() -> ctypes.CDLL:
-    found = written.kernel_for(0)
-    if found is None:
-        pytest.skip("needs a C++ compiler and oneDNN")
-    return found
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("places", [[0, 1], [1]], ids=["both projections", "the second"])
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("batch", STEPS)
-def test_two_weights_equal_the_plain_form(
-    batch: str, table: str, places: list[int], bias: bool, settings: VllmConfig, kernel: ctypes.CDLL
-) -> None:
-    pairs, layer, plain = pairs_of(places), make_layer(settings, bias), make_layer(settings, bias)
-    gates, two = experts.Gates(table_of(table), most=16), written.WrittenGates(table_of(table), 3, kernel)
-    experts.add_experts(plain, pairs, gates)
-    written.add_experts(layer, "layer", pairs, two, {})
-    steps, x = torch.tensor(STEPS[batch]), torch.randn(9, INPUTS)
-    gates.set(steps)
-    two.set(steps)
-    assert two.writes == (0 not in steps)
-    torch.testing.assert_close(outputs(loaded(layer), x), outputs(loaded(plain), x), atol=1e-4, rtol=1e-4)
-
-
-def test_a_written_token_of_the_answer_is_given_nothing(kernel: ctypes.CDLL) -> None:
-    gates = written.WrittenGates(table_of("mean"), 3, kernel)
-    assert gates.answer.tolist() == table_of("mean")[3].tolist()
-    # Other steps swap the answer's own expert for theirs; the base model loses both of the answer's.
-    assert gates.own.count_nonzero(dim=1).tolist() == [2 * RANK, 2 * RANK, 0, 2 * RANK]
-    gates.set(torch.tensor([2, 1, 4, 3, 2]))
-    assert gates.order is not None
-    assert [tensor.tolist() for tensor in gates.order] == [[1, 0, 4, 2], [0, 1, 3, 3, 4]]
-
-
-def test_second_weights_need_memory_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(written.logger, "warning", lambda form, *values: said.append(form % values))
-    assert written.kernel_for(10**15) is None
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert written.kernel_for(0) is None
-    assert "second weights of 1000000.0 GB are more than half of the" in said[0]
-    assert said[1].endswith(
-        "CXX=no-such-compiler: No such file or directory; install g++, or name a C++ compiler in CXX"
-    )
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 What the experts add to a token of the question is merged into the layer's own weight when the model is loaded, so that
 a prompt costs what it costs the base model. Tokens of a step are given the difference: experts that weigh as much in
 the step as in the question (the shared one) drop out of it. The base model's own tokens are given what was merged, with
-the sign turned. `mote.vllm.experts` is the plain form, with which the tests compare this one, and `mote.vllm.written`
-has a second weight for batches without a question.
+the sign turned. `mote.vllm.experts` is the plain form, with which the tests compare this one.
 Shapes: T token, N token that is given a difference, P packed projection, E expert, R rank, C column (of E*R), S step.
 """
 

@@ -13,8 +13,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from mote.tokens.routing import QUESTION
-from mote.vllm import experts, merged, written
+from mote.vllm import experts, merged
 from mote.vllm.served import Served
 from mote.vllm.steps import StepCache
 
@@ -31,7 +30,6 @@ class StepExperts:
         table = torch.tensor([*served.gates, nothing], dtype=dtype, device=device)
         table = table.repeat_interleave(served.rank, dim=1)
         self.mote_table, self.mote_config = table, vllm_config
-        self.mote_answer = QUESTION + 1 + served.experts.index(served.answer)
         self.mote_layers = vllm_config.compilation_config.static_forward_context
         name = f"{prefix}mote_steps.{config.num_hidden_layers}"  # vLLM wants a number in it, of no other layer
         self.mote_steps = StepCache(served, config.vocab_size, name)
@@ -67,12 +65,9 @@ class StepExperts:
         unknown = sorted(name for name in pairs if not isinstance(modules.get(name), LinearBase))
         if unknown:
             raise ValueError(f"mote: {type(self).__name__} has no linear layers {unknown} to put experts on")
-        layers = sum(modules[name].weight.nbytes for name in pairs)
-        gates = gates_for(self.mote_config, self.mote_table, self.mote_answer, layers)
+        gates = gates_for(self.mote_config, self.mote_table)
         for name, of_layer in pairs.items():
-            if isinstance(gates, written.WrittenGates):
-                written.add_experts(modules[name], name, of_layer, gates, self.mote_layers)
-            elif isinstance(gates, merged.MergedGates):
+            if isinstance(gates, merged.MergedGates):
                 merged.add_experts(modules[name], name, of_layer, gates, self.mote_layers)
             else:
                 experts.add_experts(modules[name], of_layer, gates)
@@ -82,19 +77,16 @@ class StepExperts:
         return loaded
 
 
-def gates_for(vllm_config: Any, table: Tensor, answer: int, layers: int) -> experts.Gates | merged.MergedGates:
+def gates_for(vllm_config: Any, table: Tensor) -> experts.Gates | merged.MergedGates:
     """The form that the experts take.
 
     Args:
         vllm_config: All settings of vLLM.
         table: Gates of the question, of each step and of the base model's tokens (1 + S + 1, E*R).
-        answer: The step that the user reads.
-        layers: Bytes of the weights of the layers with experts.
     """
-    if not mergeable(vllm_config):
-        return experts.Gates(table, vllm_config.scheduler_config.max_num_batched_tokens)
-    kernel = written.kernel_for(layers * vllm_config.parallel_config.tensor_parallel_size)
-    return merged.MergedGates(table) if kernel is None else written.WrittenGates(table, answer, kernel)
+    if mergeable(vllm_config):
+        return merged.MergedGates(table)
+    return experts.Gates(table, vllm_config.scheduler_config.max_num_batched_tokens)
 
 
 def mergeable(vllm_config: Any) -> bool:
