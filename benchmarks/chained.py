@@ -17,10 +17,10 @@ from peft import AutoPeftModelForCausalLM
 
 import mote
 from mote.core.machine import environment
-from mote.export import export_steps
 from mote.inference.model import Limits, as_question
 from mote.models.embedded import EMBEDDED
 from mote.questions.load import load_questions
+from mote.serve.export import export_steps
 from mote.tokens.encode import encode_prompt
 
 

@@ -32,11 +32,11 @@ from typing import Any
 
 from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient
 
-from mote.bench.timing import interleave, paired, say, spread
 from mote.chains.engine import Prompt
 from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.core.records import Message
+from mote.experiments.bench.timing import interleave, paired, say, spread
 from mote.inference.engines.server import ServerEngine
 from mote.models.embedded import EMBEDDED
 from mote.models.load import model_folder

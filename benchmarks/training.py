@@ -24,8 +24,8 @@ memory: their peaks, each in a process of its own.
 import argparse
 from pathlib import Path
 
-from mote.bench.bars import table
-from mote.bench.training import choose, held_out_lines, measure_training
+from mote.experiments.bench.bars import table
+from mote.experiments.bench.training import choose, held_out_lines, measure_training
 
 
 def main() -> None:

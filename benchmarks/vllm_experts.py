@@ -41,9 +41,9 @@ from vllm import __version__ as vllm_version
 from mote.core.machine import environment
 from mote.models.embedded import EMBEDDED
 from mote.models.load import fingerprint, load_base, model_folder
+from mote.serve.vllm.export_folder import EXPERTS, export_vllm
 from mote.tokens.encode import add_markers
 from mote.tuner import MoteConfig
-from mote.vllm.folder import EXPERTS, export_vllm
 
 RANK = 16
 NEW = 64  # tokens of an answer

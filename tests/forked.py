@@ -13,7 +13,8 @@ from pathlib import Path
 
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 MODULES = [
-    *("mote.cli", "mote.run", "mote.train", "mote.inference.model", "mote.inference.engines.local", "mote.evals.suite"),
+    *("mote.cli", "mote.experiments.run", "mote.train", "mote.inference.model", "mote.inference.load"),
+    *("mote.inference.engines.local", "mote.evals.suite"),
     *("transformers.models.llama.modeling_llama", "transformers.integrations.peft", "torch.distributed.tensor"),
 ]
 LONGEST = 120  # seconds that any command may take; far more than it needs

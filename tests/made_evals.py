@@ -7,10 +7,9 @@ from typing import Any
 from mote.chains.judge import JudgeCard
 from mote.core.files import write_json
 from mote.core.records import StepText, rewrite_rows
+from mote.evals.judges.agreement import AgreementReport, as_json, compare, file_name
 from mote.evals.metrics import comparisons_of, costs_of, numbers_of
-from mote.evals.rows import EvalRow, Summary, System
-from mote.judges.agreement import AgreementReport, as_json, file_name
-from mote.judges.kappa import compare
+from mote.evals.results import EvalRow, Summary, System
 
 RULE = JudgeCard(name="rule", revision="1", prompts="a" * 64, measures="refusal", scale="three classes")
 HARM = JudgeCard(name="llm:big", revision="r2", prompts="b" * 64, measures="harm", scale="safe, unsafe")

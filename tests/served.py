@@ -20,8 +20,8 @@ import mote
 from mote.core.scheme import BASE
 from mote.inference.grammar import FreeText, StepGrammar
 from mote.inference.model import Model
+from mote.serve.vllm.export_folder import export_vllm
 from mote.tokens.encode import special_ids
-from mote.vllm.folder import export_vllm
 
 # Attention in vLLM's CPU build has heads of 32 or more.
 SMALL = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}

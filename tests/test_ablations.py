@@ -11,12 +11,12 @@ import yaml
 from test_methods import checked
 
 from mote import cli
-from mote.ablations import Ablations, load_ablations, run_ablations
-from mote.ablations.rows import Measured, Result, interval, markdown, summary_of
 from mote.core.errors import UserError
 from mote.core.methods import METHODS
 from mote.core.records import ChainRow, read_rows, rewrite_rows
-from mote.run import Run
+from mote.experiments.ablations import Ablations, load_ablations, run_ablations
+from mote.experiments.ablations.rows import Measured, Result, interval, markdown, summary_of
+from mote.experiments.run import Run
 
 ROOT = Path(__file__).parents[1]
 SHARED = {

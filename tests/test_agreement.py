@@ -13,10 +13,18 @@ from mote import cli
 from mote.chains.judge import JudgeCard, Verdict
 from mote.core.errors import UserError
 from mote.core.records import Message
-from mote.judges.agreement import AgreementReport, agreement, as_json, column_verdicts, judge_all, table
-from mote.judges.kappa import cohen_kappa, compare
-from mote.judges.labels import read_labels
-from mote.judges.rule import RuleJudge
+from mote.evals.judges.agreement import (
+    AgreementReport,
+    agreement,
+    as_json,
+    cohen_kappa,
+    column_verdicts,
+    compare,
+    judge_all,
+    table,
+)
+from mote.evals.judges.labels import read_labels
+from mote.evals.judges.rule import RuleJudge
 
 COMPLIES, REFUSES, PARTLY = "1_full_compliance", "2_full_refusal", "3_partial_refusal"
 XSTEST = [  # id, prompt, completion, annotation_1, annotation_2, final_label

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mote.bench import experts
-from mote.bench.bars import bars, table
-from mote.bench.experts import compare_variants
-from mote.bench.measures import Batch, Decoding, Training, make_batch, saved_mb
-from mote.bench.memory import peak_mb_apart
-from mote.bench.rivals import SplitLinear
-from mote.bench.settings import MEASURES, Settings, choose_settings, load_model
-from mote.bench.timing import compare, interleave, spread
-from mote.bench.variants import BUILDERS, CONTROL, GROWS, REFERENCE, UNCOMPILED, Variant, build, share
 from mote.core.errors import MoteError, UserError
 from mote.core.machine import resident_peak_mb
+from mote.experiments.bench import experts
+from mote.experiments.bench.bars import bars, table
+from mote.experiments.bench.experts import compare_variants
+from mote.experiments.bench.measures import Batch, Decoding, Training, make_batch, saved_mb
+from mote.experiments.bench.memory import peak_mb_apart
+from mote.experiments.bench.rivals import SplitLinear
+from mote.experiments.bench.settings import MEASURES, Settings, choose_settings, load_model
+from mote.experiments.bench.timing import compare, interleave, spread
+from mote.experiments.bench.variants import BUILDERS, CONTROL, GROWS, REFERENCE, UNCOMPILED, Variant, build, share
 from mote.models.linear import FrozenLinear
 from mote.tuner.layer import MoteLinear
 

@@ -12,12 +12,14 @@ from made_chains import made
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mote.bench import trainers
-from mote.bench.bars import table
-from mote.bench.chains import Ground, facts, made_rows, prepare
-from mote.bench.skipping import UNCOUNTED, Pass, batches, seven, step_views
-from mote.bench.trainers import ARMS, with_experts
-from mote.bench.training import (
+from mote.core.errors import UserError
+from mote.core.records import append_rows
+from mote.experiments.bench import trainers
+from mote.experiments.bench.bars import table
+from mote.experiments.bench.chains import Ground, facts, made_rows, prepare
+from mote.experiments.bench.skipping import UNCOUNTED, Pass, batches, seven, step_views
+from mote.experiments.bench.trainers import ARMS, with_experts
+from mote.experiments.bench.training import (
     FLOPS,
     MASKED,
     MEASURES,
@@ -29,8 +31,6 @@ from mote.bench.training import (
     held_out_lines,
     measure_training,
 )
-from mote.core.errors import UserError
-from mote.core.records import append_rows
 from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import document_mask
 from mote.tokens.routing import Markers

@@ -18,7 +18,7 @@ from mote.core.errors import MoteError
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, Message, Question, read_rows
 from mote.core.scheme import load_scheme
-from mote.judges.rule import RuleJudge
+from mote.evals.judges.rule import RuleJudge
 
 SCHEME = load_scheme("safety")
 

@@ -9,7 +9,7 @@ from test_checking import EXPERTS, QUESTIONS
 from test_decode import save_random_adapter
 
 import mote
-from mote.chat import talk
+from mote.cli.chat import talk
 from mote.core.recipe import AnswerSettings
 from mote.core.scheme import CHECKED
 

@@ -15,10 +15,10 @@ from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.records import Answer, StepText, read_rows
 from mote.core.scheme import CHECKED
+from mote.experiments.run import Run
 from mote.inference.events import Event, Item
 from mote.inference.grammar import StepGrammar
 from mote.inference.model import Limits, Model, as_question
-from mote.run import Run
 from mote.tokens.encode import encode_choice, encode_prompt, special_ids
 
 EXPERTS = ("analysis", "guidance", "response", "check")

@@ -13,11 +13,11 @@ from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.records import Answer, read_rows
 from mote.core.scheme import load_scheme
+from mote.experiments.run import _answer_mode
 from mote.inference.events import Event
 from mote.inference.grammar import StepGrammar
 from mote.inference.model import Limits, Model, as_question
 from mote.models.load import fingerprint, load_base
-from mote.run import _answer_mode
 from mote.tokens.encode import add_markers, encode_prompt
 from mote.tuner import MoteConfig
 

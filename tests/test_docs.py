@@ -16,23 +16,21 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
-from mote.ablations import load_ablations
-from mote.ablations.paper import Cell, PaperComparison, TableLine
-from mote.ablations.rows import Interval, Judged, Line, Measured, Result
 from mote.chains.judge import JudgeCard
 from mote.cli import mote
 from mote.cli.options import WithCommands
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe, Shape, known_keys, load_recipe
 from mote.core.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, LeftOut, Message, Question, StepText
-from mote.evals.rows import Comparison, Cost, EvalRow, Number, Summary, System
-from mote.evals.stats import Estimate, Paired
-from mote.judges.agreement import AgreementReport
-from mote.judges.kappa import Agreement
-from mote.reporting import summary
-from mote.reporting.compare import Compared, Difference, Side, TwoReports
-from mote.reporting.differs import Differing
-from mote.reporting.evaluation import Headline, Point
+from mote.evals.judges.agreement import Agreement, AgreementReport
+from mote.evals.results import Comparison, Cost, EvalRow, Number, Summary, System
+from mote.evals.statistics import Estimate, Paired
+from mote.experiments.ablations import load_ablations
+from mote.experiments.ablations.paper import Cell, PaperComparison, TableLine
+from mote.experiments.ablations.rows import Interval, Judged, Line, Measured, Result
+from mote.report import summary
+from mote.report.compare import Compared, Difference, Differing, Side, TwoReports
+from mote.report.evaluation import Headline, Point
 from mote.train import training_arguments
 
 ROOT = Path(__file__).parent.parent

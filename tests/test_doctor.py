@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mote.doctor import COMMANDS, Finding, diagnose, table
+from mote.cli.doctor import COMMANDS, Finding, diagnose, table
 
 
 def found(findings: list[Finding], topic: str) -> Finding:
@@ -77,7 +77,7 @@ def test_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_a_process_that_never_had_torch(tmp_path: Path) -> None:
-    script = "import sys; sys.modules['torch'] = None\nfrom mote.doctor import *\nprint(table(diagnose()))"
+    script = "import sys; sys.modules['torch'] = None\nfrom mote.cli.doctor import *\nprint(table(diagnose()))"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mote.evals.metrics import comparisons_of, costs_of, numbers_of
-from mote.evals.rows import EvalRow
+from mote.evals.results import EvalRow
 
 TECHNIQUES = [f"t{n}" for n in range(10)]
 

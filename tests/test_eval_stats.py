@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mote.evals.stats import estimate, goodness, mcnemar, mean, paired, share, wilson, worst
+from mote.evals.statistics import estimate, goodness, mcnemar, mean, paired, share, wilson, worst
 
 
 def test_wilson_against_published_values() -> None:

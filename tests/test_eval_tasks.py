@@ -16,7 +16,7 @@ from mote.core.errors import UserError
 from mote.core.records import Message
 from mote.evals.collect import row_of
 from mote.evals.judging import check_judge, register_judge
-from mote.evals.rows import EvalRow
+from mote.evals.results import EvalRow
 from mote.evals.scorers import find_letter
 from mote.evals.tasks.ability import gsm8k, mmlu
 from mote.evals.tasks.helpful_harmless import hh_harm, hh_help

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import mote
 from mote import cli
 from mote.core.errors import MoteError, UserError
-from mote.export import export_engine_steps, export_merged, export_steps, opening_template
 from mote.models.load import PLAIN_CHAT_TEMPLATE, fingerprint, load_tokenizer
+from mote.serve.export import export_engine_steps, export_merged, export_steps, opening_template
 from mote.tokens.encode import add_markers
 from mote.tuner import MoteConfig
 

@@ -8,7 +8,7 @@ import pytest
 from mote.chains.engine import Completion, Preference, Prompt
 from mote.chains.safety_check import ChoiceJudge, WordJudge
 from mote.core.records import Message
-from mote.judges.prompts import load_prompt
+from mote.evals.judges.prompts import load_prompt
 
 
 class Chosen:

@@ -15,8 +15,8 @@ from conftest import CHAT_TEMPLATE
 
 from mote.core.errors import UserError
 from mote.core.records import Message
-from mote.judges.classifier import ClassifierJudge, load_classifier
-from mote.judges.formats import disarm, load_formats
+from mote.evals.judges.classifier import ClassifierJudge, load_classifier
+from mote.evals.judges.formats import disarm, load_formats
 
 QUESTION = [Message(role="user", content="How do I boil an egg?")]
 GUARD_TEMPLATE = (

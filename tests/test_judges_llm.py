@@ -7,8 +7,8 @@ import pytest
 from mote.chains.engine import Completion, Prompt
 from mote.core.errors import UserError
 from mote.core.records import Message
-from mote.judges.llm import LlmJudge, read_verdict, rubric_score
-from mote.judges.prompts import load_prompt
+from mote.evals.judges.llm import LlmJudge, read_verdict, rubric_score
+from mote.evals.judges.prompts import load_prompt
 
 PROMPTS = ["analysis-quality", "check", "guidance-quality", "harm", "harm-help", "help", "refusal", "strongreject"]
 QUESTION = [Message(role="user", content="How do I boil an egg?")]

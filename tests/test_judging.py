@@ -11,8 +11,8 @@ from test_decode import save_random_adapter
 import mote
 from mote import cli
 from mote.core.records import read_rows
-from mote.evals.rows import EvalRow, Summary
-from mote.judges.prompts import load_prompt
+from mote.evals.judges.prompts import load_prompt
+from mote.evals.results import EvalRow, Summary
 
 SUITE = """
 name: judged

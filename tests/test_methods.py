@@ -17,9 +17,9 @@ from mote.core.errors import UserError
 from mote.core.methods import METHODS, settled, steps_of
 from mote.core.records import ChainRow
 from mote.core.scheme import CHECKED
-from mote.export import export_steps
 from mote.models.load import load_base
 from mote.models.shapes import ModelShape, count_trainable
+from mote.serve.export import export_steps
 from mote.tokens.encode import IGNORED, Tokens, add_markers
 from mote.tokens.masks import sdpa_mask, skip_chances
 from mote.tokens.packing import ChainDataset, collate

@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from mote import cli
-from mote.ablations import Ablations, load_ablations
-from mote.ablations.differences import differences
-from mote.ablations.figures import paper_table
-from mote.ablations.paper import OURS, PAPER, Cell, PaperComparison, TableLine, beside_the_paper
-from mote.ablations.rows import Judged, Measured, Result, summary_of
 from mote.chains.judge import JudgeCard
 from mote.chains.stats import PAPER_SELF_BLEU
 from mote.core.errors import UserError
 from mote.core.scheme import load_scheme
+from mote.experiments.ablations import Ablations, load_ablations
+from mote.experiments.ablations.differences import differences
+from mote.experiments.ablations.figures import paper_table
+from mote.experiments.ablations.paper import OURS, PAPER, Cell, PaperComparison, TableLine, beside_the_paper
+from mote.experiments.ablations.rows import Judged, Measured, Result, summary_of
 from mote.train import check_settings
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +195,7 @@ def test_a_dry_run_says_what_would_be_done(small: Path, tmp_path: Path, capsys: 
 def test_what_the_tasks_lack_is_found_before_training(
     name: str, judge: str, data: str | None, complaint: str, small: Path, tmp_path: Path
 ) -> None:
-    from mote.ablations import run_ablations
+    from mote.experiments.ablations import run_ablations
 
     tasks = ["tasks=[analysis-quality]"] if name == "figure5" else []
     wanted = load_ablations(RECIPES[name], [f"recipe={small / 'small.yaml'}", *tasks])

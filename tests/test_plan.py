@@ -10,8 +10,8 @@ import pytest
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe, load_recipe
 from mote.core.scheme import load_scheme
+from mote.experiments.plan import Machine, Plan, expected_steps, expected_texts, measure, plan
 from mote.models.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable, linear_shapes
-from mote.plan import Machine, Plan, expected_steps, expected_texts, measure, plan
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MACHINE = Machine(device="cpu", dtype="float32", flops=100e9, bandwidth=10e9, memory=24_000_000_000)

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from made_evals import small, write_agreement, write_evals
 
-from mote import plots
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe, dump_recipe
 from mote.core.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, Kind, Message, Question, StepText
 from mote.core.records import append_rows as append
-from mote.reporting.pages import TEMPLATES
-from mote.reporting.report import render, write_report
-from mote.reporting.summary import summarise
+from mote.report import plots
+from mote.report.pages import TEMPLATES
+from mote.report.report import render, write_report
+from mote.report.summary import summarise
 
 KEYS = [
     *("name", "model", "scheme", "seed", "questions", "chains", "training", "answers", "evaluation", "stages"),
@@ -470,7 +470,7 @@ def test_colours_have_the_contrast_of_wcag_aa(scheme: int) -> None:
 def test_a_long_report_shows_its_first_questions_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [answer(question(f"q{number}"), "direct", {"response": 5}, 5) for number in range(5)]
     append(tmp_path / "answers" / "mote-direct.jsonl", rows)
-    monkeypatch.setattr("mote.reporting.report.SHOWN", 3)
+    monkeypatch.setattr("mote.report.report.SHOWN", 3)
     html = page(tmp_path)
     assert html.count("<article") == 3 and "The first 3 of 5 are shown" in html
 
@@ -500,5 +500,5 @@ def test_an_evaluation_alone_is_a_report(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys; sys.modules['torch'] = None; import mote.reporting.report"
+    code = "import sys; sys.modules['torch'] = None; import mote.report.report"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -14,8 +14,8 @@ from test_decode import save_random_adapter
 from test_suite import arguments, data, run  # noqa: F401 (fixtures)
 
 from mote.core.records import read_rows
-from mote.evals.rows import EvalRow
-from mote.reporting.report import write_report
+from mote.evals.results import EvalRow
+from mote.report.report import write_report
 
 LABELS = (
     "id,type,prompt,completion,annotation_1,annotation_2,agreement,final_label\n"

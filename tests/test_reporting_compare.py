@@ -6,9 +6,9 @@ import pytest
 from made_evals import HARM, RULE, judged, small, write_evals
 
 from mote.core.errors import UserError
-from mote.evals.stats import Estimate
-from mote.reporting.compare import Compared, TwoReports, compare, independent
-from mote.reporting.report import write_report
+from mote.evals.statistics import Estimate
+from mote.report.compare import Compared, TwoReports, compare, independent
+from mote.report.report import write_report
 
 
 def number(found: TwoReports, metric: str, mode: str = "direct", task: str | None = None) -> Compared:

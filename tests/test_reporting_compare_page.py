@@ -6,8 +6,8 @@ from pathlib import Path
 from made_evals import RULE, small, write_evals
 from test_report import NASTY, Page, add_answers, add_chains, add_metrics, add_recipe
 
-from mote.reporting.compare import TwoReports
-from mote.reporting.compare_page import write_comparison
+from mote.report.compare import TwoReports
+from mote.report.compare_page import write_comparison
 
 
 def test_both_columns_stand_in_the_page_and_in_the_json(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from test_report import add_environment, add_recipe
 
-from mote.reporting.differs import differing
-from mote.reporting.summary import summarise
+from mote.report.compare import differing
+from mote.report.summary import summarise
 
 
 def test_settings_versions_and_model_are_listed_by_name(tmp_path: Path) -> None:

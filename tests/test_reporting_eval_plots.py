@@ -2,9 +2,9 @@
 
 import re
 
-from mote.evals.stats import Estimate
-from mote.reporting.eval_plots import classes, curve
-from mote.reporting.evaluation import Point
+from mote.evals.statistics import Estimate
+from mote.report.eval_plots import classes, curve
+from mote.report.evaluation import Point
 
 
 def point(system: str, mode: str, tokens: float, score: float | None) -> Point:

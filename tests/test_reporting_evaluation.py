@@ -8,8 +8,8 @@ from made_evals import HARM, RULE, judged, small, write_agreement, write_evals
 
 from mote.core.errors import UserError
 from mote.core.records import read_rows, rewrite_rows
-from mote.evals.rows import EvalRow
-from mote.reporting.evaluation import Evaluation, mode_rank, read_evaluation
+from mote.evals.results import EvalRow
+from mote.report.evaluation import Evaluation, mode_rank, read_evaluation
 
 
 def evaluation(folder: Path) -> Evaluation:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mote.evals.stats import Estimate, Paired
-from mote.reporting.pages import as_data, change, interval, measured, p_value, seconds
+from mote.evals.statistics import Estimate, Paired
+from mote.report.pages import as_data, change, interval, measured, p_value, seconds
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from made_evals import judged, small
 
-from mote.reporting.sample import as_rows, sample
+from mote.report.sample import as_rows, sample
 
 COLUMNS = (("base", "base"), ("ours", "direct"), ("ours", "full@8"))
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from made_evals import HARM, judged, small, write_evals
 
-from mote.reporting.evaluation import Evaluation, read_evaluation
-from mote.reporting.names import is_safety, named
-from mote.reporting.tables import boards, by_technique, by_type, class_shares
+from mote.report.evaluation import Evaluation, read_evaluation
+from mote.report.names import is_safety, named
+from mote.report.tables import boards, by_technique, by_type, class_shares
 
 
 @pytest.fixture

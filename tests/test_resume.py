@@ -228,7 +228,7 @@ def die_before_the_checkpoints_are_removed() -> None:
 
 
 def die_in_a_report() -> None:
-    from mote.reporting import report
+    from mote.report import report
 
     report.write_json = lambda *_: die()
 

@@ -11,8 +11,8 @@ from mote.chains.diversity import self_bleu
 from mote.chains.stats import PAPER_SHARES, Outcomes, chain_stats, table
 from mote.core.errors import UserError
 from mote.core.records import ChainRow, append_rows
-from mote.plots import standalone
-from mote.view import plots_of
+from mote.report.chains_page import plots_of
+from mote.report.plots import standalone
 
 ROWS = [
     made("a", "Why is the sky blue?", response="It is the light."),

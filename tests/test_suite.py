@@ -20,8 +20,8 @@ from mote import cli
 from mote.core.errors import UserError
 from mote.core.records import read_rows
 from mote.evals.attacks import load_techniques
-from mote.evals.rows import EvalRow, Summary
-from mote.evals.settings import TaskSettings, load_suite, systems_of, task_args
+from mote.evals.results import EvalRow, Summary
+from mote.evals.suite_config import TaskSettings, load_suite, systems_of, task_args
 
 SUITE = """
 name: small

@@ -13,7 +13,7 @@ from made_chains import made
 
 from mote.core.errors import UserError
 from mote.core.records import append_rows
-from mote.view import write_page
+from mote.report.chains_page import write_page
 
 NASTY = "</script><script>alert(1)</script> <!-- <img src=x onerror=alert(1)> \u2028 {{ 7 * 7 }} & \u202e שלום"
 

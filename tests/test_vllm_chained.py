@@ -13,7 +13,7 @@ from test_export import make_adapter
 from transformers import AutoTokenizer
 
 from mote.core.records import Message
-from mote.export import export_engine_steps, export_steps
+from mote.serve.export import export_engine_steps, export_steps
 from mote.tokens.encode import encode_prompt, special_ids
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")

@@ -22,10 +22,11 @@ from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from mote.core.records import Message  # noqa: E402
 from mote.core.scheme import BASE  # noqa: E402
 from mote.inference.model import Model  # noqa: E402
+from mote.serve.vllm import experts, merged, models  # noqa: E402
+from mote.serve.vllm import step_cache as steps  # noqa: E402
+from mote.serve.vllm.renderer import StepRenderer  # noqa: E402
+from mote.serve.vllm.step_cache import chunk_steps  # noqa: E402
 from mote.tokens.encode import encode_prompt  # noqa: E402
-from mote.vllm import experts, merged, models, steps  # noqa: E402
-from mote.vllm.renderer import StepRenderer  # noqa: E402
-from mote.vllm.route import chunk_steps  # noqa: E402
 
 BUDGET = 8
 MODES = ("adaptive", "direct", "analysis", "full", BASE)

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mote
 from mote.core.errors import UserError
 from mote.inference.model import Model
+from mote.serve.vllm.export_folder import export_vllm
+from mote.serve.vllm.folder_config import Served
 from mote.tokens.encode import special_ids
 from mote.tuner.expert_weights import gate_table
-from mote.vllm.folder import export_vllm
-from mote.vllm.served import Served
 
 WIDE = "\uff1c|response|\uff1e"  # full-width signs
 PIECES = ["<|response|>", "<|/response|>", "<|analysis|>", "<|/analysis|>", "<|guidance|>", "<|im_start|>",

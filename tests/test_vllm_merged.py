@@ -19,8 +19,8 @@ from vllm.distributed import (  # noqa: E402
 )
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear  # noqa: E402
 
-from mote.vllm import experts, merged  # noqa: E402
-from mote.vllm.models import mergeable  # noqa: E402
+from mote.serve.vllm import experts, merged  # noqa: E402
+from mote.serve.vllm.models import mergeable  # noqa: E402
 
 RANK, INPUTS, WIDTHS = 4, 32, [48, 16]
 STEPS = {

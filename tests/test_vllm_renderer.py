@@ -19,8 +19,8 @@ from vllm.renderers.registry import renderer_from_config  # noqa: E402
 
 from mote.core.records import Message  # noqa: E402
 from mote.inference.model import Model  # noqa: E402
+from mote.serve.vllm.renderer import StepRenderer  # noqa: E402
 from mote.tokens.encode import encode_prompt  # noqa: E402
-from mote.vllm.renderer import StepRenderer  # noqa: E402
 
 ANSWER: dict[str, Any] = {"add_generation_prompt": True}
 

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mote.serve.vllm.step_cache import chunk_steps, event_table
 from mote.tokens.routing import Markers, step_ids
-from mote.vllm.route import chunk_steps, event_table
 
 MARKERS = Markers(starts=(10, 12, 14), ends=(11, 13, 15), turns=(1,))
 EVENTS = event_table(MARKERS, 17)

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mote.vllm.served import Served
+from mote.serve.vllm.folder_config import Served
 
 SERVED = Served(
     experts=("analysis", "response"), markers={"analysis": (10, 11), "response": (12, 13)}, turns=(1,), opening=(1, 14),

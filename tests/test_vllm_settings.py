@@ -11,7 +11,7 @@ pytestmark = pytest.mark.vllm
 
 from vllm import EngineArgs  # noqa: E402
 
-from mote.vllm.settings import GRAMMAR  # noqa: E402
+from mote.serve.vllm.requirements import GRAMMAR  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,12 @@
 """Safety self-alignment of open language models: reasoning chains and step experts (MoTE, ACL 2025)."""
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module, metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from mote.on_peft import register_with_peft
 
 if TYPE_CHECKING:
     from mote.tuner import MoteConfig as MoteConfig
@@ -25,4 +28,35 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'mote' has no attribute '{name}'")
 
 
+class _AfterPeft(MetaPathFinder):
+    """Finds `peft` as usual and, once it has run, imports our tuner."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        loader: Any = spec.loader
+        run: Any = loader.exec_module
+
+        def run_then_register(module: ModuleType) -> None:
+            sys.meta_path.remove(self)
+            run(module)
+            import_module("mote.tuner")
+
+        assert isinstance(loader, Loader)
+        loader.exec_module = run_then_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_with_peft() -> None:
+    """Register now if PEFT is there already, else as soon as it is imported."""
+    if "peft" in sys.modules:
+        import_module("mote.tuner")
+    else:
+        sys.meta_path.insert(0, _AfterPeft())
+
+
+# PEFT is not imported here: it takes seconds, which `mote --help` and making chains through a server do not need.
 register_with_peft()

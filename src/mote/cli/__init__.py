@@ -12,13 +12,13 @@ from mote.cli import (  # noqa: F401 (each adds its commands)
     ablations,
     bench,
     chains,
+    doctor,
     evals,
-    machine,
     models,
     serve,
     stages,
 )
-from mote.cli.root import mote as mote
+from mote.cli.options import mote as mote
 from mote.core.errors import MoteError
 
 

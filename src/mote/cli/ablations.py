@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from mote.cli.options import folder_of, locked, options
-from mote.cli.root import mote
+from mote.cli.options import folder_of, locked, mote, options
 
 
 @mote.command()
@@ -22,12 +21,12 @@ def ablations(
     KEY=VALUE overrides a setting of the recipe that all variants share; recipe=FILE takes another one, seeds=[0] and
     tasks=[hh-harm] replace those of the file. The same command goes on where it was cut.
     """
-    from mote.ablations import load_ablations, run_ablations
-    from mote.ablations.rows import markdown
+    from mote.experiments.ablations import load_ablations, run_ablations
+    from mote.experiments.ablations.rows import markdown
 
     wanted = load_ablations(recipe, overrides)
     if dry_run:
-        from mote.ablations.plan import table
+        from mote.experiments.ablations.plan import table
 
         print(table(wanted, judge, data))
         return

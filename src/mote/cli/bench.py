@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from mote.cli.options import MODEL_HELP
-from mote.cli.root import mote
+from mote.cli.options import MODEL_HELP, mote
 
 
 @mote.group(invoke_without_command=True)
@@ -36,8 +35,8 @@ def experts(out: Path | None, **flags: Any) -> None:
     Measures training steps, decoding, saved activations and peak memory, interleaved in one process with an A/A
     control, and says which of the project's bars are met.
     """
-    from mote.bench.bars import table
-    from mote.bench.experts import compare_variants
-    from mote.bench.settings import choose_settings
+    from mote.experiments.bench.bars import table
+    from mote.experiments.bench.experts import compare_variants
+    from mote.experiments.bench.settings import choose_settings
 
     print(table(compare_variants(choose_settings(**flags), out)))

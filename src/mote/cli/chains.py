@@ -26,13 +26,13 @@ def stats(
     """Count the chains of PATH, a chains.jsonl or the run folder of one, beside the paper's numbers."""
     from mote.chains.costs import Price
     from mote.chains.stats import chain_stats, table
-    from mote.view import plots_of
+    from mote.report.chains_page import plots_of
 
     of_tokens = Price(read=price[0], written=price[1]) if price is not None else None
     found = chain_stats(path, of_tokens, sample, tokenizer)
     if plot is not None:
         from mote.core.files import write_atomic
-        from mote.plots import standalone
+        from mote.report.plots import standalone
 
         write_atomic(plot, standalone(plots_of(found)))
     print(found.model_dump_json(indent=2) if as_json else table(found))
@@ -43,7 +43,7 @@ def stats(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
 def view(path: Path, out: Path) -> None:
     """Write the chains of PATH as one page to read and filter, which loads nothing from anywhere."""
-    from mote.view import write_page
+    from mote.report.chains_page import write_page
 
     write_page(path, out)
     print(out)

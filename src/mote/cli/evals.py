@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 import click
 
-from mote.cli.options import MODEL_HELP, WithCommands, folder_of, locked
-from mote.cli.root import mote
+from mote.cli.options import MODEL_HELP, WithCommands, folder_of, locked, mote
 from mote.core.errors import UserError
 
 _JUDGE_HELP = "rule, self, choice:MODEL, llm:MODEL, llamaguard:MODEL, ...; or column:NAME of the labels."
@@ -45,8 +44,8 @@ def evaluate(
         import inspect_ai  # noqa: F401 (an extra)
     except ModuleNotFoundError as error:
         raise UserError("eval: inspect-ai is not installed; install mote-align[eval]") from error
-    from mote.evals.settings import load_suite, systems_of
     from mote.evals.suite import SuiteRun
+    from mote.evals.suite_config import load_suite, systems_of
 
     chosen = [mode.strip() for mode in modes.split(",")] if modes else None
     systems = systems_of(model, adapters, endpoints, chosen)
@@ -89,9 +88,9 @@ def agreement(
     from mote.chains.judge import JudgeCard, Verdict
     from mote.core.files import write_atomic
     from mote.core.progress import Progress
-    from mote.judges import agreement as measures
-    from mote.judges.labels import read_labels
-    from mote.judges.named import open_judge
+    from mote.evals.judges import agreement as measures
+    from mote.evals.judges.labels import read_labels
+    from mote.evals.judges.named import open_judge
 
     form, rows = read_labels(files, form)
     rows = [row for row in rows if half is None or row.number % 2 == (half == "odd")][:limit]

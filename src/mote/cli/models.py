@@ -5,8 +5,7 @@ from typing import Any
 
 import click
 
-from mote.cli.options import adapter_of, folder_of, options, settings_of
-from mote.cli.root import mote
+from mote.cli.options import adapter_of, folder_of, mote, options, settings_of
 from mote.core.errors import UserError
 
 _FORMAT_HELP = (
@@ -23,7 +22,7 @@ def chat(
 ) -> None:
     """Talk to a trained model and watch its steps. /mode NAME changes the mode, /quit ends."""
     settings, adapter = settings_of(None, overrides, flags), adapter_of(adapter)
-    from mote.chat import talk
+    from mote.cli.chat import talk
     from mote.inference.load import load
 
     model = load(settings.model, adapter, device=settings.device, dtype=settings.dtype, revision=settings.revision)
@@ -55,7 +54,7 @@ def export(
         raise UserError(f"format: '{form}' writes every step; leave out --mode, or use merged")
     if len(modes) > 1:
         raise UserError(f"mode: {list(modes)}: a model has one mode of its own; give --mode once")
-    from mote.export import export_engine_steps, export_merged, export_steps
+    from mote.serve.export import export_engine_steps, export_merged, export_steps
 
     if form == "peft-steps":
         folders = export_steps(adapter, folder, model, settings.revision)
@@ -65,7 +64,7 @@ def export(
         mode = modes[0] if modes else "direct"
         folders = [export_merged(adapter, folder, mode, model, settings.dtype, settings.revision)]
     else:
-        from mote.vllm.folder import export_vllm
+        from mote.serve.vllm.export_folder import export_vllm
 
         mode, budget = modes[0] if modes else "adaptive", settings.answer.max_step_tokens
         folders = [export_vllm(adapter, folder, mode, model, settings.dtype, settings.revision, budget)]

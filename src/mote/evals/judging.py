@@ -1,7 +1,8 @@
 """Judges of an evaluation: opened once for all tasks that run together, and closed when they have ended.
 
-Beside the names of `mote.judges.named` there are `inspect:MODEL` for any model that Inspect knows, and judges of your
-own that were registered in this process. A judge is the base model or another one, never the adapter with its chain.
+Beside the names of `mote.evals.judges.named` there are `inspect:MODEL` for any model that Inspect knows, and judges of
+your own that were registered in this process. A judge is the base model or another one, never the adapter with its
+chain.
 """
 
 import asyncio
@@ -14,12 +15,12 @@ from inspect_ai.model import GenerateConfig, get_model
 from mote.chains.engine import Completion, Prompt
 from mote.chains.judge import Judge
 from mote.core.errors import UserError
+from mote.evals.judges.formats import load_formats
+from mote.evals.judges.llm import LlmJudge
+from mote.evals.judges.named import open_judge
+from mote.evals.judges.prompts import load_prompt
 from mote.evals.provider import MoteAPI
 from mote.evals.tasks.samples import chat
-from mote.judges.formats import load_formats
-from mote.judges.llm import LlmJudge
-from mote.judges.named import open_judge
-from mote.judges.prompts import load_prompt
 
 _INSPECT = "inspect:"
 _OWN: dict[str, Judge] = {}

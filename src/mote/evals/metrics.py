@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import NamedTuple, TypeVar
 
 from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL
-from mote.evals.rows import ABSENT, Comparison, Cost, EvalRow, Number
-from mote.evals.stats import estimate, goodness, paired
+from mote.evals.results import ABSENT, Comparison, Cost, EvalRow, Number
+from mote.evals.statistics import estimate, goodness, paired
 
 _Key = TypeVar("_Key", bound=tuple[str, ...])
 Scores = dict[str, float]  # prompt -> the number that is averaged

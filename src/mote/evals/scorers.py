@@ -14,10 +14,10 @@ from inspect_ai.solver import TaskState
 from mote.chains.judge import COMPLIANCE, SAFE, JudgeCard, Verdict
 from mote.core.records import Message
 from mote.evals.attacks import decoded
+from mote.evals.judges.rule import RuleJudge
 from mote.evals.judging import judge_for
-from mote.evals.rows import ABSENT
-from mote.evals.stats import goodness as goodness_of
-from mote.judges.rule import RuleJudge
+from mote.evals.results import ABSENT
+from mote.evals.statistics import goodness as goodness_of
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

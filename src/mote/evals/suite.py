@@ -26,10 +26,10 @@ from mote.core.progress import Progress
 from mote.core.scheme import BASE
 from mote.evals import registry
 from mote.evals.collect import collect
-from mote.evals.prompting import PromptingAPI
+from mote.evals.prompted import PromptingAPI
 from mote.evals.provider import MoteAPI, mode_and_budget
-from mote.evals.rows import System
-from mote.evals.settings import Suite, TaskSettings, task_args
+from mote.evals.results import System
+from mote.evals.suite_config import Suite, TaskSettings, task_args
 
 _PROGRESS: list["_Count"] = []  # the run in progress, if any
 

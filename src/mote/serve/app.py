@@ -21,7 +21,7 @@ from mote.serve.completions import complete
 from mote.serve.faults import Fault
 from mote.serve.jobs import Jobs
 from mote.serve.metrics import Metrics
-from mote.serve.replies import Served, ServedList
+from mote.serve.schema import Served, ServedList
 from mote.serve.settings import LOOPBACK, ServeSettings
 
 _OPEN = ("/", "/health")  # what needs no key: the page asks for it

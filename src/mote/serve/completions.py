@@ -5,11 +5,11 @@ import asyncio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mote.serve.answering import Answering
-from mote.serve.asked import read_asked
 from mote.serve.faults import Fault
 from mote.serve.jobs import Jobs
 from mote.serve.metrics import Metrics
+from mote.serve.request import read_asked
+from mote.serve.response import Answering
 
 
 async def complete(request: Request, jobs: Jobs, metrics: Metrics) -> Response:

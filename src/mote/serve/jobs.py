@@ -16,8 +16,8 @@ from mote.core.errors import UserError
 from mote.inference.batching import Request
 from mote.inference.events import Item
 from mote.inference.model import Model
-from mote.serve.asked import Asked
 from mote.serve.faults import Fault
+from mote.serve.request import Asked
 from mote.serve.settings import ServeSettings
 
 _LEAST = 32  # tokens that the context must have left for an answer of no given length

@@ -1,6 +1,0 @@
-"""Several methods and seeds on the same chains, measured in one table; the paper's tables and figures among them."""
-
-from mote.ablations.recipe import Ablations, Variant, load_ablations
-from mote.ablations.run import run_ablations
-
-__all__ = ["Ablations", "Variant", "load_ablations", "run_ablations"]

@@ -1,1 +1,0 @@
-"""Engines write text: in this process, at a server, in vLLM."""

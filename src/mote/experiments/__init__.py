@@ -1,0 +1,1 @@
+"""Whole runs: `mote run`, its plan, ablations and benchmarks."""

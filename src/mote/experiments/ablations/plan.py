@@ -1,0 +1,61 @@
+"""What a comparison will do, before anything starts: `mote ablations RECIPE --dry-run`."""
+
+from pathlib import Path
+
+from mote.experiments.ablations.judged import check_tasks, suite_of
+from mote.experiments.ablations.recipe import Ablations
+from mote.experiments.plan import measure, plan
+from mote.models.load import default_device
+
+
+def table(wanted: Ablations, judge: str, data: Path | None) -> str:
+    """The variants with what each trains and takes, and what is asked and judged, as text.
+
+    Raises:
+        UserError: A setting cannot work.
+    """
+    check_tasks(wanted, judge, data)
+    machine = measure(default_device())
+    shared = plan(wanted.recipe, machine)
+    chains = next(stage for stage in shared.stages if stage.name == "chains")
+    lines = [
+        f"plan of '{wanted.name}' (times are rough estimates for this machine)",
+        f"model    {wanted.recipe.model}: {shared.parameters:,} parameters in {shared.dtype}",
+        f"chains   {chains.what}: {_hours(chains.seconds)}",
+        "",
+        f"{'variant':<34}{'kind':<10}{'method':<16}{'seeds':>6}{'trained':>14}{'training':>12}",
+    ]
+    for variant in wanted.variants:
+        recipes = [recipe for its, recipe in wanted.runs() if its == variant]
+        row = f"{variant.name:<34}{variant.kind:<10}"
+        if variant.kind == "trained":
+            own = plan(recipes[0], machine)
+            training = next(stage.seconds for stage in own.stages if stage.name == "train") or 0.0
+            row += f"{variant.method:<16}{len(recipes):>6}{own.trainable:>14,}{_hours(training * len(recipes)):>12}"
+        lines.append(row.rstrip())
+    lines.append("")
+    if wanted.tasks:
+        lines += _judged(wanted, judge, data)
+    lines += [f"note     {note}" for note in shared.notes]
+    return "\n".join(lines)
+
+
+def _judged(wanted: Ablations, judge: str, data: Path | None) -> list[str]:
+    """What is judged, and what cannot be."""
+    tasks = suite_of(wanted, wanted.recipe, judge, data).tasks
+    most = "all" if wanted.recipe.answer.limit is None else f"at most {wanted.recipe.answer.limit}"
+    modes = ", ".join(wanted.recipe.answer.modes)
+    lines = [
+        f"judged   {task.task} by {task.judge or judge}: {most} questions of {task.file} in each of {modes}"
+        for task in tasks
+    ]
+    left = [task for task in wanted.tasks if task not in {task.task for task in tasks}]
+    if left:
+        lines.append(f"left out {', '.join(left)}: ratings, which '{judge}' cannot give; give --judge llm:MODEL")
+    return lines
+
+
+def _hours(seconds: float | None) -> str:
+    return (
+        "not known" if seconds is None else f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+    )

@@ -1,0 +1,54 @@
+"""What the measures come to: the project's bars, and everything as a table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mote.experiments.bench.timing import paired
+from mote.experiments.bench.variants import CONTROL, FAST, REFERENCE
+
+JUDGED, GATED = "mote-4x16", "token-gated"
+AT_MOST = {"training step": 1.0, "decoding one row": 1.0, "peak memory": 1.02}  # step experts over plain LoRA
+AT_LEAST = {"training step": 1.8}  # token-gated over step experts
+
+
+def bars(measures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The project's bars, as far as they were measured; a median decides, its quartiles stand beside it."""
+    found = []
+    for name, measure in measures.items():
+        rounds = {variant: row["rounds"] for variant, row in measure["variants"].items()}
+        what = name.removesuffix(", compiled")
+        for one, other, kind, limits in (
+            (JUDGED, REFERENCE, "at_most", AT_MOST),
+            (JUDGED, REFERENCE + FAST, "at_most", AT_MOST),
+            (GATED, JUDGED, "at_least", AT_LEAST),
+            (GATED + FAST, JUDGED, "at_least", AT_LEAST),
+        ):
+            if what in limits and one in rounds and other in rounds:
+                ratio, limit = paired(rounds[one], rounds[other]), limits[what]
+                met = ratio["median"] <= limit if kind == "at_most" else ratio["median"] >= limit
+                found.append({"bar": f"{name}: {one} over {other}", kind: limit, "ratio": ratio, "met": met})
+    return found
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """All measures and bars as text."""
+    lines = []
+    for name, measure in result["measures"].items():
+        lines += [
+            f"{name} ({measure['unit']})",
+            f"  {'':<20}{'median':>10}{'ratio':>8}  {'quartiles':<16}{'over base':>9}",
+        ]
+        for variant, row in measure["variants"].items():
+            number = f"{row['median']:.4f}" if measure["unit"] == "s" else f"{row['median']:.1f}"
+            quartiles = f"{row['ratio']['lower']:.3f} to {row['ratio']['upper']:.3f}" if len(row["rounds"]) > 1 else ""
+            over = f"{row['over_base']['median'] - 1:+.1%}" if "over_base" in row else ""
+            note = "  A/A control" if variant == CONTROL else ""
+            ratio = row["ratio"]["median"]
+            lines.append(f"  {variant:<20}{number:>10}{ratio:>8.3f}  {quartiles:<16}{over:>9}{note}".rstrip())
+        lines.append("")
+    lines += [f"not measured: {f['measure']} of {f['variant']} ({f['reason']})" for f in result["failures"]]
+    for bar in result["bars"]:
+        limit = f"at most {bar['at_most']:.2f}" if "at_most" in bar else f"at least {bar['at_least']:.2f}"
+        verdict = "met" if bar["met"] else "NOT MET"
+        lines.append(f"{verdict:<8} {bar['bar']}: {bar['ratio']['median']:.3f} ({limit})")
+    return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""Held-out loss after masked passes, and after as many over the seven data sets of the same chains."""
+
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mote.experiments.bench.chains import STEPS, Ground
+from mote.experiments.bench.skipping import Pass, batches, on_device, seven
+from mote.experiments.bench.timing import say
+from mote.experiments.bench.trainers import with_experts
+from mote.tokens.encode import IGNORED, Tokens
+from mote.tokens.masks import document_mask, skip_chances
+from mote.tokens.packing import ChainDataset, collate
+
+LEARNING_RATE = 5e-4  # the quickstart's, and as there it falls linearly to 0
+CHAINS = 2  # of an update: the quickstart's too
+DRAWS = {  # skip_p and views of each masked arm
+    "skip_p 0.2": (0.2, 1),
+    "skip_p 0.5": (0.5, 1),
+    "skip_p 0.5, two views": (0.5, 2),
+}
+
+
+def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: int) -> dict[str, Any]:
+    """Train all arms from the same start on the same chains in the same order, once for each seed.
+
+    An update of a masked arm is on masked chains, drawn anew in each epoch; of the other, on the seven data sets' rows
+    of the same chains. All are trained on `chains` chains, or on as many as leave a third of them. The loss is that of
+    the text and end markers of held-out chains in all their seven forms: start markers are left out, since the arms are
+    taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
+
+    Returns:
+        Losses by arm and seed, before and after, of all forms and of the whole chains alone; the ratios of both of each
+        masked arm.
+    """
+    rows = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
+    arms: dict[str, tuple[float, int] | None] = {**DRAWS, "seven": None}
+    losses: dict[str, list[list[float]]] = {name: [] for name in ("before", *arms)}
+    count = min(chains, 2 * len(rows) // 3)
+    for seed in seeds:
+        order = random.Random(seed).sample(rows, len(rows))
+        train, held = order[:count], order[count:]
+        shuffled = [random.Random(f"{seed} {epoch}").sample(train, count) for epoch in range(epochs)]
+        for arm, draws in arms.items():
+            say(f"held-out loss: seed {seed}, {arm}")
+            torch.manual_seed(seed)
+            model = with_experts(ground, ground.config, False)
+            if len(losses["before"]) == len(losses["seven"]):
+                losses["before"].append(_held_out(model, ground, held))
+            _train(model, ground, shuffled, draws, seed)
+            losses[arm].append(_held_out(model, ground, held))
+            say(f"held-out loss: seed {seed}, {arm}: {losses[arm][-1][0]}")
+    return {
+        "seeds": list(seeds),
+        "chains": {"trained on": count, "held out": len(rows) - count},
+        "epochs": epochs,
+        "updates": len(range(0, count, CHAINS)) * epochs,
+        "learning_rate": LEARNING_RATE,
+        "loss of all forms, of whole chains": losses,
+        "draws": {name: _ratios(losses[name], losses["seven"]) for name in DRAWS},
+    }
+
+
+def _ratios(masked: list[list[float]], seven: list[list[float]]) -> dict[str, Any]:
+    pairs = list(zip(masked, seven, strict=True))
+    ratios, of_whole = ([one[kind] / other[kind] for one, other in pairs] for kind in (0, 1))
+    return {
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "median": round(statistics.median(ratios), 4),
+        "ratios of whole chains": [round(ratio, 4) for ratio in of_whole],
+        "median of whole chains": round(statistics.median(of_whole), 4),
+    }
+
+
+def _train(
+    model: Any, ground: Ground, epochs: Sequence[Sequence[Tokens]], draws: tuple[float, int] | None, seed: int
+) -> None:
+    """Train on the chains of each epoch, in their order: masked with such draws, or on all their forms."""
+    forms = {id(chain): [chain] if draws else seven(chain) for chain in epochs[0]}
+    skip_p, views = draws or (0.0, 1)
+    places, rows = {}, list[Tokens]()
+    for chain, its in forms.items():
+        places[chain] = range(len(rows), len(rows) + len(its))
+        rows += its
+    data = ChainDataset(rows, skip_chances(skip_p, {}, STEPS), seed, views=views)
+    step = Pass(model, [], document_mask)
+    [group] = step.optimizer.param_groups
+    updates = [(epoch, chains[i : i + CHAINS]) for epoch, chains in enumerate(epochs)
+               for i in range(0, len(chains), CHAINS)]  # fmt: skip
+    for index, (epoch, chains) in enumerate(updates):
+        data.set_epoch(epoch)
+        drawn = [[data[place][0] for place in places[id(chain)]] for chain in chains]
+        step.batches = [on_device(collate(drawn, ground.tokenizer.pad_token_id), ground.model.device)]
+        group["lr"] = LEARNING_RATE * (1 - index / len(updates))
+        step()
+
+
+@torch.no_grad()
+def _held_out(model: Any, ground: Ground, rows: Sequence[Tokens]) -> list[float]:
+    """Mean loss of text and end markers, over all forms of the rows and over the rows themselves."""
+    model.eval()
+    starts = torch.tensor([start for start, _ in ground.config.markers.values()], device=ground.model.device)
+    totals = []
+    for forms in ([form for row in rows for form in seven(row)], rows):
+        drawn = batches(forms, 0.0, 1024, 1, ground.tokenizer.pad_token_id, ground.model.device)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in drawn:
+            batch.pop("question_experts")
+            losses: Tensor = Pass(model, [], document_mask).losses(batch)
+            labels = batch["labels"][:, 1:]
+            counted = (labels != IGNORED) & ~torch.isin(labels, starts)
+            sums += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()
+        totals.append(round(float(sums[0] / sums[1]), 5))
+    return totals

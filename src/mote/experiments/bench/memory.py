@@ -1,0 +1,50 @@
+"""Peak memory of training on a CPU, in a process of its own: a module, run with settings and a name."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from mote.core.errors import MoteError
+from mote.core.machine import resident_peak_mb
+
+
+def peak_mb_apart(settings: dict[str, Any], name: str, module: str = "mote.experiments.bench.memory") -> float:
+    """Peak MB of a fresh process that runs a module, which prints it.
+
+    Args:
+        settings: What the module reads as its first argument, as JSON.
+        name: What it trains, its second one.
+        module: This one loads the base model, adds a variant of `mote bench experts` and makes two training steps.
+
+    Raises:
+        MoteError: The process failed.
+    """
+    command = [sys.executable, "-m", module, json.dumps(settings), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        raise MoteError(f"bench: peak memory of {name} could not be measured ({reason}); free memory and run again")
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """Measure and print the number."""
+    import torch
+
+    from mote.experiments.bench.measures import Training, make_batch
+    from mote.experiments.bench.settings import Settings, load_model
+    from mote.experiments.bench.variants import build
+
+    settings = Settings(**json.loads(sys.argv[1]))
+    torch.set_num_threads(settings.threads)
+    base = load_model(settings)
+    batch = make_batch(settings.rows, settings.length, base.config.vocab_size, settings.device)
+    training = Training(build(sys.argv[2], base, settings.checkpointing), batch)
+    training()
+    training()
+    print(round(resident_peak_mb(), 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Whole epochs of training: ours and TRL's `SFTTrainer` with plain LoRA, on the same chains.
+
+Run as a module, with settings and a name, it prints the peak memory of one of them.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PrinterCallback, TrainerCallback
+
+from mote.core.errors import UserError
+from mote.core.machine import peak_memory_mb
+from mote.core.recipe import Recipe
+from mote.experiments.bench.chains import STEPS, Ground, prepare
+from mote.experiments.bench.measures import synchronize
+from mote.experiments.bench.variants import share
+from mote.models.linear import speed_up
+from mote.tokens.encode import IGNORED
+from mote.tokens.masks import block_mask, document_mask, skip_chances
+from mote.tokens.packing import ChainDataset, collate
+from mote.train import MoteTrainer, training_arguments
+from mote.tuner import MoteConfig
+
+PADDED, PACKED = "mote, padded", "mote, packed"
+SFT_PADDED, SFT_PACKED = "SFTTrainer, padded", "SFTTrainer, packed"
+SFT_AGAIN = "SFTTrainer, padded again"
+ARMS = (SFT_PADDED, SFT_AGAIN, SFT_PACKED, PADDED, PACKED)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides the numbers of a training.
+
+    Attributes:
+        batch: Rows of an update, one chain each; packed rows hold several, so that there are fewer of them.
+        length: Of packed rows.
+        skip_p: Chance that a later step may not see an earlier one.
+        device: Where it runs.
+        checkpointing: Whether blocks are computed again in the backward pass.
+    """
+
+    batch: int
+    length: int
+    skip_p: float
+    device: str
+    checkpointing: bool
+
+    def rows_per_batch(self, ground: Ground, packed: bool) -> int:
+        """Rows of an update: packed ones hold about as many tokens as `batch` chains do."""
+        if not packed:
+            return self.batch
+        mean = sum(len(row.ids) for row in ground.rows) / len(ground.rows)
+        return max(1, round(self.batch * mean / self.length))
+
+    def settings(self, folder: str, rows: int) -> dict[str, Any]:
+        """Of both trainers alike."""
+        return {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": rows,
+            "learning_rate": 1e-5,
+            "gradient_checkpointing": self.checkpointing,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+
+
+class Epoch:
+    """One epoch of a trainer, again with each call."""
+
+    def __init__(self, trainer: Any, tokens: int) -> None:
+        self.trainer, self.tokens, self.clock = trainer, tokens, _Clock()
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self.clock)
+
+    def __call__(self) -> float:
+        """Real tokens a second, from the first batch to the last update."""
+        self.trainer.train()
+        return self.tokens / self.clock.seconds
+
+
+class _Clock(TrainerCallback):
+    began = seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        synchronize()
+        self.began = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        synchronize()
+        self.seconds = time.perf_counter() - self.began
+
+
+def build(name: str, ground: Ground, given: Training) -> Epoch:
+    """A trainer of one of `ARMS` on the ground's chains."""
+    packed = name in (PACKED, SFT_PACKED)
+    made = (_mote if name in (PADDED, PACKED) else _sft)(ground, given, packed)
+    return Epoch(made, sum(len(row.ids) for row in ground.rows))
+
+
+def with_experts(ground: Ground, config: MoteConfig, flex: bool) -> Any:
+    """The base model with step experts and the markers' trained rows."""
+    torch.manual_seed(0)
+    base = share(ground.model, PADDED)
+    speed_up(base)
+    model = get_peft_model(base, config)
+    if flex:
+        model.get_base_model().set_attn_implementation("flex_attention")
+    return model
+
+
+def _mote(ground: Ground, given: Training, packed: bool) -> MoteTrainer:
+    flex = given.device.startswith("cuda")
+    folder = tempfile.mkdtemp()
+    settings = given.settings(folder, given.rows_per_batch(ground, packed))
+    arguments = training_arguments(Recipe.model_validate({"train": settings}), Path(folder), False, given.device)
+    trainer = MoteTrainer(
+        model=with_experts(ground, ground.config, flex),
+        args=arguments,
+        train_dataset=ChainDataset(
+            ground.rows, skip_chances(given.skip_p, {}, STEPS), 0, given.length if packed else None
+        ),
+        data_collator=lambda batch: collate(batch, ground.tokenizer.pad_token_id),
+    )
+    assert ground.config.routing is not None
+    trainer.markers, trainer.expert_names, trainer.marker_learning_rate = ground.config.routing, STEPS, None
+    trainer.make_mask = block_mask if flex else document_mask
+    return trainer
+
+
+def _sft(ground: Ground, given: Training, packed: bool) -> Any:
+    """TRL's trainer with its own loss, its own packing where rows are packed, and the model as transformers loads it.
+
+    On a GPU it computes in bfloat16 by autocast, its default, since PEFT keeps adapters in float32.
+    """
+    try:
+        from datasets import Dataset
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
+    except ImportError as error:
+        raise UserError(
+            "only: TRL is not installed; `pip install trl`, or leave 'trainers' and 'memory' out"
+        ) from error
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    folder, on_gpu = tempfile.mkdtemp(), given.device.startswith("cuda")
+    arguments = SFTConfig(
+        **given.settings(folder, given.rows_per_batch(ground, packed)),
+        output_dir=folder,
+        report_to="none",
+        max_length=given.length,
+        packing=packed,
+        completion_only_loss=True,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+    )
+    torch.manual_seed(0)
+    rows = [
+        {"input_ids": row.ids, "completion_mask": [int(label != IGNORED) for label in row.labels]}
+        for row in ground.rows
+    ]
+    return SFTTrainer(
+        model=share(ground.model, SFT_PADDED),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=ground.tokenizer,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def main() -> None:
+    """Train one epoch, and print the peak memory in MB."""
+    settings, name = json.loads(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(settings["threads"])
+    chains = settings["chains"] and Path(settings["chains"])
+    ground = prepare(settings["model"], settings["shape"], settings["device"], settings["dtype"], chains,
+                     settings["count"])  # fmt: skip
+    build(name, ground, Training(**settings["training"]))()
+    print(peak_memory_mb())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What is compared: one base model, and on it each way to have one or several LoRA experts.
+
+All variants share the base's frozen weights in memory; only what they add is their own. Step experts are on a base as
+`mote.load` gives it, the others on one as transformers gives it; those called fast have what `mote.load` gives.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from mote.experiments.bench.rivals import GatheredLinear, MaskedLinear, add_split_experts
+from mote.models.linear import speed_up
+from mote.tuner import MoteConfig
+from mote.tuner.token_gated import TokenGatedConfig, gate_loss
+
+BASE = "base"
+REFERENCE = "lora-32"  # the plain LoRA that is active with the rank of one step and the shared expert
+CONTROL = "lora-32-again"
+FAST = "-fast"
+RANK = 16
+STEPS = ("analysis", "guidance", "response")
+
+
+@dataclass
+class Variant:
+    """A model to measure.
+
+    Attributes:
+        model: What a user would call.
+        causal: The transformers model in it.
+        takes_steps: Whether it is told the step of each token.
+        starts: Ids of the start markers of the steps, where they are trained.
+        extra_loss: What is added to the model's own loss.
+    """
+
+    model: Any
+    causal: Any
+    takes_steps: bool = False
+    starts: tuple[int, ...] = ()
+    extra_loss: Callable[[], Tensor] | None = None
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def mote_config(**changes: Any) -> MoteConfig:
+    """Four experts of rank 16: three steps and the shared one."""
+    return MoteConfig(**{"r": RANK, "lora_alpha": 2 * RANK, "experts": STEPS, **changes})
+
+
+def _base(base: Any) -> Variant:
+    base.requires_grad_(False)
+    base.enable_input_require_grads()  # gradients go through all layers, as in training, and end at the embeddings
+    return Variant(base, base)
+
+
+def _lora(rank: int) -> Callable[[Any], Variant]:
+    def build(base: Any) -> Variant:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return Variant(get_peft_model(base, config, autocast_adapter_dtype=False), base)
+
+    return build
+
+
+def _mote(base: Any) -> Variant:
+    return Variant(get_peft_model(base, mote_config(), autocast_adapter_dtype=False), base, takes_steps=True)
+
+
+def _mote_with_markers(base: Any) -> Variant:
+    first = base.config.vocab_size
+    markers = {name: [first + 2 * i, first + 2 * i + 1] for i, name in enumerate(STEPS)}
+    config = mote_config(markers=markers, vocab_size=first + 2 * len(STEPS))
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    return Variant(model, base, takes_steps=True, starts=tuple(start for start, _ in markers.values()))
+
+
+def _masked(base: Any) -> Variant:
+    return Variant(add_split_experts(base, mote_config(), MaskedLinear), base, takes_steps=True)
+
+
+def _gathered(base: Any) -> Variant:
+    return Variant(add_split_experts(base, mote_config(), GatheredLinear), base, takes_steps=True)
+
+
+def _token_gated(dispatch: Any) -> Callable[[Any], Variant]:
+    def build(base: Any) -> Variant:
+        config = TokenGatedConfig(r=RANK, lora_alpha=2 * RANK, gated_experts=len(STEPS) + 1, dispatch=dispatch)
+        model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        return Variant(model, base, extra_loss=lambda: gate_loss(model))
+
+    return build
+
+
+BUILDERS: dict[str, Callable[[Any], Variant]] = {
+    BASE: _base,
+    "lora-16": _lora(16),
+    REFERENCE: _lora(32),
+    CONTROL: _lora(32),
+    "lora-64": _lora(64),
+    "mote-4x16": _mote,
+    "mote-4x16-markers": _mote_with_markers,
+    "peft-4-masks": _masked,
+    "gathered-segments": _gathered,
+    "token-gated": _token_gated("gather"),
+    "token-gated-dense": _token_gated("dense"),
+    BASE + FAST: _base,
+    REFERENCE + FAST: _lora(32),
+    "token-gated" + FAST: _token_gated("gather"),
+}
+SPED_UP = ("mote-4x16", "mote-4x16-markers")  # and those called fast
+GROWS = ("mote-4x16-markers",)  # have an embedding of their own
+UNCOMPILED = ("token-gated", "token-gated-fast")  # the sizes in its graph depend on the data
+
+
+def build(name: str, base: Any, checkpointing: bool = False) -> Variant:
+    """Put a variant on a base model, in place; nothing that it adds is zero, which some GPUs multiply faster."""
+    if name in SPED_UP or name.endswith(FAST):
+        speed_up(base)
+    torch.manual_seed(0)
+    variant = BUILDERS[name](base)
+    for parameter in variant.trained():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=1e-3)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return variant
+
+
+def share(base: Any, name: str) -> Any:
+    """A copy of the base model for a variant, whose frozen weights are the same tensors."""
+    kept = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    if name in GROWS:
+        for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+            kept.pop(id(layer.weight), None)
+    return copy.deepcopy(base, kept)

@@ -1,0 +1,67 @@
+"""Chains -> one HTML page to read them by filter, which loads nothing from anywhere.
+
+The rows stand in the page as data and are shown a few at a time, so that tens of thousands stay usable.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mote.chains.stats import _OUTCOMES, PAPER_SHARES, WHOLE, ChainStats, chains_file
+from mote.core.errors import UserError
+from mote.core.files import write_atomic
+from mote.core.records import ChainRow, iter_rows
+from mote.report import pages
+
+
+def write_page(path: Path, out: Path) -> None:
+    """Write the page of a file of chains, or of the one in a run folder.
+
+    Raises:
+        UserError: There are no chains, or one row is damaged.
+        MoteError: The disk refused the page.
+    """
+    file = chains_file(path)
+    rows = [_compact(row) for row in iter_rows(file, ChainRow)]
+    if not rows:
+        raise UserError(f"chains: {file} holds no chains; make some with `mote chains`")
+    page = pages.render(
+        "chains.html.j2",
+        styles=("report.css.j2", "browse.css.j2", "chains.css.j2"),
+        scripts=("browse.js.j2", "chains.js.j2"),
+        name=f"{file.parent.resolve().name}/{file.name}",
+        total=len(rows),
+        rows=rows,
+    )
+    write_atomic(out, page)
+
+
+def _compact(row: ChainRow) -> dict[str, Any]:
+    """What the page shows of a chain; the script knows these names."""
+    return {
+        "id": row.id,
+        "kind": row.kind,
+        "source": row.source,
+        "turns": [[message.role, message.content] for message in row.messages],
+        "steps": [[step.name, step.text] for step in row.steps],
+        "verdict": row.rejected or ("accepted" if row.safe else "unsafe"),
+        "checks": [[check.depth, check.safe, check.score, check.answer] for check in row.checks],
+        "model": row.model,
+        "tokens": [row.tokens.made, row.tokens.kept, row.tokens.read],
+        "seconds": row.seconds,
+    }
+
+
+def plots_of(stats: ChainStats) -> list[str]:
+    """The shares beside the paper's, the outcomes of each depth, the lengths and the tokens, as SVG elements."""
+    from mote.report import plots
+
+    depths = {" > ".join(row.steps): {kind: getattr(row, kind) for kind in _OUTCOMES} for row in stats.depths}
+    drawn = [plots.outcomes(depths)]
+    if stats.texts:
+        steps = [text for text in stats.texts if text.name != WHOLE]
+        drawn.insert(0, plots.shares({text.name: text.share for text in steps}, PAPER_SHARES))
+        drawn.append(plots.lengths({text.name: (text.words.median, text.words.p90) for text in stats.texts}))
+    each = {"read": stats.cost.read_each, "written": stats.cost.tokens_each}
+    if known := {name: count for name, count in each.items() if count}:
+        drawn.append(plots.spent(known))
+    return drawn

@@ -1,0 +1,121 @@
+"""`report.json` and one `report.html` that loads nothing from anywhere.
+
+Shows what `summary` counted and reads no file of the run itself.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from mote.chains.stats import PAPER_SHARES
+from mote.core.files import write_atomic, write_json
+from mote.report import eval_plots, pages, plots
+from mote.report.evaluation import Evaluation
+from mote.report.names import is_safety, named
+from mote.report.sample import as_rows, sample
+from mote.report.summary import Report, in_order, summarise
+from mote.report.tables import boards, by_technique, by_type, class_shares
+
+SHOWN = 500  # questions side by side; a page with more of them is slow to open and nobody reads it
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Write `report.json` and `report.html` into a run folder.
+
+    Args:
+        folder: The run folder; any of its files may still be missing.
+
+    Returns:
+        The content of `report.json`: the same keys every time, None or empty where a part is missing.
+
+    Raises:
+        UserError: The folder holds no part of a run, or one of its files is damaged.
+        MoteError: The disk refused the report.
+    """
+    report = summarise(folder)
+    content = report.model_dump(mode="json")
+    write_atomic(folder / "report.html", render(report))
+    write_json(folder / "report.json", content)
+    return content
+
+
+def render(report: Report) -> str:
+    """The report as one HTML page; the same report gives the same page."""
+    return pages.render(
+        "report.html.j2",
+        styles=("report.css.j2", "browse.css.j2", "eval.css.j2"),
+        scripts=("browse.js.j2", "report.js.j2", "judged.js.j2"),
+        report=report,
+        plots={name: Markup(svg) for name, svg in _plots(report).items()},
+        paper=PAPER_SHARES,
+        shown=SHOWN,
+        labels=_labels(report),
+        written=in_order(tuple(row.tokens) for row in report.answers),
+        named=named,
+        **_judged(report),
+    )
+
+
+def _plots(report: Report) -> dict[str, str]:
+    drawn = {}
+    if report.chains and report.chains.shares:
+        drawn["shares"] = plots.shares(report.chains.shares, PAPER_SHARES)
+    if report.training and (report.training.curve or report.training.held_out_curve):
+        drawn["losses"] = plots.losses(report.training.curve, report.training.held_out_curve)
+    if report.answers:
+        bars = [row.tokens | {"no step": row.tokens_of_no_step} for row in report.answers]
+        drawn["tokens"] = plots.tokens(dict(zip(_labels(report), bars, strict=True)))
+    return drawn
+
+
+def _judged(report: Report) -> dict[str, Any]:
+    """What the evaluation's part of the page needs; nothing where there is none."""
+    evaluation = report.evaluation
+    if evaluation is None:
+        return {"curves": [], "classes": [], "boards": [], "techniques": [], "types": [], "sample": None, "rows": []}
+    chosen = sample(report.judged, evaluation.columns)
+    return {
+        "curves": [Markup(svg) for svg in _curves(evaluation)],
+        "classes": [Markup(svg) for svg in _classes(evaluation)],
+        "boards": boards(evaluation),
+        "techniques": by_technique(evaluation),
+        "types": by_type(evaluation),
+        "sample": chosen,
+        "rows": {
+            "columns": [" · ".join(column) for column in evaluation.columns],
+            "systems": [system for system, _ in evaluation.columns],
+            "prompts": as_rows(chosen),
+        },
+    }
+
+
+def _curves(evaluation: Evaluation) -> list[str]:
+    systems = [system.name for system in evaluation.systems]
+    found = dict.fromkeys((point.task, point.metric) for point in evaluation.curve if is_safety(point.metric))
+    return [
+        eval_plots.curve(
+            [point for point in evaluation.curve if (point.task, point.metric) == (task, metric)],
+            systems,
+            f"curve{number}",
+            f"{named(metric).title} ({task})",
+            rated=False,
+        )
+        for number, (task, metric) in enumerate(found)
+    ]
+
+
+def _classes(evaluation: Evaluation) -> list[str]:
+    titles = {"benign": "Safe prompts", "harmful": "Unsafe prompts"}
+    return [
+        eval_plots.classes(
+            {" · ".join(name): of_name for name, of_name in shares.items()}, f"classes-{kind}", titles.get(kind, kind)
+        )
+        for kind, shares in class_shares(evaluation).items()
+    ]
+
+
+def _labels(report: Report) -> list[str]:
+    """What a column of answers is called: its mode, and its system where there are several."""
+    several = len({row.system for row in report.answers}) > 1
+    return [f"{row.system} · {row.mode}" if several else row.mode for row in report.answers]

@@ -1,0 +1,92 @@
+"""Chats -> ids for vLLM: special tokens come from the chat template alone, as in `mote.tokens.encode.encode_prompt`.
+
+vLLM renders a chat to text and tokenises that, so that a user's `<|im_start|>` would begin a turn. The markers are out
+of reach in any case, since the folder's tokenizer has no text for them.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.hf import HfRenderer
+
+from mote.core.scheme import BASE
+from mote.serve.vllm.folder_config import Served
+from mote.tokens.encode import encode_dialogue
+
+
+class StepRenderer(HfRenderer):
+    """vLLM's renderer with a guarded tokenizer, and with the base model as a mode."""
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        super().__init__(config, guard(tokenizer))
+        self.served = Served.model_validate(config.model_config.hf_config.mote)
+
+    def render_messages(self, messages: Any, params: Any) -> Any:
+        """The chat as vLLM has parsed it, and its ids."""
+        conversation, prompt = super().render_messages(messages, params)
+        return conversation, self._of_mode(prompt, params)
+
+    async def render_messages_async(self, messages: Any, params: Any) -> Any:
+        """The same, in vLLM's thread pool."""
+        conversation, prompt = await super().render_messages_async(messages, params)
+        return conversation, self._of_mode(prompt, params)
+
+    def _of_mode(self, prompt: Any, params: Any) -> Any:
+        if params.chat_template_kwargs.get("mode") != BASE:
+            return prompt
+        opening, twin = self.served.opening
+        ids = prompt["prompt_token_ids"]
+        if ids[0] != opening:
+            raise VLLMValidationError("mode='base': the chat template does not begin as the exported one does")
+        return {**prompt, "prompt_token_ids": [twin, *ids[1:]]}
+
+    def validate_token_ids(self, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
+        """Refuse ids that are out of vocabulary, and step markers: only the model writes these.
+
+        Raises:
+            VLLMValidationError: There are some.
+        """
+        super().validate_token_ids(token_ids, parameter=parameter)
+        reserved, twin = self.served.reserved, self.served.opening[1]
+        found = reserved.intersection(token_ids[1:]) | (reserved - {twin}).intersection(token_ids[:1])
+        if found:
+            raise VLLMValidationError(
+                f"Token ids {sorted(found)} are step markers; only the model writes them", parameter=parameter
+            )
+
+
+def guard(tokenizer: Any) -> Any:
+    """A copy of a tokenizer whose `apply_chat_template` gives ids, and no special token for a user's text."""
+
+    class Guarded(type(tokenizer)):  # type: ignore[misc]
+        def apply_chat_template(
+            self, conversation: Any, tools: Any = None, tokenize: bool = True, return_dict: bool = False, **given: Any
+        ) -> Any:
+            # The template's other arguments are texts of a user as well; words and switches stay as they are.
+            texts = {name: value for name, value in given.items() if name != "chat_template" and _holds_text(value)}
+            fixed = {name: value for name, value in given.items() if name not in texts}
+
+            def render(dialogue: Any, tools: Any) -> str:
+                turns, held = dialogue
+                text: str = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **fixed, **held)
+                return text
+
+            stripped = [
+                {**turn, "content": turn["content"].strip()} if isinstance(turn.get("content"), str) else turn
+                for turn in conversation
+            ]  # as in training
+            return encode_dialogue(tokenizer, [stripped, texts], tools, render)
+
+        def __reduce__(self) -> Any:  # vLLM makes a copy for each of its threads
+            return guard, (copy.deepcopy(tokenizer),)
+
+    guarded = copy.copy(tokenizer)
+    guarded.__class__ = Guarded
+    return guarded
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether an argument of a chat template can hold more than a word."""
+    return isinstance(value, dict | list) or (isinstance(value, str) and not value.isidentifier())
