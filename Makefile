@@ -52,7 +52,7 @@ test: check  ## all of the above and the tests
 	touch $@
 
 test-vllm: .venv-vllm/.installed  ## the vLLM plugin in vLLM's CPU build, against the uncached reference
-	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m vllm $(wildcard tests/test_vllm_*.py) tests/test_engines_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m vllm $(wildcard tests/serve/test_vllm_*.py) tests/inference/test_engines_vllm.py
 
 format: install
 	$(BIN)/ruff check --fix src tests benchmarks

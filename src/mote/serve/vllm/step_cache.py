@@ -21,38 +21,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from mote.serve.vllm.chunk_steps import chunk_steps, event_table
 from mote.serve.vllm.folder_config import Served
-from mote.tokens.routing import QUESTION, Markers
-
-_NONE = -1  # a token that opens nothing
-
-
-def event_table(markers: Markers, vocab_size: int) -> Tensor:
-    """What each token opens (V,) int8: a step, the question, or nothing."""
-    table_V = torch.full((vocab_size,), _NONE, dtype=torch.int8)
-    table_V[list(markers.turns)] = QUESTION
-    for step, start in enumerate(markers.starts, QUESTION + 1):
-        table_V[start] = step
-    return table_V
-
-
-def chunk_steps(ids_T: Tensor, first_T: Tensor, before_T: Tensor, events_V: Tensor) -> Tensor:
-    """Steps of the tokens of a batch.
-
-    Args:
-        ids_T: Token ids, one chunk behind the other.
-        first_T: Index of the first token of each token's chunk.
-        before_T: Step of the token before each token's chunk; the question where none is.
-        events_V: From `event_table`.
-
-    Returns:
-        Steps (T,) of the dtype of `before_T`: that of the last marker at or before a token in its own chunk, else the
-        one before the chunk.
-    """
-    event_T = events_V[ids_T]
-    index_T = torch.arange(len(ids_T), device=ids_T.device)
-    last_T = torch.where(event_T != _NONE, index_T, -1).cummax(0).values
-    return torch.where(last_T >= first_T, event_T[last_T.clamp_min(0)].to(before_T.dtype), before_T)
+from mote.tokens.routing import QUESTION
 
 
 @dataclass

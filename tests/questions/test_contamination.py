@@ -1,0 +1,72 @@
+"""Which questions stand in an evaluation set, by runs of words and, of short rows, as a whole."""
+
+import pytest
+from support.paths import UPSTREAM
+
+from mote.core.records import Message, Question
+from mote.questions.contamination import Evaluation, split_contaminated
+from mote.questions.load import load_questions
+
+LONG = "Write a letter to my landlord that says the heating has been broken since the first of March"
+
+
+def ask(name: str, *turns: str) -> Question:
+    roles = ["user", "assistant"] * len(turns)
+    return Question.model_validate(
+        {"id": name, "messages": [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]}
+    )
+
+
+def test_a_shared_run_is_found_wherever_it_stands() -> None:
+    evaluation = Evaluation([ask("e1", LONG), ask("e2", "Kill a Python process")], run=8)
+    inside = "My flat is cold. Please WRITE a letter, to my landlord: that says the heating is fine."
+    assert evaluation.row_like(ask("t", inside)) == "e1"
+    assert evaluation.row_like(ask("t", "Hello", "Hello! What is it?", inside)) == "e1"
+    assert evaluation.row_like(ask("t", inside, "Done.", "Thank you")) == "e1"
+    assert evaluation.row_like(ask("t", "Write a letter to my landlord, who says it is cold")) is None  # seven words
+    assert evaluation.row_like(ask("t", "Hello", inside, "And then?")) is None  # an assistant's words
+
+
+def test_a_short_row_counts_as_a_whole_only() -> None:
+    evaluation = Evaluation([ask("short", "How do I kill a Python process?"), ask("hi", "hi", "Hello!", "why?")], run=8)
+    assert evaluation.row_like(ask("t", "how do i  KILL a python process")) == "short"
+    assert evaluation.row_like(ask("t", "Hello", "Yes?", "How do I kill a Python process?")) == "short"
+    assert evaluation.row_like(ask("t", "How do I kill a Python process on Windows?")) is None
+    assert evaluation.row_like(ask("t", "hi", "Good morning.", "Why?")) == "hi"
+    assert evaluation.row_like(ask("t", "why?")) is None and evaluation.row_like(ask("t", "hi")) is None
+
+
+@pytest.mark.parametrize(("words", "run"), [(3, 8), (8, 8), (10, 10), (13, 13), (40, 13)])
+def test_the_run_is_the_usual_one_for_the_sets_lengths(words: int, run: int) -> None:
+    rows = [ask(str(i), " ".join(f"w{i}x{j}" for j in range(words))) for i in range(19)] + [ask("long", "word " * 90)]
+    assert Evaluation(rows).run == run
+
+
+def test_split_keeps_order_and_names_the_row() -> None:
+    rows = [ask("a", "Why is the sky blue?"), ask("b", f"Dear model! {LONG}."), ask("c", "Who wrote Hamlet?")]
+    kept, refused = split_contaminated(iter(rows), iter([ask("e", LONG)]))
+    assert [row.id for row in kept] == ["a", "c"]
+    assert [(row.id, like) for row, like in refused] == [("b", "e")]
+
+
+def test_own_sets_are_apart() -> None:
+    _, refused = split_contaminated(load_questions("mote:train", None), load_questions("mote:test", None))
+    assert not refused
+
+
+@pytest.mark.skipif(not UPSTREAM.is_dir(), reason="the upstream files are not here")
+def test_upstream_sets_overlap_where_they_are_known_to() -> None:
+    """STAR-1 took some of its questions from HH-RLHF; a set stands in itself as a whole."""
+    star = load_questions(str(UPSTREAM / "star-1/STAR-1.json"), None)
+    hh = load_questions(str(UPSTREAM / "hh-rlhf/harmless-base.jsonl.gz"), None)
+    _, refused = split_contaminated(star, hh)
+    texts = {row.id: row.text for row in hh}
+    assert 5 < len(refused) < 30 and any(row.text == texts[like] for row, like in refused)
+    assert not split_contaminated(star, star)[0]
+
+
+def test_messages_of_a_system_do_not_count() -> None:
+    told = Question(
+        id="s", messages=(Message(role="system", content=LONG), Message(role="user", content="hello there"))
+    )
+    assert Evaluation([ask("e", LONG)], run=8).row_like(told) is None

@@ -1,0 +1,438 @@
+"""The server as its clients see it: the official client, curl, limits, errors, disconnects, its end."""
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from support.adapters import QUESTIONS, save_random_adapter
+from support.servers import ask, served, wait_until
+
+import mote
+from mote.inference.model import Limits, Model, as_question
+from mote.serve.server import Server
+
+MODES = ["adaptive", "direct", "analysis", "full", "base"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    adapter = save_random_adapter(tiny, tmp_path_factory.mktemp("adapter"))
+    return mote.load(str(tiny), adapter, device="cpu", batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def running(model: Model) -> Iterator[tuple[str, Server]]:
+    with served(model) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def address(running: tuple[str, Server]) -> str:
+    return running[0]
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def reasoning_of(answer: Any) -> str:
+    return "\n\n".join(step.text for step in answer.steps if step.name != "response" and step.text)
+
+
+# --- the official client
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_official_client_gets_the_model_s_answer(client: openai.OpenAI, model: Model, mode: str) -> None:
+    expected = model.answer(QUESTIONS[0], mode, max_step_tokens=8)
+    reply = client.chat.completions.create(
+        model=f"tiny:{mode}",
+        messages=[{"role": "user", "content": QUESTIONS[0]}],
+        extra_body={"max_step_tokens": 8},
+    )
+    choice, usage = reply.choices[0], reply.usage
+    assert choice.message.content == expected.answer and choice.finish_reason == expected.finish
+    assert getattr(choice.message, "reasoning_content", None) == (reasoning_of(expected) or None)
+    assert usage is not None and usage.completion_tokens == expected.tokens.total
+    assert usage.prompt_tokens + usage.completion_tokens == usage.total_tokens
+    reasoned = sum(n for step, n in expected.tokens.steps.items() if step != "response")
+    assert usage.completion_tokens_details is not None
+    assert usage.completion_tokens_details.reasoning_tokens == reasoned
+    assert reply.model == f"tiny:{mode}" and reply.id.startswith("chatcmpl-")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, model: Model, mode: str) -> None:
+    expected = model.answer(QUESTIONS[2], mode, max_step_tokens=12)
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": QUESTIONS[2]}],
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"max_step_tokens": 12, "mode": mode},
+    )
+    chunks = list(stream)
+    deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(d.delta.content or "" for d in deltas) == expected.answer
+    assert "".join(getattr(d.delta, "reasoning_content", None) or "" for d in deltas) == reasoning_of(expected)
+    assert deltas[0].delta.role == "assistant"
+    assert [d.finish_reason for d in deltas if d.finish_reason] == [expected.finish]
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == expected.tokens.total
+    told = [d.model_extra["mote"] for d in deltas if d.model_extra and "mote" in d.model_extra]
+    assert told[-1] == {"mode": mode, "steps": expected.tokens.steps}
+    assert {m["step"]: m["tokens"] for m in told if m.get("event") == "end"} == (
+        expected.tokens.steps if mode != "base" else {}
+    )
+
+
+def test_sixty_four_concurrent_requests_get_the_reference_s_answers(address: str, model: Model) -> None:
+    cases = [(f"{QUESTIONS[i % 3]} {i}", MODES[i % 5], 4 + i % 7) for i in range(64)]
+    expected = [model.answer(text, mode, max_step_tokens=most) for text, mode, most in cases]
+
+    async def all_of_them() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(
+                *(
+                    client.chat.completions.create(
+                        model=f"tiny:{mode}",
+                        messages=[{"role": "user", "content": text}],
+                        extra_body={"max_step_tokens": most},
+                    )
+                    for text, mode, most in cases
+                )
+            )
+
+    for reply, answer in zip(asyncio.run(all_of_them()), expected, strict=True):
+        message = reply.choices[0].message
+        assert message.content == answer.answer
+        assert (message.reasoning_content or "") == reasoning_of(answer)
+        assert reply.usage.completion_tokens == answer.tokens.total
+
+
+def test_several_answers_have_seeds_of_their_own(address: str, model: Model) -> None:
+    given: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
+    expected = [model.answer("safe?", "direct", max_step_tokens=6, seed=7 + i, **given).answer for i in range(3)]
+    body = ask(address, "safe?", mode="direct", n=3, seed=7, **given).json()
+    assert [choice["message"]["content"] for choice in body["choices"]] == expected
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    lines = ask(address, "safe?", mode="direct", n=3, seed=7, stream=True, **given).text.split("\n\n")
+    said = ["", "", ""]
+    for line in lines[:-2]:
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            said[choice["index"]] += choice["delta"].get("content", "")
+    assert said == expected and lines[-2:] == ["data: [DONE]", ""]
+
+
+def test_without_a_seed_every_sample_differs(address: str) -> None:
+    texts = {
+        ask(address, temperature=2, top_p=1, mode="direct", max_step_tokens=16).json()["choices"][0]["message"][
+            "content"
+        ]
+        for _ in range(4)
+    }
+    assert len(texts) > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_ends_the_response_and_frees_its_row(address: str, model: Model, stream: bool) -> None:
+    given: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seed": 3, "max_step_tokens": 40}
+    whole = model.answer(QUESTIONS[1], "full", **given)
+    stop = whole.answer[6:9]
+    assert len(stop) == 3
+    expected = whole.answer[: whole.answer.index(stop)].rstrip()
+    reply = ask(address, QUESTIONS[1], mode="full", stop=["never said", stop], stream=stream, **given)
+    if stream:
+        chunks = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line.startswith("data: {")]
+        said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+        finish = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = reply.json()["choices"][0]
+        said, finish = choice["message"]["content"], choice["finish_reason"]
+    assert (said, finish) == (expected, "stop")
+    wait_until(lambda: model.batcher.rows == (0, 0))
+
+
+def test_a_budget_in_all_holds_and_leaves_an_answer(address: str) -> None:
+    body = ask(address, mode="full", max_tokens=30, max_step_tokens=None).json()
+    assert body["usage"]["completion_tokens"] <= 30
+    assert body["choices"][0]["mote"]["steps"]["response"] > 2
+
+
+def test_models_are_one_a_mode(client: openai.OpenAI) -> None:
+    names = [entry.id for entry in client.models.list()]
+    assert names == ["tiny", "tiny:adaptive", "tiny:full", "tiny:analysis", "tiny:direct", "tiny:base"]
+    assert client.models.retrieve("tiny:full").id == "tiny:full"
+    with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
+        client.models.retrieve("other")
+
+
+def test_earlier_reasoning_is_left_out_of_the_history(address: str, model: Model) -> None:
+    history = [
+        {"role": "user", "content": "safe?"},
+        {"role": "assistant", "content": "answer", "reasoning_content": "what I thought", "refusal": None},
+        {"role": "user", "content": [{"type": "text", "text": "kill "}, {"type": "text", "text": "it"}]},
+    ]
+    plain = [{"role": "user", "content": "safe?"}, {"role": "assistant", "content": "answer"},
+             {"role": "user", "content": "kill it"}]  # fmt: skip
+    body = ask(address, history, mode="full").json()
+    assert body["choices"][0]["message"]["content"] == model.answer(plain, "full", max_step_tokens=6).answer
+    assert body["usage"]["prompt_tokens"] == len(model.request(as_question(plain), "full", Limits(6)).ids)
+
+
+def test_reasoning_can_be_left_out(address: str) -> None:
+    assert ask(address, mode="full").json()["choices"][0]["message"]["reasoning_content"]
+    assert (
+        ask(address, mode="full", include_reasoning=False).json()["choices"][0]["message"]["reasoning_content"] is None
+    )
+    streamed = ask(address, mode="full", include_reasoning=False, stream=True).text
+    assert "reasoning_content" not in streamed and '"step":"analysis"' not in streamed
+
+
+# --- curl
+
+
+def curl(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run(
+        ["curl", "-sS", "-w", "\n%{http_code}", *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    body, _, status = done.stdout.rpartition("\n")
+    return int(status), body
+
+
+def test_curl_gets_an_answer_and_a_stream(address: str) -> None:
+    body = json.dumps({"model": "tiny:direct", "messages": [{"role": "user", "content": "hi"}], "max_step_tokens": 4})
+    typed = ("-H", "Content-Type: application/json", f"{address}/v1/chat/completions")
+    status, whole = curl("-d", body, *typed)
+    assert status == 200 and json.loads(whole)["object"] == "chat.completion"
+    status, streamed = curl("-N", "-d", body[:-1] + ', "stream": true}', *typed)
+    assert status == 200 and streamed.endswith("data: [DONE]\n\n")
+    assert curl("-d", body, f"{address}/v1/chat/completions")[0] == 415
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "said"),
+    [
+        ({"tools": [{"type": "function"}]}, 422, "tools", "does not support it"),
+        ({"logprobs": True}, 422, "logprobs", "does not support it"),
+        ({"response_format": {"type": "json_object"}}, 422, "response_format", "does not support it"),
+        ({"presence_penalty": 0.5}, 422, "presence_penalty", "does not support it"),
+        ({"max_step_token": 5}, 400, "max_step_token", "did you mean 'max_step_tokens'?"),
+        ({"model": "gpt-4"}, 404, "model", "'gpt-4' is not served here; use one of ['tiny', 'tiny:base'"),
+        ({"model": "tiny:deep"}, 404, "model", "'tiny:deep' is not served here"),
+        ({"mode": "deep"}, 400, "mode", "'deep' is not a mode"),
+        ({"mode": "adaptive+check"}, 400, "mode", "needs an adapter with a trained check (train.method=four-experts)"),
+        ({"model": "tiny:adaptive+check"}, 400, "mode", "needs an adapter with a trained check"),
+        ({"model": "tiny:full", "mode": "direct"}, 400, "mode", "contradicts the model's name 'tiny:full'"),
+        ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+        ({"temperature": "warm"}, 400, "temperature", "valid number"),
+        ({"n": 9}, 400, "n", "less than or equal to 8"),
+        ({"stop": ["a"] * 5}, 400, "stop", "at most 4 items"),
+        ({"max_tokens": 3}, 400, "max_tokens", "3 is too few for the markers of mode 'adaptive'"),
+        ({"max_tokens": 5000}, 400, "max_tokens", "5000 is more than the 4096 that this server writes"),
+        ({"max_tokens": 2040, "max_step_tokens": None}, 400, "messages", "exceed the model's context of 2048"),
+        ({"max_tokens": 20, "max_completion_tokens": 30}, 400, "max_tokens", "differs from max_completion_tokens"),
+        ({"messages": []}, 400, "messages", "at least 1 item"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages", "last message must be the user's"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 422, "messages.0", "role 'tool' is not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, 422,
+         "messages.0.content", "only text is supported, not 'image_url'"),
+        ({"messages": [{"role": "user", "content": "x" * 100_001}]}, 413, "messages", "100001 characters, more than"),
+        ({"messages": [{"role": "user", "content": "kill " * 4000}]}, 400, "messages", "model's context of 2048"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_by_name(
+    address: str, fields: dict[str, Any], status: int, param: str, said: str
+) -> None:
+    reply = ask(address, **({"max_step_tokens": 6} | fields))
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (status, param) and said in error["message"], error
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_fields_that_change_nothing_are_taken(address: str) -> None:
+    plain = ask(address).json()["choices"]
+    fields: dict[str, Any] = {
+        "user": "me", "store": False, "metadata": {"a": "b"}, "tools": [], "tool_choice": "auto", "logprobs": False,
+        "response_format": {"type": "text"}, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None,
+        "parallel_tool_calls": True, "service_tier": "auto", "functions": None, "stream_options": None,
+    }  # fmt: skip
+    assert ask(address, **fields).json()["choices"] == plain
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"model": "tiny", "messages": 3}',
+             b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}']
+)  # fmt: skip
+def test_garbage_is_refused_as_json(address: str, body: bytes) -> None:
+    reply = httpx.post(
+        f"{address}/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=30
+    )
+    assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_addresses_and_methods_get_errors_as_json(address: str) -> None:
+    for reply, status in (
+        (httpx.get(f"{address}/v1/embeddings"), 404),
+        (httpx.get(f"{address}/v1/chat/completions"), 405),
+        (httpx.get(f"{address}/v1/models", headers={"host": "evil.example"}), 403),
+    ):
+        assert reply.status_code == status and reply.json()["error"]["message"]
+    assert httpx.get(f"{address}/v1/models", headers={"host": "localhost:1"}).status_code == 200
+
+
+def test_a_request_that_is_too_long_is_refused_while_it_is_read(model: Model) -> None:
+    sent = 0
+
+    def body() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(4000):
+            sent += 1 << 16
+            yield b" " * (1 << 16)
+
+    with served(model, max_request_chars=1000) as (address, _):
+        headers = {"content-type": "application/json"}
+        url = f"{address}/v1/chat/completions"
+        refused = httpx.post(url, content=b" " * (1 << 20), headers=headers, timeout=30)
+        assert refused.status_code == 413 and "bytes" in refused.json()["error"]["message"]
+        with suppress(httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):  # it may hang up before
+            # No Content-Length: the server counts.
+            assert httpx.post(url, content=body(), headers=headers, timeout=30).status_code == 413
+        assert sent < 100 << 20
+        assert ask(address).status_code == 200
+
+
+def test_a_key_is_asked_for_where_there_is_one(model: Model) -> None:
+    with served(model, api_key="sécret") as (address, _):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic x"}, {"authorization": ""}):
+            reply = httpx.get(f"{address}/v1/models", headers=headers)
+            assert reply.status_code == 401 and reply.json()["error"]["type"] == "authentication_error"
+            assert reply.headers["www-authenticate"] == "Bearer"
+            assert httpx.get(f"{address}/metrics", headers=headers).status_code == 401
+        key = {"authorization": "Bearer sécret".encode()}
+        assert httpx.get(f"{address}/v1/models", headers=key).status_code == 200
+        assert httpx.get(f"{address}/").status_code == httpx.get(f"{address}/health").status_code == 200
+        assert ask(address).status_code == 401
+
+
+def test_a_full_house_refuses_and_says_when_to_come_again(model: Model) -> None:
+    with served(model, max_running=1, max_waiting=1) as (address, _):
+        assert ask(address, n=3).status_code == 429
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(), timeout=60) as first:
+            lines = first.iter_lines()
+            next(lines)
+            with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(), timeout=60) as second:
+                more = second.iter_lines()
+                next(more)
+                refused = ask(address)
+                assert refused.status_code == 429 and refused.headers["retry-after"] == "2"
+                assert refused.json()["error"]["type"] == "rate_limit_error"
+        wait_until(lambda: model.batcher.rows == (0, 0))
+        assert ask(address).status_code == 200
+
+
+def endless(**fields: Any) -> dict[str, Any]:
+    """A request that takes seconds."""
+    body = {"model": "tiny:base", "messages": [{"role": "user", "content": "kill"}], "max_tokens": 1900, "stream": True}
+    return body | fields
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_too_long_is_cut_off(model: Model, stream: bool) -> None:
+    with served(model, timeout=0.3) as (address, _):
+        reply = httpx.post(f"{address}/v1/chat/completions", json=endless(stream=stream), timeout=60)
+        if stream:
+            assert reply.status_code == 200 and "[DONE]" not in reply.text
+            fault = json.loads(reply.text.strip().split("\n\n")[-1].removeprefix("data: "))
+        else:
+            assert reply.status_code == 504
+            fault = reply.json()
+        assert fault["error"]["message"] == "not finished within 0.3 s"
+        wait_until(lambda: model.batcher.rows == (0, 0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_row_at_once(running: tuple[str, Server], model: Model, stream: bool) -> None:
+    address, server = running
+    before = model.batcher.tokens_computed
+    if stream:
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(), timeout=60) as reply:
+            next(reply.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/chat/completions", json=endless(stream=False), timeout=0.3)
+    wait_until(lambda: model.batcher.rows == (0, 0))
+    assert model.batcher.tokens_computed - before < 1900
+    wait_until(lambda: not server.jobs._live)
+    assert 'mote_requests_total{mode="base",status="499"}' in httpx.get(f"{address}/metrics").text
+
+
+def test_a_reader_who_does_not_read_blocks_nobody(address: str) -> None:
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(), timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        assert [ask(address).status_code for _ in range(3)] == [200] * 3
+
+
+# --- health, numbers, the end
+
+
+def test_health_and_numbers(address: str) -> None:
+    def numbers() -> dict[str, float]:
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    before = numbers()
+    usage = ask(address, mode="full").json()["usage"]
+    after = numbers()
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert more('mote_requests_total{mode="full",status="200"}') == 1
+    written = sum(more(f'mote_tokens_total{{mode="full",step="{s}"}}') for s in ("analysis", "guidance", "response"))
+    assert written == usage["completion_tokens"]
+    assert more("mote_prompt_tokens_total") == usage["prompt_tokens"]
+    assert more("mote_request_seconds_count") == more("mote_first_token_seconds_count") == 1
+    assert after["mote_rows_running"] == after["mote_rows_waiting"] == 0
+
+
+def test_a_model_that_fails_is_an_error_and_the_next_request_is_answered(model: Model, address: str) -> None:
+    whole = ask(address).json()["choices"]
+    forward, model.batcher._model = model.batcher._model, None
+    try:
+        reply = ask(address)
+    finally:
+        model.batcher._model = forward
+    assert reply.status_code == 500 and "NoneType" not in reply.text
+    assert ask(address).json()["choices"] == whole
+
+
+@pytest.mark.parametrize(("grace", "finishes"), [(20.0, True), (0.0, False)])
+def test_the_end_gives_answers_their_time_and_says_what_it_cut_off(model: Model, grace: float, finishes: bool) -> None:
+    most = 200 if finishes else 1900
+    with served(model, grace=grace) as (address, server):
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(max_tokens=most), timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.should_exit = True
+            rest = [line for line in lines if line]
+        wait_until(lambda: not server.servers or not server.servers[0].is_serving())
+        with pytest.raises(httpx.ConnectError):
+            ask(address)
+    if finishes:
+        assert rest[-1] == "data: [DONE]" and server.jobs.cut == 0
+    else:
+        assert "was stopped before the answer was finished" in rest[-1] and server.jobs.cut == 1
