@@ -16,7 +16,7 @@ import httpx
 import pytest
 from support import processes
 from support.adapters import save_random_adapter
-from support.commands import Fails, fails  # noqa: F401 (a fixture)
+from support.commands import Fails
 from support.docs import blocks
 from support.paths import ROOT
 from support.servers import ask, served, wait_until
@@ -86,7 +86,7 @@ def test_it_warns_where_anybody_may_use_it(tiny: Path, adapter: Path, tmp_path: 
     assert "warning" not in (tmp_path / "closed").read_text() and "secret" not in (tmp_path / "closed").read_text()
 
 
-def test_what_cannot_be_served_is_said_at_once(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_what_cannot_be_served_is_said_at_once(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = fails("serve", "--adapter", "nowhere", "--port", port)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.adapters import save_random_adapter
 from support.evals import judged, write_evals
-from support.judged_runs import arguments, data, run  # noqa: F401 (fixtures)
+from support.judged_runs import arguments
 
 from mote.core.records import read_rows
 from mote.evals.results import EvalRow
@@ -33,7 +33,7 @@ MODES = ["base · base", "ours · direct", "ours · full@3"]
 
 
 @pytest.fixture
-def reported(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def reported(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a real evaluation, agreement and report, made in a process without the browser's event loop."""
     adapter = save_random_adapter(tiny, tmp_path_factory.mktemp("adapter"))
     (data / "labels.csv").write_text(LABELS)
@@ -176,7 +176,7 @@ def test_nothing_breaks_out_of_the_data(opened: Any, tmp_path: Path) -> None:
     assert page.locator("#judged-rows h4 bdi").text_content() == f"{nasty} · base"
 
 
-def test_two_reports_on_a_phone_in_light_and_dark(run: Any, opened: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_two_reports_on_a_phone_in_light_and_dark(run: Any, opened: Any, tmp_path: Path) -> None:
     for name, label in (("a", "full_refusal"), ("b", "full_compliance")):
         rows = [judged("base", "base", "hh-harm", f"h{n}", label) for n in range(4)]
         write_evals(tmp_path / name, rows)
