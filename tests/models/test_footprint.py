@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mote.core.methods import settled
+from mote.core.methods import apply_method
 from mote.core.recipe import Recipe
 from mote.core.scheme import load_scheme
 from mote.models.memory_estimate import advice, training_bytes, weights_bytes
@@ -23,7 +23,7 @@ MEASURED: list[tuple[ModelShape, dict[str, Any], int, int, int]] = [
 
 
 def recipe(**train: Any) -> Recipe:
-    return settled(Recipe.model_validate({"train": train}), SCHEME)
+    return apply_method(Recipe.model_validate({"train": train}), SCHEME)
 
 
 def estimate(given: Recipe, shape: ModelShape, dtype: str, length: int) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import mote
 from mote.core.errors import UserError
-from mote.core.methods import METHODS, settled, steps_of
+from mote.core.methods import METHODS, apply_method, steps_of
 from mote.core.records import ChainRow
 from mote.core.scheme import CHECKED
 from mote.models.load import load_base
@@ -101,7 +101,7 @@ def test_every_method_trains_and_answers_with_the_same_call(
     assert first["method"] == method
     assert first["trained_parameters"] == sum(weight.numel() for weight in weights.values())
     shape = ModelShape(layers=2, hidden=32, intermediate=64, heads=4, kv_heads=2, vocab=1, tied=True)
-    planned = count_trainable(settled(settings, SCHEME), shape, len(steps_of(settings, SCHEME)))
+    planned = count_trainable(apply_method(settings, SCHEME), shape, len(steps_of(settings, SCHEME)))
     assert first["trained_parameters"] == planned
     assert f"{method} trains {first['trained_parameters']:,} parameters" in capsys.readouterr().err
     assert f"{first['trained_parameters']:,}" in (adapter / "README.md").read_text()
@@ -179,7 +179,7 @@ def test_built_chains_are_those_that_skipping_stands_for(tiny: Path, tmp_path: P
         assert (row.ids, row.labels) == (alone.ids, alone.labels)
     assert len(rows(tiny, "mote-built", [direct])[0]) == 1
     groups = [given, given, given]
-    trained, held = split_groups(groups, 0.34, 0, built=True)
+    trained, held = split_groups(groups, 0.34, 0, expanded=True)
     assert (len(trained), held) == (8, given[:1])
 
 
@@ -283,7 +283,7 @@ def test_the_fourth_expert_learns_verdicts_alone(tiny: Path) -> None:
         update={"checks": tuple(check.model_copy(update={"score": None}) for check in unread.checks)}
     )
     assert all(4 not in row.steps for row in rows(tiny, "four-experts", [unread])[0])
-    pairs = settled(recipe(tiny, method="four-experts", skip_p=1.0), SCHEME).train
+    pairs = apply_method(recipe(tiny, method="four-experts", skip_p=1.0), SCHEME).train
     chances = skip_chances(pairs.skip_p, pairs.skip_pairs, config.experts)
     assert not chances[4].any() and chances[3, 1] == 1
     model.train()(**batch_of(verdicts, config.experts)).loss.backward()
@@ -311,11 +311,10 @@ def test_settings_of_the_methods(tiny: Path) -> None:
     def config(method: str) -> Any:
         return mote_config(recipe(tiny, method=method), SCHEME)
 
-    kept = settled(recipe(tiny), SCHEME)
+    kept = apply_method(recipe(tiny), SCHEME)
     assert kept == recipe(tiny)
-    assert [settled(recipe(tiny, method=name), SCHEME).train.skip_p for name in METHODS if METHODS[name].skips] == [
-        0.2
-    ] * 3
+    skipping = [name for name in METHODS if METHODS[name].skips]
+    assert [apply_method(recipe(tiny, method=name), SCHEME).train.skip_p for name in skipping] == [0.2] * 3
     assert config("mote-no-share").mix == 1 and config("mote-neither").mix == 1
     assert (config("lora").total_experts, config("lora").r, config("lora-x2").r) == (1, 4, 8)
     assert config("lora").scaling(4) == config("lora-x2").scaling(8)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mote.core.methods import settled, steps_of
+from mote.core.methods import apply_method, steps_of
 from mote.core.recipe import Recipe
 from mote.core.scheme import ADAPTIVE, BASE, CHECKED, Scheme, load_scheme
 from mote.models.memory_estimate import (
@@ -124,7 +124,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     shape, shape_source = find_shape(recipe, notes)
     device, dtype = _device(recipe, notes)
     check_settings(recipe, scheme, Path("runs"))
-    recipe, steps = settled(recipe, scheme), steps_of(recipe, scheme)
+    recipe, steps = apply_method(recipe, scheme), steps_of(recipe, scheme)
     trainable = count_trainable(recipe, shape, len(steps))
     asked = _questions(recipe.questions, recipe.limit, recipe, "questions", notes)
     answered = _questions(recipe.answer.questions, recipe.answer.limit, recipe, "answer.questions", notes)

@@ -47,9 +47,9 @@ def groups_of(
             cut = chain.model_copy(update={"steps": tuple(step for step in chain.steps if step.name in steps)})
             encoded = [
                 encode_chain(tokenizer, one, replace(markers, whole_rows=False), steps)
-                for one in (shorter(cut) if method.built else [cut])
+                for one in (shorter(cut) if method.expanded else [cut])
             ]
-            group += apart(encoded[0]) if method.apart else encoded
+            group += one_row_per_step(encoded[0]) if method.separate else encoded
         if method.checks and chain.rejected is None:
             answers = {check.answer: check.safe for check in chain.checks if check.score is not None}
             passes, fails = scheme.verdicts
@@ -80,7 +80,7 @@ def shorter(chain: ChainRow) -> list[ChainRow]:
     return [chain.model_copy(update={"steps": (*some, answer)}) for some in kept]
 
 
-def apart(row: Tokens) -> Group:
+def one_row_per_step(row: Tokens) -> Group:
     """A row for each step of a chain: the text up to its end, read by this step alone, with a loss on this step."""
     group = []
     for step in sorted({step for step, label in zip(row.steps, row.labels, strict=True) if label != IGNORED}):
@@ -117,10 +117,10 @@ def _weighs(row: Tokens, weights_S: Tensor) -> bool:
     return any(weights_S[step] > 0 for step in trained)
 
 
-def split_groups(groups: Sequence[Group], share: float, seed: int, built: bool = False) -> tuple[Group, Group]:
+def split_groups(groups: Sequence[Group], share: float, seed: int, expanded: bool = False) -> tuple[Group, Group]:
     """Rows to train on and held-out rows, drawn from the seed; at least one chain to train on.
 
-    Where shorter chains were `built`, of a held-out chain only the first row counts, the chain itself: so losses are
+    Where shorter chains were `expanded`, of a held-out chain only the first row counts, the chain itself: so losses are
     those of the same text as without them.
     """
     order = list(range(len(groups)))
@@ -128,4 +128,4 @@ def split_groups(groups: Sequence[Group], share: float, seed: int, built: bool =
     count = min(round(len(groups) * share), len(groups) - 1)
     held = set(order[:count])
     kept = [row for i, group in enumerate(groups) if i not in held for row in group]
-    return kept, [row for i in sorted(held) for row in (groups[i][:1] if built else groups[i])]
+    return kept, [row for i in sorted(held) for row in (groups[i][:1] if expanded else groups[i])]

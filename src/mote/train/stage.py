@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from mote.core.errors import UserError, first_line
 from mote.core.files import writing
 from mote.core.machine import is_first_process
-from mote.core.methods import METHODS, settled, steps_of
+from mote.core.methods import METHODS, apply_method, steps_of
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import Scheme
@@ -58,7 +58,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
         UserError: No chain to train on, or a setting that `TrainingArguments` refuses.
     """
     config, steps = mote_config(recipe, scheme), steps_of(recipe, scheme)
-    recipe = settled(recipe, scheme)
+    recipe = apply_method(recipe, scheme)
     settings = recipe.train
     speed_up(base.model)
     add_markers(base.tokenizer, config, base.model)
@@ -82,7 +82,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
             f"chains: none of the {len(chains)} chains can be trained on (safe, not rejected, at most "
             f"{settings.max_length} tokens); make more, or lower chains.threshold"
         )
-    train_rows, held_out = split_groups(groups, settings.held_out, recipe.seed, METHODS[settings.method].built)
+    train_rows, held_out = split_groups(groups, settings.held_out, recipe.seed, METHODS[settings.method].expanded)
     torch.manual_seed(recipe.seed)
     try:
         model = get_peft_model(base.model, config)
@@ -150,17 +150,17 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
 
 
 def mote_config(recipe: Recipe, scheme: Scheme) -> MoteConfig:
-    """The adapter's configuration as a recipe, before `settled`, and its method have it.
+    """The adapter's configuration as a recipe, before `apply_method`, and its method have it.
 
     Raises:
         UserError: A value that the method refuses.
     """
     method, steps = METHODS[recipe.train.method], steps_of(recipe, scheme)
-    given = {**settled(recipe, scheme).experts.model_dump(), "experts": steps, "scheme": scheme.name}
+    given = {**apply_method(recipe, scheme).experts.model_dump(), "experts": steps, "scheme": scheme.name}
     try:
         if method.gate is not None:
             return TokenGatedConfig(**given, **method.gate, gated_experts=len(steps) + 1)
-        return MoteConfig(**given, whole_rows=method.apart)
+        return MoteConfig(**given, whole_rows=method.separate)
     except ValueError as error:
         raise UserError(f"recipe: experts.{error}") from error
 
@@ -174,7 +174,7 @@ def check_settings(recipe: Recipe, scheme: Scheme, folder: Path) -> None:
     here = default_device()
     mote_config(recipe, scheme)
     training_arguments(recipe, folder, evaluates=recipe.train.held_out > 0, device=here)
-    steps, train_settings = steps_of(recipe, scheme), settled(recipe, scheme).train
+    steps, train_settings = steps_of(recipe, scheme), apply_method(recipe, scheme).train
     skip_chances(train_settings.skip_p, train_settings.skip_pairs, steps)
     step_weights(train_settings, steps, scheme.answer)
     uses_flex_attention(recipe, here if recipe.device == "auto" else recipe.device.partition(":")[0])

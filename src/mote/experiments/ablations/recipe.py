@@ -154,7 +154,7 @@ def recipe_of(wanted: Ablations, variant: Variant, seed: int) -> Recipe:
     if variant.kind != "trained":
         return recipe
     possible = set(scheme.only(steps := steps_of(recipe, scheme)).modes_of(steps)) - {BASE}
-    if METHODS[variant.method].apart:
+    if METHODS[variant.method].separate:
         possible -= {ADAPTIVE}
     modes = tuple(mode for mode in recipe.answer.modes if mode in possible)
     if not modes:
