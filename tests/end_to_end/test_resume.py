@@ -228,9 +228,9 @@ def die_before_the_checkpoints_are_removed() -> None:
 
 
 def die_in_a_report() -> None:
-    from mote.report import report
+    from mote.report import report_page
 
-    report.write_json = lambda *_: die()
+    report_page.write_json = lambda *_: die()
 
 
 def test_killed_before_a_checkpoint_is_marked_whole(recipe: Path, reference: Folder, tmp_path: Path) -> None:

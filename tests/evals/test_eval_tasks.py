@@ -15,9 +15,9 @@ from mote.chains.judge import JudgeCard, Verdict, unparsed
 from mote.core.errors import UserError
 from mote.core.records import Message
 from mote.evals.collect import row_of
-from mote.evals.judging import check_judge, register_judge
 from mote.evals.results import EvalRow
 from mote.evals.scorers import find_letter
+from mote.evals.task_judges import check_judge, register_judge
 from mote.evals.tasks.ability import gsm8k, mmlu
 from mote.evals.tasks.helpful_harmless import hh_harm, hh_help
 from mote.evals.tasks.jailbreak import strongreject

@@ -30,7 +30,7 @@ from mote.core.records import Message, Question, StepText
 from mote.core.records import append_rows as append
 from mote.report import plots
 from mote.report.pages import TEMPLATES
-from mote.report.report import render, write_report
+from mote.report.report_page import render, write_report
 from mote.report.summary import summarise
 
 KEYS = [
@@ -359,7 +359,7 @@ def test_colours_have_the_contrast_of_wcag_aa(scheme: int) -> None:
 def test_a_long_report_shows_its_first_questions_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [answer(question(f"q{number}"), "direct", {"response": 5}, 5) for number in range(5)]
     append(tmp_path / "answers" / "mote-direct.jsonl", rows)
-    monkeypatch.setattr("mote.report.report.SHOWN", 3)
+    monkeypatch.setattr("mote.report.report_page.SHOWN", 3)
     html = page(tmp_path)
     assert html.count("<article") == 3 and "The first 3 of 5 are shown" in html
 
@@ -389,5 +389,5 @@ def test_an_evaluation_alone_is_a_report(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys; sys.modules['torch'] = None; import mote.report.report"
+    code = "import sys; sys.modules['torch'] = None; import mote.report.report_page"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -15,7 +15,7 @@ from support.judged_runs import arguments
 
 from mote.core.records import read_rows
 from mote.evals.results import EvalRow
-from mote.report.report import write_report
+from mote.report.report_page import write_report
 
 LABELS = (
     "id,type,prompt,completion,annotation_1,annotation_2,agreement,final_label\n"

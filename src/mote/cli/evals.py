@@ -90,7 +90,7 @@ def agreement(
     from mote.core.progress import Progress
     from mote.evals.judges import agreement as measures
     from mote.evals.judges.labels import read_labels
-    from mote.evals.judges.named import open_judge
+    from mote.evals.judges.open import open_judge
 
     form, rows = read_labels(files, form)
     rows = [row for row in rows if half is None or row.number % 2 == (half == "odd")][:limit]

@@ -92,7 +92,7 @@ def report(folder: Path, other: Path | None, out: Path | None) -> None:
         write_comparison(folder, other, page)
         print(page)
         return
-    from mote.report.report import write_report
+    from mote.report.report_page import write_report
 
     if out is not None:
         raise UserError(

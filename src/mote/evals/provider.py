@@ -29,7 +29,7 @@ from mote.core.errors import UserError
 from mote.core.files import sha256_of
 from mote.core.records import Message, StepText
 from mote.core.scheme import BASE, CHECKED
-from mote.evals.local_model import Answering, Settings, Written
+from mote.evals.shared_model import Answering, Settings, Written
 
 
 class Loaded(NamedTuple):

@@ -1,6 +1,6 @@
 """What Inspect finds under the name `mote` (entry point `inspect_ai`): the model provider, tasks, scorers, metrics."""
 
-from mote.evals.prompted import mote_prompting
+from mote.evals.prompting_provider import mote_prompting
 from mote.evals.provider import mote
 from mote.evals.scorers import exact, goodness, judged, share_of
 from mote.evals.tasks.ability import gsm8k, mmlu

@@ -15,9 +15,9 @@ from mote.chains.judge import COMPLIANCE, SAFE, JudgeCard, Verdict
 from mote.core.records import Message
 from mote.evals.attacks import decoded
 from mote.evals.judges.rule import RuleJudge
-from mote.evals.judging import judge_for
 from mote.evals.results import ABSENT
 from mote.evals.statistics import goodness as goodness_of
+from mote.evals.task_judges import judge_for
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

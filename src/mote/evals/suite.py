@@ -26,7 +26,7 @@ from mote.core.progress import Progress
 from mote.core.scheme import BASE
 from mote.evals import registry
 from mote.evals.collect import collect
-from mote.evals.prompted import PromptingAPI
+from mote.evals.prompting_provider import PromptingAPI
 from mote.evals.provider import MoteAPI, mode_and_budget
 from mote.evals.results import System
 from mote.evals.suite_config import Suite, TaskSettings, task_args

@@ -114,7 +114,7 @@ def task_args(
     its_judge = task.judge or judge
     if its_judge is None:
         raise UserError(f"judge: the task {task.task} of the suite '{suite.name}' needs one; give it with --judge")
-    from mote.evals.judging import check_judge
+    from mote.evals.task_judges import check_judge
 
     check_judge(its_judge)
     return args | {"judge": its_judge} | ({"k": suite.k} if task.task == "strongreject" else {})

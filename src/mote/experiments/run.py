@@ -217,7 +217,7 @@ class Run:
 
     def report(self) -> None:
         """Everything in the folder -> `report.json` and `report.html`; quick, so always made anew."""
-        from mote.report.report import write_report
+        from mote.report.report_page import write_report
 
         page = self.folder / "report.html"
 
@@ -269,7 +269,7 @@ class Run:
         elif name == "verdict":
             yield WordJudge(engine, asked, prompts, name, words=scheme.verdicts)
         else:
-            from mote.evals.judges.named import open_judge
+            from mote.evals.judges.open import open_judge
 
             async with open_judge(name) as judge:
                 yield judge

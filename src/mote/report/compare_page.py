@@ -7,7 +7,7 @@ from typing import NamedTuple
 from mote.core.files import write_atomic, write_json
 from mote.report import pages
 from mote.report.compare import Compared, TwoReports, compare
-from mote.report.names import named
+from mote.report.metric_labels import named
 
 _TITLES = {"chains": "Chains", "training": "Training", "answers": "Tokens of the answers that were not judged"}
 

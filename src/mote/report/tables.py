@@ -7,7 +7,7 @@ from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL, JudgeCa
 from mote.evals.attacks import load_techniques
 from mote.evals.results import Number
 from mote.report.evaluation import TOKENS, Evaluation, Headline
-from mote.report.names import is_safety
+from mote.report.metric_labels import is_safety
 
 _CLASSES = (COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL)
 

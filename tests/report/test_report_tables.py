@@ -6,7 +6,7 @@ import pytest
 from support.evals import HARM, judged, small, write_evals
 
 from mote.report.evaluation import Evaluation, read_evaluation
-from mote.report.names import is_safety, named
+from mote.report.metric_labels import is_safety, named
 from mote.report.tables import boards, by_technique, by_type, class_shares
 
 

@@ -13,7 +13,7 @@ import pytest
 from mote.chains.judge import JudgeCard, Verdict
 from mote.core.errors import UserError
 from mote.core.records import Message
-from mote.evals.judges.named import open_judge
+from mote.evals.judges.open import open_judge
 
 
 def judged(name: str, prompt: str = "harm", model: str | None = None) -> tuple[JudgeCard, Verdict]:

@@ -8,7 +8,7 @@ from support.evals import HARM, RULE, judged, small, write_evals
 from mote.core.errors import UserError
 from mote.evals.statistics import Estimate
 from mote.report.compare import Compared, TwoReports, compare, independent
-from mote.report.report import write_report
+from mote.report.report_page import write_report
 
 
 def number(found: TwoReports, metric: str, mode: str = "direct", task: str | None = None) -> Compared:

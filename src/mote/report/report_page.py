@@ -12,7 +12,7 @@ from mote.chains.stats import PAPER_SHARES
 from mote.core.files import write_atomic, write_json
 from mote.report import eval_plots, pages, plots
 from mote.report.evaluation import Evaluation
-from mote.report.names import is_safety, named
+from mote.report.metric_labels import is_safety, named
 from mote.report.sample import as_rows, sample
 from mote.report.summary import Report, in_order, summarise
 from mote.report.tables import boards, by_technique, by_type, class_shares

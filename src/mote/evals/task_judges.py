@@ -1,6 +1,6 @@
 """Judges of an evaluation: opened once for all tasks that run together, and closed when they have ended.
 
-Beside the names of `mote.evals.judges.named` there are `inspect:MODEL` for any model that Inspect knows, and judges of
+Beside the names of `mote.evals.judges.open` there are `inspect:MODEL` for any model that Inspect knows, and judges of
 your own that were registered in this process. A judge is the base model or another one, never the adapter with its
 chain.
 """
@@ -17,7 +17,7 @@ from mote.chains.judge import Judge
 from mote.core.errors import UserError
 from mote.evals.judges.formats import load_formats
 from mote.evals.judges.llm import LlmJudge
-from mote.evals.judges.named import open_judge
+from mote.evals.judges.open import open_judge
 from mote.evals.judges.prompts import load_prompt
 from mote.evals.provider import MoteAPI
 from mote.evals.tasks.samples import chat
