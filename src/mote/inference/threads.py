@@ -3,7 +3,7 @@
 GNU's OpenMP, which PyTorch computes with on Linux, keeps a pool of threads for each thread that has computed. Where
 all pools together are larger than the machine, its threads sleep as soon as they have nothing to do, and waking them
 takes longer than most products of a written token: on two cores a token took 91 ms, 42 without the other pool
-(docs/decisions/0040).
+(docs/decisions/0034).
 """
 
 import ctypes

@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices on a CPU by MKL, whose products have a slow form on processors that are not
 Intel's: on an AMD EPYC with AVX-512 it takes 1.5 to 2.4 times as long as oneDNN, which is in PyTorch too
-(docs/decisions/0037). On Intel's own MKL is at least as fast, by a fifth for a single row.
+(docs/decisions/0034). On Intel's own MKL is at least as fast, by a fifth for a single row.
 `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
 Shapes: N rows, D model (in, out).
 """
