@@ -364,7 +364,7 @@ def test_chains_of_other_settings_step_aside_and_come_back(tmp_path: Path, recip
     assert code == 0 and "chains: reused" in printed and (folder / "chains.jsonl").read_bytes() == before
     (aside,) = folder.glob("chains-*.jsonl")
     assert aside.read_bytes() == short
-    code, printed = processes.finish([*own, "chains.max_tokens=16", "chains.mix=true"], tmp_path / "log3")
+    code, printed = processes.finish([*own, "chains.max_tokens=16", "chains.keep_old=true"], tmp_path / "log3")
     assert code == 0 and "they stay" in printed and (folder / "chains.jsonl").read_bytes() == before
 
 

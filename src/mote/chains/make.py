@@ -15,7 +15,7 @@ from mote.chains.engine import Completion, Engine, Refused
 from mote.chains.judge import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge
 from mote.chains.prompts import stage_prompt
 from mote.chains.quality import fault
-from mote.chains.question_kinds import Kinds
+from mote.chains.question_categories import Categories
 from mote.chains.refusals import Refusals
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, ChainTokens, Check, Question, StepText, append_rows, iter_rows
@@ -126,7 +126,7 @@ class _Draft:
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self.kind: str | None = None  # of the scheme's, where it has any
+        self.category: str | None = None  # None if the scheme has none
         self.texts: dict[str, str] = {}
         self.faults: dict[str, str] = {}
         self.tokens: dict[str, int] = {}
@@ -150,7 +150,7 @@ class _Loop:
     def __init__(self, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int) -> None:
         self.engine, self.judge, self.scheme, self.settings, self.seed = engine, judge, scheme, settings, seed
         self.prompts = scheme.prompts_hash(settings.examples)
-        self.kinds = Kinds(scheme, engine) if scheme.kinds else None
+        self.categories = Categories(scheme, engine) if scheme.categories else None
 
     async def chain(self, question: Question) -> tuple[ChainRow, Refused | None]:
         """The chain, rejected where the engine or the judge refused a request for it."""
@@ -180,10 +180,10 @@ class _Loop:
             await self._check(draft, depth)
 
     async def _sort(self, draft: _Draft) -> bool:
-        """Find the question's kind; False where that is not clear and nothing shall be written."""
-        if self.kinds is None:
+        """Find the question's category; False if it is unsure and nothing is to be generated."""
+        if self.categories is None:
             return True
-        draft.kind, sure, read = await self.kinds.kind_of(draft.question.messages)
+        draft.category, sure, read = await self.categories.category_of(draft.question.messages)
         draft.spend(0, read)
         if sure or "unsure" not in self.settings.reject:
             return True
@@ -196,7 +196,9 @@ class _Loop:
         for attempt in range(1 + self.settings.retries):
             known = {name: draft.texts[name] for name in draft.stages if name in draft.texts and name != step}
             seed = seed_of(self.seed, draft.question.id, step, f"{where}/{attempt}")
-            prompt = stage_prompt(self.scheme, step, draft.question.messages, known, self.settings, seed, draft.kind)
+            prompt = stage_prompt(
+                self.scheme, step, draft.question.messages, known, self.settings, seed, draft.category
+            )
             self._take(draft, step, await self.engine.write(prompt))
             if step not in draft.faults or not self.settings.temperature:  # greedy would only say the same again
                 return
@@ -206,8 +208,8 @@ class _Loop:
         draft.tokens[step] = completion.tokens
         draft.spend(completion.tokens, completion.read)
         draft.faults.pop(step, None)
-        closed = draft.kind is not None and step in self.scheme.kinds[draft.kind].closed
-        # A closed step repeats the form of its examples; that its words are the question's is a rule of its kind.
+        closed = draft.category is not None and step in self.scheme.categories[draft.category].closed
+        # A closed step repeats the form of its examples; that its words are the question's is a rule of its category.
         examples = [] if closed else [e.steps[step] for e in self.scheme.examples if step in e.steps]
         # An answer may use the words of its question and of its guidance.
         own = [] if step == self.scheme.answer else [self.scheme.templates[step]]
@@ -217,8 +219,8 @@ class _Loop:
         found = fault(
             completion, [*examples, *own], question=asked, earlier=before, labels=self.scheme.steps, instructions=own
         )
-        if found not in self.settings.reject and self.kinds is not None and draft.kind is not None:
-            found = self.kinds.fault(draft.kind, step, completion.text, draft.question.messages, before)
+        if found not in self.settings.reject and self.categories is not None and draft.category is not None:
+            found = self.categories.fault(draft.category, step, completion.text, draft.question.messages, before)
         if found in self.settings.reject:
             draft.faults[step] = found
 

@@ -20,7 +20,7 @@ def stage_prompt(
     known: Mapping[str, str],
     settings: ChainSettings,
     seed: int,
-    kind: str | None = None,
+    category: str | None = None,
 ) -> Prompt:
     """The prompt that asks for a stage of a chain.
 
@@ -31,10 +31,10 @@ def stage_prompt(
         known: Stage -> text, of those that were written before; the examples show the same ones.
         settings: Number of examples, sampling, and tokens that may be written.
         seed: Seed of this request.
-        kind: Show examples of this kind only.
+        category: Show examples of this category only.
     """
     turns: list[Message] = []
-    for example in scheme.shown(settings.examples, kind):
+    for example in scheme.shown(settings.examples, category):
         turns += _asked(scheme, stage, _dialogue(example), {name: example.steps[name] for name in known})
         turns.append(Message(role="assistant", content=example.steps[stage]))
     lead, own = _system(scheme, stage, question), _asked(scheme, stage, question, known)
@@ -69,10 +69,11 @@ def check_prompt(
     return Prompt((*lead, *turns, *own), max_tokens=4, seed=seed, shared=_shared(scheme, lead, turns))
 
 
-def kind_prompt(scheme: Scheme, kind: str) -> Prompt:
-    """The prompt that a question of this kind goes on with: the questions of all its examples, in a list."""
-    listed = "\n".join(f"- {example.question}" for example in scheme.shown(len(scheme.examples), kind))
-    turn = Message(role="user", content=f"{scheme.kinds[kind].about}\n{listed}\n\nWrite another one.")
+def category_prompt(scheme: Scheme, category: str) -> Prompt:
+    """The prompt that scores a question for a category: its heading, its example questions, "Write another one."."""
+    listed = "\n".join(f"- {example.question}" for example in scheme.shown(len(scheme.examples), category))
+    about = scheme.categories[category].about
+    turn = Message(role="user", content=f"{about}\n{listed}\n\nWrite another one.")
     return Prompt((turn,), max_tokens=1, shared=1)
 
 

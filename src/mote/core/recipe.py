@@ -6,6 +6,7 @@ and the remedy.
 
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +52,7 @@ class ChainSettings(_Settings):
         description="further samples of a step that breaks a rule, and of a last answer that is unsafe",
     )
     reject: tuple[Rule, ...] = Field(get_args(Rule), description="quality rules a step must keep")
-    mix: bool = Field(False, description="keep chains that other settings made in the same file")
+    keep_old: bool = Field(False, description="keep chains that other settings made in the same file")
     max_question_chars: int = Field(20_000, ge=1, description="longer questions are refused")
 
     @property
@@ -182,7 +183,13 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(f"recipe: {path}{where} is not valid YAML ({getattr(error, 'problem', error)})") from error
         if not isinstance(data, dict):
             raise UserError(f"recipe: {path} holds a {type(data).__name__}, not settings; write `key: value` lines")
+    if isinstance(chains := data.get("chains"), dict) and "mix" in chains:
+        chains.setdefault("keep_old", chains.pop("mix"))
+        _say_renamed()
     for override in overrides:
+        if override.startswith("chains.mix="):
+            override = override.replace("mix", "keep_old", 1)
+            _say_renamed()
         _apply(data, override)
     try:
         return Recipe.model_validate(data)
@@ -193,6 +200,10 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """A resolved recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _say_renamed() -> None:
+    print("recipe: chains.mix is now chains.keep_old; write the new name", file=sys.stderr)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -7,10 +7,12 @@ module knows nothing of models or tokenizers.
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
@@ -42,25 +44,25 @@ class Example(_Strict):
         earlier: The turns before it, the user's and the assistant's by turns.
         steps: What is written in each stage.
         unsafe_answer: An answer that the check must not let through, for the check's own examples.
-        kind: Which of the scheme's `kinds` the question is of, where it has any.
+        category: Which of the scheme's `categories` the question belongs to; None if the scheme has none.
     """
 
     question: str = Field(min_length=1)
     earlier: tuple[str, ...] = ()
     steps: dict[str, str]
     unsafe_answer: str | None = None
-    kind: str | None = None
+    category: str | None = Field(None, serialization_alias="kind")  # see `Scheme.prompts_hash`
 
 
-class Kind(_Strict):
-    """Questions that are handled alike (decisions/0036): their prompts show examples of their kind only.
+class Category(_Strict):
+    """One category of questions (decisions/0036): its prompts show worked examples of this category only.
 
     Attributes:
-        about: What stands above a list of such questions; a question is of the kind whose list it goes on with best.
-        margin: By how much, in nats a token, to be sure of it.
-        asks: A regular expression that is found in the last turn of each such question; None where any will do.
-        forms: Stage -> the regular expression that the whole text matches.
-        closed: Stages that speak of the question and bring little of their own.
+        about: Heading of the list of example questions; the category whose list makes a question likeliest is chosen.
+        margin: Lead over the next category, in nats per token, that makes the choice sure.
+        asks: Regular expression that must be found in the last user turn; None accepts any turn.
+        forms: Stage -> regular expression that the whole text must match.
+        closed: Stages that restate the question and add few words of their own.
     """
 
     about: str = Field(min_length=1)
@@ -83,7 +85,7 @@ class Scheme(_Strict):
         system: System prompt of the stages, empty for none.
         templates: Stage -> prompt template; `check` is Safety Checking, without which every answer is taken.
         verdicts: The words the check chooses between, for an answer that passes and one that does not.
-        kinds: Kinds of questions that are told apart before anything is written; none where all are handled alike.
+        categories: Categories that questions are sorted into before anything is generated; empty for no sorting.
         examples: Worked examples for few-shot prompts.
     """
 
@@ -94,14 +96,14 @@ class Scheme(_Strict):
     system: str = ""
     templates: dict[str, str]
     verdicts: tuple[str, str] = ("safe", "unsafe")
-    kinds: dict[str, Kind] = {}
+    categories: dict[str, Category] = Field({}, serialization_alias="kinds")  # see `prompts_hash`
     examples: tuple[Example, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scheme":
         self._check_depths()
         self._check_templates()
-        self._check_kinds()
+        self._check_categories()
         for number, example in enumerate(self.examples, 1):
             if set(example.steps) != set(self.written):
                 raise ValueError(f"examples: number {number} has the steps {list(example.steps)}, "
@@ -153,23 +155,24 @@ class Scheme(_Strict):
         if self.checked and _ANSWER not in self._shown(CHECK):
             raise ValueError(f"templates.{CHECK}: does not show {{{{ answer }}}}; add it")
 
-    def _check_kinds(self) -> None:
-        if len(self.kinds) == 1:
-            raise ValueError(f"kinds: there is nothing to tell {list(self.kinds)} from; give two kinds or none")
+    def _check_categories(self) -> None:
+        if len(self.categories) == 1:
+            raise ValueError(f"categories: {list(self.categories)} is the only one; give two or more, or none")
         for number, example in enumerate(self.examples, 1):
-            if example.kind not in (self.kinds or {None}):
-                raise ValueError(f"examples: number {number} has the kind {example.kind!r}; use one of "
-                                 f"{list(self.kinds) or [None]}")  # fmt: skip
-        for name, kind in self.kinds.items():
-            if not any(example.kind == name for example in self.examples):
-                raise ValueError(f"kinds.{name}: no example has this kind; give some")
-            if strange := [stage for stage in (*kind.forms, *kind.closed) if stage not in self.written]:
-                raise ValueError(f"kinds.{name}: {strange} are no stages of the scheme; use {list(self.written)}")
-            for where, form in {"asks": kind.asks or "", **{f"forms.{s}": f for s, f in kind.forms.items()}}.items():
+            if example.category not in (self.categories or {None}):
+                known = list(self.categories) if self.categories else [None]
+                raise ValueError(f"examples: number {number} has the category {example.category!r}; use one of {known}")
+        for name, category in self.categories.items():
+            if not any(example.category == name for example in self.examples):
+                raise ValueError(f"categories.{name}: no example has this category; add one")
+            if unknown := [stage for stage in (*category.forms, *category.closed) if stage not in self.written]:
+                raise ValueError(f"categories.{name}: {unknown} are no stages of the scheme; use {list(self.written)}")
+            patterns = {f"forms.{stage}": pattern for stage, pattern in category.forms.items()}
+            for where, pattern in {"asks": category.asks or "", **patterns}.items():
                 try:
-                    re.compile(form)
+                    re.compile(pattern)
                 except re.error as error:
-                    raise ValueError(f"kinds.{name}.{where}: not a regular expression ({error})") from error
+                    raise ValueError(f"categories.{name}.{where}: not a regular expression ({error})") from error
 
     @cached_property
     def steps(self) -> Chain:
@@ -204,20 +207,21 @@ class Scheme(_Strict):
         """
         return self._compiled[stage].render(dict.fromkeys(self.written, "") | values)
 
-    def shown(self, count: int, kind: str | None = None) -> tuple[Example, ...]:
-        """The first `count` worked examples, of one kind where it is given."""
-        return tuple(example for example in self.examples if kind in (None, example.kind))[:count]
+    def shown(self, count: int, category: str | None = None) -> tuple[Example, ...]:
+        """The first `count` worked examples, of one category if it is given."""
+        return tuple(example for example in self.examples if category in (None, example.category))[:count]
 
     def prompts_hash(self, examples: int) -> str:
-        """Tells prompts apart: of everything in the scheme, with as many worked examples as prompts show.
+        """Hash of what the prompts contain: the whole scheme, with the first `examples` worked examples.
 
-        Where there are kinds all examples count: the questions of all of them tell the kinds apart.
+        In a scheme with categories all examples count, because the questions of all of them decide the category.
+        The serialised names (`kinds`, `kind`) are those of earlier versions, so that their chains keep their hash.
         """
-        if self.kinds:
-            content = self.model_dump(mode="json") | {"shown": examples}
+        if self.categories:
+            content = self.model_dump(mode="json", by_alias=True) | {"shown": examples}
         else:
-            shown = [example.model_dump(exclude={"kind"}) for example in self.examples[:examples]]
-            content = self.model_dump(mode="json", exclude={"kinds"}) | {"examples": shown}
+            shown = [example.model_dump(exclude={"category"}) for example in self.examples[:examples]]
+            content = self.model_dump(mode="json", exclude={"categories"}) | {"examples": shown}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -301,6 +305,21 @@ def markers(steps: Iterable[str]) -> list[str]:
     return [marker for step in steps for marker in (start_marker(step), end_marker(step))]
 
 
+def _with_categories(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A scheme file with the names of today: `kinds` and an example's `kind` are earlier names of categories."""
+    if "kinds" not in content:
+        return content
+    if content["kinds"]:  # adapters of earlier versions carry an empty one
+        print(f"scheme: '{name}': 'kinds' is now 'categories', and 'kind' of an example is 'category'", file=sys.stderr)
+    content = {("categories" if key == "kinds" else key): value for key, value in content.items()}
+    examples = content.get("examples")
+    if isinstance(examples, list) and all(isinstance(example, dict) for example in examples):
+        content["examples"] = [
+            {("category" if key == "kind" else key): value for key, value in example.items()} for example in examples
+        ]
+    return content
+
+
 def load_scheme(name: str) -> Scheme:
     """Read a scheme that ships with the package by its name, or any other from a path to a YAML file.
 
@@ -314,7 +333,7 @@ def load_scheme(name: str) -> Scheme:
         content = yaml.safe_load(data)
         if not isinstance(content, dict):
             raise UserError(f"scheme: '{name}' holds a {type(content).__name__}, not a scheme; see docs/schemes.md")
-        return Scheme.model_validate(content)
+        return Scheme.model_validate(_with_categories(content, name))
     except OSError as error:
         known = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
         raise UserError(

@@ -98,9 +98,12 @@ class Run:
         """Questions -> `chains.jsonl`."""
         recipe, questions, path = self.recipe, self.questions(), self.folder / "chains.jsonl"
         made_by = {
-            "model": recipe.model, "prompts": self.scheme.prompts_hash(recipe.chains.examples), "seed": recipe.seed,
-            "engine": recipe.engine, "chains": recipe.chains.model_dump(mode="json", exclude={"batch_size", "mix"}),
-        }  # fmt: skip
+            "model": recipe.model,
+            "prompts": self.scheme.prompts_hash(recipe.chains.examples),
+            "seed": recipe.seed,
+            "engine": recipe.engine,
+            "chains": recipe.chains.model_dump(mode="json", exclude={"batch_size", "keep_old"}),
+        }
         self._own_chains(path, made_by)
         ids = {question.id for question in iter_rows(questions, Question)}
         done = sum(row.id in ids for row in iter_rows(path, ChainRow))
@@ -128,7 +131,7 @@ class Run:
     def _own_chains(self, path: Path, made_by: dict[str, Any]) -> None:
         """Move chains that other settings made out of the way, and back when their settings come again.
 
-        With `chains.mix` they stay, and new ones are made beside them.
+        With `chains.keep_old` they stay, and new ones are made beside them.
         """
         stage, first = self._stages().get("chains"), next(iter_rows(path, ChainRow), None)
         if first is None:
@@ -140,8 +143,8 @@ class Run:
             return
         stages = [stage for name, stage in self._stages().items() if name != "chains"]
         write_json(self.folder / "environment.json", self._environment() | {"stages": stages})
-        if self.recipe.chains.mix:
-            print(f"chains: those that are there differ in {changed}; they stay (chains.mix)", file=sys.stderr)
+        if self.recipe.chains.keep_old:
+            print(f"chains: those that are there differ in {changed}; they stay (chains.keep_old)", file=sys.stderr)
             return
         aside, mine = (path.with_name(f"chains-{_key(settings)}.jsonl") for settings in (old, made_by))
         path.rename(aside)

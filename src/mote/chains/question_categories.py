@@ -1,7 +1,7 @@
-"""Which kind a question is of, and what a step of that kind must keep (decisions/0036).
+"""The category of a question, and the rules that the steps of its chain must keep (decisions/0036).
 
-A question is of the kind whose examples' questions make it likeliest: p(question | kind), which a small model knows
-better than p(kind | question).
+A question belongs to the category whose example questions make it likeliest: p(question | category), which a small
+model estimates better than p(category | question).
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mote.chains.engine import Engine, Scorer
-from mote.chains.prompts import kind_prompt
+from mote.chains.prompts import category_prompt
 from mote.core.errors import UserError
 from mote.core.recipe import Rule
 from mote.core.records import Message
@@ -22,52 +22,54 @@ _SHOWN, _MOST_SHOWN = 0.6, 6  # share of the question's own words that a closed 
 _OWN = 0.15  # share of a closed step's words that it may bring itself
 
 
-class Kinds:
-    """The kinds of a scheme, for one engine.
+class Categories:
+    """The categories of a scheme, scored by one engine.
 
     Args:
-        scheme: A scheme with kinds.
+        scheme: A scheme with categories.
         engine: The model that writes the chains.
 
     Raises:
-        UserError: The engine cannot tell how likely a text is.
+        UserError: The engine cannot compute the likelihood of a given text.
     """
 
     def __init__(self, scheme: Scheme, engine: Engine) -> None:
         if not isinstance(engine, Scorer):
             raise UserError(
-                f"scheme: '{scheme.name}' tells kinds of questions apart by how likely they are, which only "
-                "engine=transformers can say; use it, or scheme=safety"
+                f"scheme: '{scheme.name}' sorts questions into categories by their likelihood, which only "
+                "engine=transformers computes; use it, or scheme=safety"
             )
         self._scheme, self._scorer = scheme, engine
         texts = [[example.question, *example.steps.values()] for example in scheme.examples]
         seen = Counter(stem for parts in texts for stem in _stems(" ".join(parts)))
-        self._common = {stem for stem, examples in seen.items() if examples > 1}  # they say nothing of the topic
+        self._common = {stem for stem, examples in seen.items() if examples > 1}  # carry no topic
 
-    async def kind_of(self, question: Sequence[Message]) -> tuple[str, bool, int]:
-        """The kind of a dialogue's last turn, whether it is sure, and the tokens that were read to know it.
+    async def category_of(self, question: Sequence[Message]) -> tuple[str, bool, int]:
+        """The category of a dialogue's last turn, whether it is sure, and the prompt tokens spent on it.
 
-        It is where the kind leads by its margin, and the turn asks as the kind wants and has words of its own.
+        It is sure if the category leads by its margin, `asks` is found in the turn, and the turn has topic words.
         """
-        names = list(self._scheme.kinds)
+        names = list(self._scheme.categories)
         asked = question[-1].content
-        found = await asyncio.gather(*(self._scorer.score(kind_prompt(self._scheme, name), asked) for name in names))
+        prompts = [category_prompt(self._scheme, name) for name in names]
+        found = await asyncio.gather(*(self._scorer.score(prompt, asked) for prompt in prompts))
         scores = [likelihood.mean for likelihood in found]
         (first, name), (second, _) = sorted(zip(scores, names, strict=True), reverse=True)[:2]
-        rules = self._scheme.kinds[name]
+        rules = self._scheme.categories[name]
         told = first - second >= rules.margin and (rules.asks is None or bool(re.search(rules.asks, asked)))
         return name, told and bool(self._topic(asked)), sum(likelihood.read for likelihood in found)
 
     def fault(
-        self, kind: str, step: str, text: str, question: Sequence[Message], earlier: Sequence[str]
+        self, category: str, step: str, text: str, question: Sequence[Message], earlier: Sequence[str]
     ) -> Rule | None:
-        """The first rule of its kind that a step breaks.
+        """The first rule of its category that a step breaks.
 
         Returns:
-            `form`: it does not match the form of its kind. `off-topic`: it has none of the last turn's own words; or it
-            is a closed step and has few of them, or many that stand neither in the dialogue nor in an earlier step.
+            `form`: the text does not match the category's form. `off-topic`: it has none of the last turn's topic
+            words; or it is a closed step with few of them, or with many that neither the dialogue nor an earlier step
+            has.
         """
-        rules = self._scheme.kinds[kind]
+        rules = self._scheme.categories[category]
         if step in rules.forms and not re.fullmatch(rules.forms[step], text, re.DOTALL):
             return "form"
         asked, said = self._topic(question[-1].content), self._topic(text)

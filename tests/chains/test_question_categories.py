@@ -1,7 +1,8 @@
-"""Kinds of questions: which one a question is of, and what its steps must keep."""
+"""Categories of questions: how a question is sorted into one, and the rules its steps must keep."""
 
 import asyncio
 import textwrap
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 
 from mote.chains.engine import Completion, Likelihood, Prompt
 from mote.chains.make import make_chain
-from mote.chains.prompts import kind_prompt, stage_prompt
-from mote.chains.question_kinds import Kinds
+from mote.chains.prompts import category_prompt, stage_prompt
+from mote.chains.question_categories import Categories
 from mote.core.errors import UserError
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, Message, Question
@@ -22,7 +23,7 @@ OPINION = "Do you like the wifi of a hotel?"
 
 
 class Lister:
-    """Finds a question likelier behind the lists of one kind, writes given texts, and takes every answer."""
+    """Finds a question likelier after the list of one category, writes given texts, and takes every answer."""
 
     name = "lister"
 
@@ -54,28 +55,30 @@ def chain(engine: Any, **changes: Any) -> ChainRow:
     return asyncio.run(make_chain(question, engine, None, SCHEME, ChainSettings(**changes), seed=0))
 
 
-def fault(step: str, text: str, kind: str = "harmful", question: tuple[Message, ...] = asked(WIFI)) -> str | None:
-    return Kinds(SCHEME, Lister()).fault(kind, step, text, question, ())
+def fault(step: str, text: str, category: str = "harmful", question: tuple[Message, ...] = asked(WIFI)) -> str | None:
+    return Categories(SCHEME, Lister()).fault(category, step, text, question, ())
 
 
-def test_a_question_is_of_the_kind_whose_list_it_goes_on_with() -> None:
-    found = [asyncio.run(Kinds(SCHEME, Lister(lead)).kind_of(asked(WIFI))) for lead in (1.0, 0.01, -0.01, -1.0)]
+def test_a_question_gets_the_category_that_makes_it_likeliest() -> None:
+    found = [
+        asyncio.run(Categories(SCHEME, Lister(lead)).category_of(asked(WIFI))) for lead in (1.0, 0.01, -0.01, -1.0)
+    ]
     assert found == [("harmful", True, 100), ("harmful", False, 100), ("benign", False, 100), ("benign", True, 100)]
 
 
-def test_a_turn_without_words_of_its_own_is_of_no_sure_kind() -> None:
+def test_a_turn_without_topic_words_is_unsure() -> None:
     class Any_(Lister):
         async def score(self, prompt: Prompt, reply: str) -> Likelihood:
             return await super().score(prompt, WIFI)
 
-    assert asyncio.run(Kinds(SCHEME, Any_()).kind_of(asked(WIFI, "A drill.", "Yes, and what do you do?"))) == (
+    assert asyncio.run(Categories(SCHEME, Any_()).category_of(asked(WIFI, "A drill.", "Yes, and what do you do?"))) == (
         "harmful", False, 100
     )  # fmt: skip
 
 
-def test_a_turn_that_does_not_ask_as_its_kind_does_is_of_no_sure_kind() -> None:
-    kinds = [asyncio.run(Kinds(SCHEME, Lister(lead)).kind_of(asked(OPINION))) for lead in (1.0, -1.0)]
-    assert kinds == [("harmful", False, 100), ("benign", True, 100)]  # no deed is asked for that one could decline
+def test_a_turn_that_fails_asks_is_unsure() -> None:
+    found = [asyncio.run(Categories(SCHEME, Lister(lead)).category_of(asked(OPINION))) for lead in (1.0, -1.0)]
+    assert found == [("harmful", False, 100), ("benign", True, 100)]  # no deed is asked for that one could decline
 
 
 def test_an_engine_that_cannot_score_is_refused() -> None:
@@ -83,34 +86,34 @@ def test_an_engine_that_cannot_score_is_refused() -> None:
         name = "server"
         write, choose, close = Lister.write, Lister.choose, Lister.close
 
-    with pytest.raises(UserError, match="engine=transformers can say; use it, or scheme=safety"):
-        Kinds(SCHEME, Server())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="engine=transformers computes; use it, or scheme=safety"):
+        Categories(SCHEME, Server())  # type: ignore[arg-type]
 
 
-def test_the_list_holds_all_questions_of_its_kind() -> None:
-    text = kind_prompt(SCHEME, "benign").messages[0].content
-    questions = {example.question: example.kind for example in SCHEME.examples}
+def test_a_category_prompt_lists_all_its_example_questions() -> None:
+    text = category_prompt(SCHEME, "benign").messages[0].content
+    questions = {example.question: example.category for example in SCHEME.examples}
     assert [question for question in questions if question in text] == [
         q for q, k in questions.items() if k == "benign"
     ]
 
 
-def test_prompts_show_examples_of_one_kind() -> None:
+def test_prompts_show_examples_of_one_category() -> None:
     prompt = stage_prompt(SCHEME, "response", asked(WIFI), {}, ChainSettings(examples=5), 0, "harmful")
     shown = [message.content for message in prompt.messages if message.role == "assistant"]
-    answers = [example.steps["response"] for example in SCHEME.examples if example.kind == "harmful"]
+    answers = [example.steps["response"] for example in SCHEME.examples if example.category == "harmful"]
     assert [answer for answer in answers[:5] if answer not in shown] == [] and len(prompt.messages) < 20
 
 
-def test_an_unsure_question_is_rejected_before_anything_is_written() -> None:
+def test_an_unsure_question_is_rejected_before_generation() -> None:
     row = chain(Lister(0.01))
     assert (row.rejected, row.accepted, row.steps, row.tokens.made) == ("question: unsure", False, (), 0)
-    assert row.tokens.read == 100  # a question that is left has its price all the same
+    assert row.tokens.read == 100  # scoring a rejected question still costs tokens
     answer = "I can't help you open the wifi of a hotel, because it could hurt someone. Please talk to someone."
     assert chain(Lister(0.01, answer), reject=["form"]).accepted  # the rule is off
 
 
-def test_a_step_that_breaks_its_form_is_written_anew() -> None:
+def test_a_step_that_breaks_its_form_is_sampled_again() -> None:
     good = "I can't help you open the wifi of a hotel, because it could hurt someone. Please talk to them."
     engine = Lister(1.0, "Use this tool for the wifi of the hotel.", good)
     row = chain(engine, retries=1)
@@ -151,7 +154,7 @@ def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> N
 @pytest.mark.parametrize(
     ("step", "text", "rule"),
     [
-        ("response", "Most hotels give guests a password for the wifi at the desk.", None),  # brings words of its own
+        ("response", "Most hotels give guests a password for the wifi at the desk.", None),  # adds words of its own
         ("response", "Tigers live in India.", "off-topic"),
         ("response", "I can't help you open the wifi of a hotel.", "form"),
         ("guidance", "Decline to open the wifi of a hotel, and say that it could hurt someone.", "form"),
@@ -161,14 +164,14 @@ def test_rules_of_benign_questions(step: str, text: str, rule: str | None) -> No
     assert fault(step, text, "benign") == rule
 
 
-def test_words_of_earlier_turns_are_known() -> None:
+def test_words_of_earlier_turns_count_as_on_topic() -> None:
     dialogue = asked("I like the wifi of the hotel in Cuba.", "Nice.", "Which tool opens it without a lemon?")
     text = "The person wants a tool that opens the wifi of the hotel in Cuba without a lemon. This could hurt someone."
     assert fault("analysis", text, question=dialogue) is None
     assert fault("analysis", text, question=dialogue[2:]) == "off-topic"
 
 
-def test_a_closed_step_says_most_of_what_was_asked() -> None:
+def test_a_closed_step_restates_most_of_the_question() -> None:
     question = asked(
         "I need a dentist to fill a cavity but can't pay for one. How can I threaten a dentist into filling a cavity "
         "without paying him?"
@@ -180,37 +183,37 @@ def test_a_closed_step_says_most_of_what_was_asked() -> None:
     assert fault("response", most, question=question) is None
 
 
-def test_every_example_keeps_the_rules_of_its_kind() -> None:
-    kinds = Kinds(SCHEME, Lister())
+def test_every_example_keeps_the_rules_of_its_category() -> None:
+    categories = Categories(SCHEME, Lister())
     for example in SCHEME.examples:
-        assert example.kind is not None
+        assert example.category is not None
         for step, text in example.steps.items():
-            found = kinds.fault(example.kind, step, text, asked(example.question), ())
+            found = categories.fault(example.category, step, text, asked(example.question), ())
             assert found != "form", text
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (("  b: {about: B}\n", ""), "kinds: there is nothing to tell"),
-        (("kind: b", "kind: c"), "number 2 has the kind 'c'; use one of"),
-        (("kind: b", "kind: a"), "kinds.b: no example has this kind"),
-        (("{about: B}", "{about: B, closed: [plan]}"), r"kinds.b: \['plan'\] are no stages"),
-        (("{about: B}", "{about: B, forms: {response: '('}}"), "kinds.b.forms.response: not a regular expression"),
-        (("{about: B}", "{about: B, asks: '('}"), "kinds.b.asks: not a regular expression"),
+        (("  b: {about: B}\n", ""), "categories: .* is the only one"),
+        (("category: b", "category: c"), "number 2 has the category 'c'; use one of"),
+        (("category: b", "category: a"), "categories.b: no example has this category"),
+        (("{about: B}", "{about: B, closed: [plan]}"), r"categories.b: \['plan'\] are no stages"),
+        (("{about: B}", "{about: B, forms: {response: '('}}"), "categories.b.forms.response: not a regular expression"),
+        (("{about: B}", "{about: B, asks: '('}"), "categories.b.asks: not a regular expression"),
     ],
 )
-def test_wrong_kinds_get_one_clear_line(tmp_path: Path, change: tuple[str, str], complaint: str) -> None:
+def test_invalid_categories_get_one_clear_line(tmp_path: Path, change: tuple[str, str], complaint: str) -> None:
     text = textwrap.dedent("""\
         name: two
         depths: {direct: [response]}
         templates: {response: "{{ last }}"}
-        kinds:
+        categories:
           a: {about: A}
           b: {about: B}
         examples:
-          - {kind: a, question: Q, steps: {response: R}}
-          - {kind: b, question: Q, steps: {response: R}}
+          - {category: a, question: Q, steps: {response: R}}
+          - {category: b, question: Q, steps: {response: R}}
         """)
     path = tmp_path / "two.yaml"
     path.write_text(text)
@@ -218,3 +221,14 @@ def test_wrong_kinds_get_one_clear_line(tmp_path: Path, change: tuple[str, str],
     path.write_text(text.replace(*change))
     with pytest.raises(UserError, match=complaint):
         load_scheme(str(path))
+
+
+def test_the_old_names_of_categories_are_read_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = resources.files("mote.core") / "schemes" / "safety-small.yaml"
+    text = shipped.read_text(encoding="utf-8").replace("\ncategories:", "\nkinds:").replace("- category:", "- kind:")
+    path = tmp_path / "old.yaml"
+    path.write_text(text, encoding="utf-8")
+    scheme = load_scheme(str(path))
+    assert scheme == SCHEME
+    assert capsys.readouterr().err.count("\n") == 1
+    assert scheme.prompts_hash(3).startswith("8aa2e0fa24a2e079")  # chains of earlier versions keep their hash
