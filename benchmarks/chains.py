@@ -169,7 +169,7 @@ def main() -> None:
             }
             for name, found in ratios.items()
         },
-        "bars": {"plain": 5.0, "fixed": 1.5},
+        "targets": {"plain": 5.0, "fixed": 1.5},
         "same_chains_as_fixed": f"{same} of {len(questions)}",
         **environment(),
     }  # fmt: skip

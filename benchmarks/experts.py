@@ -10,9 +10,9 @@ With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it
 import argparse
 from pathlib import Path
 
-from mote.experiments.bench.bars import table
-from mote.experiments.bench.experts import compare_variants
-from mote.experiments.bench.settings import choose_settings
+from mote.experiments.bench.compare_experts import compare_variants
+from mote.experiments.bench.expert_settings import choose_settings
+from mote.experiments.bench.targets import table
 
 
 def main() -> None:

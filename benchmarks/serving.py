@@ -44,7 +44,7 @@ QUESTIONS = [
     "How can I ask my neighbour to be quiet?", "What should I cook for six people?", "How does a lock work?",
     "Can you explain what a vaccine does?", "How do I write a letter of complaint?",
 ]  # fmt: skip
-BARS = {"one row": 1.10, "16 rows": 1.08, "16 clients": 4.0, "time to first token": 2.0}
+TARGETS = {"one row": 1.10, "16 rows": 1.08, "16 clients": 4.0, "time to first token": 2.0}
 
 
 def random_adapter(name: str, folder: Path) -> Path:
@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new", type=int, default=32, help="tokens that each row writes")
     parser.add_argument("--prompt", type=int, default=300, help="tokens of each prompt")
-    parser.add_argument("--only", nargs="+", choices=BARS, default=list(BARS), help="the others stay as --out has them")
+    parser.add_argument(
+        "--only", nargs="+", choices=TARGETS, default=list(TARGETS), help="the others stay as --out has them"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
     base, prepared = (load_base(given.model, device="cpu").model for _ in range(2))
@@ -222,14 +224,14 @@ def main() -> None:
     lay_out_by_columns(prepared)
     with tempfile.TemporaryDirectory() as folder:
         model = load(given.model, random_adapter(given.model, Path(folder)), device="cpu")
-    before = json.loads(given.out.read_text()) if len(given.only) < len(BARS) and given.out.exists() else {}
+    before = json.loads(given.out.read_text()) if len(given.only) < len(TARGETS) and given.out.exists() else {}
     result: dict[str, Any] = before | {
         "what": "answers with a random adapter of rank 16; medians of ratios within rounds, A/A is the reference again",
         "shape": {
             "model": given.model, "prompt_tokens": given.prompt,
             "threads": torch.get_num_threads(),
         },
-        "bars": BARS,
+        "targets": TARGETS,
     }  # fmt: skip
     for name, rows in (("one row", 1), ("16 rows", 16)):
         if name not in given.only:

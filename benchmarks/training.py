@@ -24,7 +24,7 @@ memory: their peaks, each in a process of its own.
 import argparse
 from pathlib import Path
 
-from mote.experiments.bench.bars import table
+from mote.experiments.bench.targets import table
 from mote.experiments.bench.training import choose, held_out_lines, measure_training
 
 

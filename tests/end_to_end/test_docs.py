@@ -28,8 +28,8 @@ from mote.evals.judges.agreement import Agreement, AgreementReport
 from mote.evals.results import Comparison, Cost, EvalRow, Number, Summary, System
 from mote.evals.statistics import Estimate, Paired
 from mote.experiments.ablations import load_ablations
+from mote.experiments.ablations.ablation_results import Interval, Judged, Line, Measured, Result
 from mote.experiments.ablations.paper import Cell, PaperComparison, TableLine
-from mote.experiments.ablations.rows import Interval, Judged, Line, Measured, Result
 from mote.report import summary
 from mote.report.compare import Compared, Difference, Differing, Side, TwoReports
 from mote.report.evaluation import Headline, Point

@@ -16,7 +16,7 @@ from mote.core.errors import UserError
 from mote.core.methods import METHODS
 from mote.core.records import ChainRow, read_rows, rewrite_rows
 from mote.experiments.ablations import Ablations, load_ablations, run_ablations
-from mote.experiments.ablations.rows import Measured, Result, interval, markdown, summary_of
+from mote.experiments.ablations.ablation_results import Measured, Result, interval, markdown, summary_of
 from mote.experiments.run import Run
 
 SHARED = {

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mote.core.errors import MoteError, UserError
 from mote.core.machine import resident_peak_mb
-from mote.experiments.bench import experts
-from mote.experiments.bench.bars import bars, table
-from mote.experiments.bench.experts import compare_variants
-from mote.experiments.bench.measures import Batch, Decoding, Training, make_batch, saved_mb
-from mote.experiments.bench.memory import peak_mb_apart
-from mote.experiments.bench.rivals import SplitLinear
-from mote.experiments.bench.settings import MEASURES, Settings, choose_settings, load_model
+from mote.experiments.bench import compare_experts
+from mote.experiments.bench.baselines import SplitLinear
+from mote.experiments.bench.compare_experts import compare_variants
+from mote.experiments.bench.expert_settings import MEASURES, ExpertBenchSettings, choose_settings, load_model
+from mote.experiments.bench.measurements import Batch, DecodingStep, TrainingStep, make_batch, saved_mb
+from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
+from mote.experiments.bench.targets import expert_targets, table
 from mote.experiments.bench.timing import compare, interleave, spread
 from mote.experiments.bench.variants import BUILDERS, CONTROL, GROWS, REFERENCE, UNCOMPILED, Variant, build, share
 from mote.models.linear import FrozenLinear
@@ -29,7 +29,7 @@ from mote.tuner.layer import MoteLinear
 SAME_EXPERTS = ("mote-4x16", "peft-4-masks", "gathered-segments")
 
 
-def quick(**changes: Any) -> Settings:
+def quick(**changes: Any) -> ExpertBenchSettings:
     return choose_settings(**{"shape": "tiny", "device": "cpu", "rows": 2, "length": 24, "rounds": 2, **changes})
 
 
@@ -83,7 +83,7 @@ def test_all_ways_to_run_step_experts_have_the_same_loss_and_gradients(base: Any
     rows = Batch(rows.ids, rows.steps.clamp_min(1), rows.labels)  # no question, whose expert is drawn
     found = {}
     for name, variant in variants.items():
-        loss = Training(variant, rows).loss()
+        loss = TrainingStep(variant, rows).loss()
         loss.backward()  # type: ignore[no-untyped-call]
         embedded = [p.grad.square().sum() for p in variant.trained() if p.grad is not None]
         found[name] = torch.stack([loss.detach(), torch.stack(embedded).sum()])
@@ -94,7 +94,7 @@ def test_all_ways_to_run_step_experts_have_the_same_loss_and_gradients(base: Any
 def test_token_gated_experts_are_those_of_the_ablations(base: Any) -> None:
     rows = batch()
     gather, dense = (build(name, share(base, name)) for name in ("token-gated", "token-gated-dense"))
-    assert torch.allclose(Training(gather, rows).loss(), Training(dense, rows).loss(), atol=1e-5)
+    assert torch.allclose(TrainingStep(gather, rows).loss(), TrainingStep(dense, rows).loss(), atol=1e-5)
     assert gather.extra_loss is not None
 
 
@@ -109,7 +109,7 @@ def test_variants_share_the_base_models_weights_and_start_from_them(base: Any) -
         assert apart == (["model.embed_tokens.weight"] if name in GROWS else []), name
         assert all(bool(parameter.any()) for parameter in variant.trained()), name
         assert not set(own.values()) & {parameter.data_ptr() for parameter in variant.trained()}
-        Training(variant, rows)()
+        TrainingStep(variant, rows)()
     assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
     assert base.config.vocab_size == 256
 
@@ -119,12 +119,12 @@ def test_a_step_trains_what_a_variant_adds(base: Any) -> None:
         variant = build(name, share(base, name))
         before = [parameter.clone() for parameter in variant.trained()]
         assert name.startswith("base") == (not before)
-        Training(variant, batch())()
+        TrainingStep(variant, batch())()
         assert all(not torch.equal(p, old) for p, old in zip(variant.trained(), before, strict=True)), name
         assert all(parameter.grad is None for parameter in variant.model.parameters()), name
 
 
-def test_rivals_stand_on_transformers_products_and_step_experts_on_the_packages(base: Any) -> None:
+def test_baselines_keep_transformers_linear_layers(base: Any) -> None:
     kinds = {name: {type(module) for module in build(name, share(base, name)).model.modules()} for name in BUILDERS}
     fast = {name for name, found in kinds.items() if FrozenLinear in found}
     assert fast == {"mote-4x16", "mote-4x16-markers", "base-fast", "lora-32-fast", "token-gated-fast"}
@@ -163,7 +163,7 @@ def test_trained_markers_stand_where_steps_begin(base: Any) -> None:
 def test_decoding_goes_on_behind_the_cache(base: Any) -> None:
     for name in ("lora-32", "mote-4x16", "gathered-segments"):
         variant = build(name, share(base, name))
-        decoding = Decoding(variant, torch.tensor([3, 1]), vocab=256)
+        decoding = DecodingStep(variant, torch.tensor([3, 1]), vocab=256)
         for _ in range(2):  # the second time in a cache that was used
             decoding.prefill()
             seen: list[Tensor] = []
@@ -190,7 +190,7 @@ def test_saved_activations_are_counted_once_and_without_weights() -> None:
             return type("Out", (), {"loss": (hidden.sigmoid() * x.sum()).sum()})  # sigmoid's output, twice; a scalar
 
     model = Model()
-    training = Training(Variant(model, model), batch())
+    training = TrainingStep(Variant(model, model), batch())
     training.inputs = {"x": torch.randn(1024, 8), "labels": None}
     expected = (1024 * 8 + 1024 * 16 + 1) * 4 / 2**20
     assert saved_mb(training) == pytest.approx(expected, abs=0.006)
@@ -219,7 +219,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 def test_the_file_holds_all_measures_versions_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "peak_mb_apart", lambda settings, name: 100.0 + len(name))
+    monkeypatch.setattr(compare_experts, "peak_mb_in_subprocess", lambda settings, name: 100.0 + len(name))
     settings, out = quick(), tmp_path / "experts.json"
     result = compare_variants(settings, out)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
@@ -243,7 +243,7 @@ def test_the_file_holds_all_measures_versions_and_machine(tmp_path: Path, monkey
     text = table(result)
     for name in (*result["measures"], *BUILDERS, "A/A"):
         assert name in text
-    assert len(result["bars"]) == 8 and all(bar["bar"] in text for bar in result["bars"])
+    assert len(result["targets"]) == 8 and all(target["target"] in text for target in result["targets"])
 
 
 def test_a_real_model_is_measured_and_its_folder_is_not_told(tmp_path: Path, tiny: Path) -> None:
@@ -258,7 +258,7 @@ def test_what_was_measured_is_kept_when_a_later_measure_fails(tmp_path: Path, mo
     def fail(settings: Any, name: str) -> float:
         raise MoteError("no memory")
 
-    monkeypatch.setattr(experts, "peak_mb_apart", fail)
+    monkeypatch.setattr(compare_experts, "peak_mb_in_subprocess", fail)
     out = tmp_path / "experts.json"
     with pytest.raises(MoteError):
         compare_variants(quick(only="base", measures="saved,memory"), out)
@@ -266,15 +266,15 @@ def test_what_was_measured_is_kept_when_a_later_measure_fails(tmp_path: Path, mo
 
 
 def test_a_variant_that_does_not_fit_is_named_and_the_reference_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Training.__call__
+    step = TrainingStep.__call__
     full: list[Any] = []
 
-    def full_for(self: Training) -> float:
+    def full_for(self: TrainingStep) -> float:
         if len(self.variant.trained()) in full:
             raise torch.OutOfMemoryError("full")
         return step(self)
 
-    monkeypatch.setattr(Training, "__call__", full_for)
+    monkeypatch.setattr(TrainingStep, "__call__", full_for)
     full.append(2 * 7 * 3)  # gate, A and B of each layer
     result = compare_variants(quick(only="token-gated", measures="training"))
     assert set(result["measures"]["training step"]["variants"]) == {REFERENCE, CONTROL}
@@ -286,23 +286,23 @@ def test_a_variant_that_does_not_fit_is_named_and_the_reference_must_fit(monkeyp
 
 
 def test_compiled_variants_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compare_experts, "BACKEND", "aot_eager")
     torch._dynamo.utils.counters.clear()
     result = compare_variants(quick(only="mote-4x16,token-gated", measures="training", compiled=True, rounds=1))
     assert set(result["measures"]["training step, compiled"]["variants"]) == {REFERENCE, CONTROL, "mote-4x16"}
     assert UNCOMPILED[0] in result["measures"]["training step"]["variants"]
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 3 and not counters["graph_break"]
-    assert [bar["bar"] for bar in result["bars"]][-1].startswith("training step, compiled")
+    assert [target["target"] for target in result["targets"]][-1].startswith("training step, compiled")
 
 
-def test_bars_are_met_or_not_by_their_medians() -> None:
+def test_expert_targets_are_judged_by_the_median() -> None:
     def measure(**seconds: float) -> dict[str, Any]:
         rounds = {REFERENCE: [2.0, 4.0, 8.0]}
         rounds |= {name.replace("_", "-"): [2 * s, 4 * s, 8 * s] for name, s in seconds.items()}
         return {"variants": {name: {"rounds": values} for name, values in rounds.items()}}
 
-    found = bars(
+    found = expert_targets(
         {
             "training step": measure(mote_4x16=1.0, token_gated=1.79),
             "training step, compiled": measure(mote_4x16=1.001, token_gated_dense=1.1),
@@ -311,25 +311,25 @@ def test_bars_are_met_or_not_by_their_medians() -> None:
             "peak memory": measure(mote_4x16=1.021),
         }
     )
-    assert [(bar["ratio"]["median"], bar["met"]) for bar in found] == [
+    assert [(target["ratio"]["median"], target["met"]) for target in found] == [
         (1.0, True), (1.79, False), (1.001, False), (0.97, True), (1.021, False)
     ]  # fmt: skip
 
 
 def test_peak_memory_is_that_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ballast = torch.ones(400 * 2**20, dtype=torch.uint8)
-    peak = peak_mb_apart(asdict(quick()), "mote-4x16")
+    peak = peak_mb_in_subprocess(asdict(quick()), "mote-4x16")
     assert len(ballast) and 100 < peak < resident_peak_mb() - 200  # not what it inherits from this process
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(MoteError, match=r"peak memory of base could not be measured \(exit 1\)"):
-        peak_mb_apart(asdict(quick()), "base")
+        peak_mb_in_subprocess(asdict(quick()), "base")
 
 
 def test_gradient_checkpointing_saves_less_and_computes_the_same(base: Any) -> None:
     rows = batch()
     rows = Batch(rows.ids, rows.steps.clamp_min(1), rows.labels)
     for name in ("lora-32", "mote-4x16", "gathered-segments", "token-gated"):
-        plain, checkpointed = (Training(build(name, share(base, name), again), rows) for again in (False, True))
+        plain, checkpointed = (TrainingStep(build(name, share(base, name), again), rows) for again in (False, True))
         assert saved_mb(checkpointed) < 0.9 * saved_mb(plain), name
         for training in (plain, checkpointed):
             training()

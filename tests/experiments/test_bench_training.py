@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mote.core.errors import UserError
 from mote.core.records import append_rows
 from mote.experiments.bench import trainers
-from mote.experiments.bench.bars import table
-from mote.experiments.bench.chains import Ground, facts, made_rows, prepare
 from mote.experiments.bench.skipping import UNCOUNTED, Pass, batches, seven, step_views
+from mote.experiments.bench.targets import table
 from mote.experiments.bench.trainers import ARMS, with_experts
 from mote.experiments.bench.training import (
     FLOPS,
@@ -25,12 +24,13 @@ from mote.experiments.bench.training import (
     MEASURES,
     SEVEN,
     TWO_VIEWS,
-    Settings,
-    bars,
+    TrainingBenchSettings,
     choose,
     held_out_lines,
     measure_training,
+    training_targets,
 )
+from mote.experiments.bench.workload import Workload, facts, made_rows, prepare
 from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import document_mask
 from mote.tokens.routing import Markers
@@ -42,14 +42,14 @@ CHAIN = Tokens(
 )
 
 
-def quick(only: str, **changes: Any) -> Settings:
+def quick(only: str, **changes: Any) -> TrainingBenchSettings:
     few = {"rounds": 1, "whole": 2, "first_seed": 1, "seeds": 1, "trained_on": 3, "epochs": 2}
     given = {"count": 8, "batch": 4, "length": 512, **few, **changes}
     return choose(None, "tiny", "cpu", "auto", only, skip_p=0.2, checkpointing=False, held_out=False, **given)
 
 
 @pytest.fixture(scope="module")
-def ground() -> Ground:
+def workload() -> Workload:
     return prepare(None, "tiny", "cpu", "float32", None, 8)
 
 
@@ -86,9 +86,9 @@ def test_flops_are_those_of_the_products() -> None:
     assert backward == 7 * (2 * 2 * 4 * 6 * 6 * 8)
 
 
-def test_a_masked_pass_has_at_most_030_of_the_flops_of_the_seven_data_sets(ground: Ground) -> None:
-    model = with_experts(ground, ground.config, False)
-    whole = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
+def test_a_masked_pass_has_at_most_030_of_the_flops_of_the_seven_data_sets(workload: Workload) -> None:
+    model = with_experts(workload, workload.config, False)
+    whole = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)]
     built = [form for row in whole for form in seven(row)]
     masked, all_forms = (
         Pass(model, batches(rows, skip_p, 512, 1, 0, "cpu"), document_mask).flops()
@@ -108,7 +108,7 @@ def test_everything_measured_is_in_the_file(tmp_path: Path) -> None:
         assert all(len(row["rounds"]) == 1 and row["ratio"]["median"] > 0 for row in measure["variants"].values())
     with_control = [name for name, measure in result["measures"].items() if "control" in measure]
     assert len(with_control) == 4 and not any("FLOPs" in name for name in with_control)
-    assert len(result["bars"]) == 9
+    assert len(result["targets"]) == 9
     flops = result["measures"][FLOPS]["variants"]
     assert flops[MASKED]["median"] < flops[TWO_VIEWS]["median"] < flops[SEVEN]["median"]
     held_out = result["held_out"]
@@ -121,14 +121,14 @@ def test_everything_measured_is_in_the_file(tmp_path: Path) -> None:
     assert text.count("held-out loss, masked with skip_p") == 3 and "SFTTrainer, padded" in text
 
 
-def test_bars_are_judged_by_the_median() -> None:
+def test_training_targets_are_judged_by_the_median() -> None:
     def measured(values: dict[str, list[float]]) -> dict[str, Any]:
         return {FLOPS: {"variants": {name: {"rounds": rounds} for name, rounds in values.items()}}}
 
-    [bar] = bars(measured({SEVEN: [10.0] * 3, MASKED: [2.0, 2.9, 9.0]}), on_gpu=False)
-    assert bar["met"] and bar["at_most"] == 0.30 and bar["ratio"]["median"] == 0.29
-    [bar] = bars(measured({SEVEN: [10.0] * 3, MASKED: [3.1] * 3}), on_gpu=False)
-    assert not bar["met"]
+    [target] = training_targets(measured({SEVEN: [10.0] * 3, MASKED: [2.0, 2.9, 9.0]}), on_gpu=False)
+    assert target["met"] and target["at_most"] == 0.30 and target["ratio"]["median"] == 0.29
+    [target] = training_targets(measured({SEVEN: [10.0] * 3, MASKED: [3.1] * 3}), on_gpu=False)
+    assert not target["met"]
 
 
 def test_the_peak_of_each_trainer_is_printed(

@@ -16,10 +16,10 @@ from mote.chains.stats import PAPER_SELF_BLEU
 from mote.core.errors import UserError
 from mote.core.scheme import load_scheme
 from mote.experiments.ablations import Ablations, load_ablations
+from mote.experiments.ablations.ablation_results import Judged, Measured, Result, summary_of
 from mote.experiments.ablations.differences import differences
 from mote.experiments.ablations.figures import paper_table
 from mote.experiments.ablations.paper import OURS, PAPER, Cell, PaperComparison, TableLine, beside_the_paper
-from mote.experiments.ablations.rows import Judged, Measured, Result, summary_of
 from mote.train import check_settings
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes" / "paper").glob("*.yaml"))}

@@ -22,11 +22,11 @@ def ablations(
     tasks=[hh-harm] replace those of the file. The same command goes on where it was cut.
     """
     from mote.experiments.ablations import load_ablations, run_ablations
-    from mote.experiments.ablations.rows import markdown
+    from mote.experiments.ablations.ablation_results import markdown
 
     wanted = load_ablations(recipe, overrides)
     if dry_run:
-        from mote.experiments.ablations.plan import table
+        from mote.experiments.ablations.dry_run import table
 
         print(table(wanted, judge, data))
         return

@@ -30,13 +30,13 @@ def bench(context: click.Context) -> None:
 @click.option("--measures", help="Some of training, decoding, saved, memory; comma-separated.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write to; it grows with each measure.")
 def experts(out: Path | None, **flags: Any) -> None:
-    """Compare step experts with plain LoRA and rivals.
+    """Compare step experts with plain LoRA and other baselines.
 
     Measures training steps, decoding, saved activations and peak memory, interleaved in one process with an A/A
-    control, and says which of the project's bars are met.
+    control, and says which of the project's targets are met.
     """
-    from mote.experiments.bench.bars import table
-    from mote.experiments.bench.experts import compare_variants
-    from mote.experiments.bench.settings import choose_settings
+    from mote.experiments.bench.compare_experts import compare_variants
+    from mote.experiments.bench.expert_settings import choose_settings
+    from mote.experiments.bench.targets import table
 
     print(table(compare_variants(choose_settings(**flags), out)))

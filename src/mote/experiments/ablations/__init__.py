@@ -1,6 +1,6 @@
 """Several methods and seeds on the same chains, measured in one table; the paper's tables and figures among them."""
 
-from mote.experiments.ablations.recipe import Ablations, Variant, load_ablations
-from mote.experiments.ablations.run import run_ablations
+from mote.experiments.ablations.ablation_recipe import Ablations, Variant, load_ablations
+from mote.experiments.ablations.runner import run_ablations
 
 __all__ = ["Ablations", "Variant", "load_ablations", "run_ablations"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe
+from mote.experiments.ablations.ablation_recipe import Ablations
+from mote.experiments.ablations.ablation_results import Measured
 from mote.experiments.ablations.figures import PaperTable, paper_setup
 from mote.experiments.ablations.judged import OWN_QUESTIONS, RATED, rates
-from mote.experiments.ablations.recipe import Ablations
-from mote.experiments.ablations.rows import Measured
 from mote.models.shapes import count_parameters, find_shape
 
 

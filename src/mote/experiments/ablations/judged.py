@@ -8,7 +8,7 @@ from mote.core.recipe import Recipe
 from mote.core.scheme import BASE
 from mote.evals.results import Summary, System
 from mote.evals.suite_config import Suite, load_suite, systems_of, task_args
-from mote.experiments.ablations.recipe import Ablations, Variant
+from mote.experiments.ablations.ablation_recipe import Ablations, Variant
 
 RULE = "rule"
 OWN_QUESTIONS = "mote:test"

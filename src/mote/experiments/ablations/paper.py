@@ -9,10 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mote.experiments.ablations.ablation_recipe import Ablations
+from mote.experiments.ablations.ablation_results import Judged, Measured, Result, interval
 from mote.experiments.ablations.differences import differences
 from mote.experiments.ablations.figures import Column, PaperTable, paper_table
-from mote.experiments.ablations.recipe import Ablations
-from mote.experiments.ablations.rows import Judged, Measured, Result, interval
 
 OURS, PAPER = "ours", "paper"
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mote.experiments.bench.chains import STEPS, Ground
 from mote.experiments.bench.skipping import Pass, batches, on_device, seven
 from mote.experiments.bench.timing import say
 from mote.experiments.bench.trainers import with_experts
+from mote.experiments.bench.workload import STEPS, Workload
 from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import document_mask, skip_chances
 from mote.tokens.packing import ChainDataset, collate
@@ -25,7 +25,7 @@ DRAWS = {  # skip_p and views of each masked arm
 }
 
 
-def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: int) -> dict[str, Any]:
+def compare_held_out(workload: Workload, seeds: Sequence[int], chains: int, epochs: int) -> dict[str, Any]:
     """Train all arms from the same start on the same chains in the same order, once for each seed.
 
     An update of a masked arm is on masked chains, drawn anew in each epoch; of the other, on the seven data sets' rows
@@ -37,7 +37,7 @@ def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: 
         Losses by arm and seed, before and after, of all forms and of the whole chains alone; the ratios of both of each
         masked arm.
     """
-    rows = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)]
+    rows = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)]
     arms: dict[str, tuple[float, int] | None] = {**DRAWS, "seven": None}
     losses: dict[str, list[list[float]]] = {name: [] for name in ("before", *arms)}
     count = min(chains, 2 * len(rows) // 3)
@@ -48,11 +48,11 @@ def compare_held_out(ground: Ground, seeds: Sequence[int], chains: int, epochs: 
         for arm, draws in arms.items():
             say(f"held-out loss: seed {seed}, {arm}")
             torch.manual_seed(seed)
-            model = with_experts(ground, ground.config, False)
+            model = with_experts(workload, workload.config, False)
             if len(losses["before"]) == len(losses["seven"]):
-                losses["before"].append(_held_out(model, ground, held))
-            _train(model, ground, shuffled, draws, seed)
-            losses[arm].append(_held_out(model, ground, held))
+                losses["before"].append(_held_out(model, workload, held))
+            _train(model, workload, shuffled, draws, seed)
+            losses[arm].append(_held_out(model, workload, held))
             say(f"held-out loss: seed {seed}, {arm}: {losses[arm][-1][0]}")
     return {
         "seeds": list(seeds),
@@ -77,7 +77,7 @@ def _ratios(masked: list[list[float]], seven: list[list[float]]) -> dict[str, An
 
 
 def _train(
-    model: Any, ground: Ground, epochs: Sequence[Sequence[Tokens]], draws: tuple[float, int] | None, seed: int
+    model: Any, workload: Workload, epochs: Sequence[Sequence[Tokens]], draws: tuple[float, int] | None, seed: int
 ) -> None:
     """Train on the chains of each epoch, in their order: masked with such draws, or on all their forms."""
     forms = {id(chain): [chain] if draws else seven(chain) for chain in epochs[0]}
@@ -94,19 +94,19 @@ def _train(
     for index, (epoch, chains) in enumerate(updates):
         data.set_epoch(epoch)
         drawn = [[data[place][0] for place in places[id(chain)]] for chain in chains]
-        step.batches = [on_device(collate(drawn, ground.tokenizer.pad_token_id), ground.model.device)]
+        step.batches = [on_device(collate(drawn, workload.tokenizer.pad_token_id), workload.model.device)]
         group["lr"] = LEARNING_RATE * (1 - index / len(updates))
         step()
 
 
 @torch.no_grad()
-def _held_out(model: Any, ground: Ground, rows: Sequence[Tokens]) -> list[float]:
+def _held_out(model: Any, workload: Workload, rows: Sequence[Tokens]) -> list[float]:
     """Mean loss of text and end markers, over all forms of the rows and over the rows themselves."""
     model.eval()
-    starts = torch.tensor([start for start, _ in ground.config.markers.values()], device=ground.model.device)
+    starts = torch.tensor([start for start, _ in workload.config.markers.values()], device=workload.model.device)
     totals = []
     for forms in ([form for row in rows for form in seven(row)], rows):
-        drawn = batches(forms, 0.0, 1024, 1, ground.tokenizer.pad_token_id, ground.model.device)
+        drawn = batches(forms, 0.0, 1024, 1, workload.tokenizer.pad_token_id, workload.model.device)
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in drawn:
             batch.pop("question_experts")

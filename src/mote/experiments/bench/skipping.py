@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mote.experiments.bench.chains import STEPS
-from mote.experiments.bench.measures import synchronize
+from mote.experiments.bench.measurements import synchronize
+from mote.experiments.bench.workload import STEPS
 from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import skip_chances
 from mote.tokens.packing import ChainDataset, collate

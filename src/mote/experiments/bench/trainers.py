@@ -19,9 +19,9 @@ from transformers import PrinterCallback, TrainerCallback
 from mote.core.errors import UserError
 from mote.core.machine import peak_memory_mb
 from mote.core.recipe import Recipe
-from mote.experiments.bench.chains import STEPS, Ground, prepare
-from mote.experiments.bench.measures import synchronize
+from mote.experiments.bench.measurements import synchronize
 from mote.experiments.bench.variants import share
+from mote.experiments.bench.workload import STEPS, Workload, prepare
 from mote.models.linear import speed_up
 from mote.tokens.encode import IGNORED
 from mote.tokens.masks import block_mask, document_mask, skip_chances
@@ -36,7 +36,7 @@ ARMS = (SFT_PADDED, SFT_AGAIN, SFT_PACKED, PADDED, PACKED)
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainerSettings:
     """What decides the numbers of a training.
 
     Attributes:
@@ -53,11 +53,11 @@ class Training:
     device: str
     checkpointing: bool
 
-    def rows_per_batch(self, ground: Ground, packed: bool) -> int:
+    def rows_per_batch(self, workload: Workload, packed: bool) -> int:
         """Rows of an update: packed ones hold about as many tokens as `batch` chains do."""
         if not packed:
             return self.batch
-        mean = sum(len(row.ids) for row in ground.rows) / len(ground.rows)
+        mean = sum(len(row.ids) for row in workload.rows) / len(workload.rows)
         return max(1, round(self.batch * mean / self.length))
 
     def settings(self, folder: str, rows: int) -> dict[str, Any]:
@@ -99,17 +99,17 @@ class _Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.began
 
 
-def build(name: str, ground: Ground, given: Training) -> Epoch:
-    """A trainer of one of `ARMS` on the ground's chains."""
+def build(name: str, workload: Workload, given: TrainerSettings) -> Epoch:
+    """A trainer of one of `ARMS` on the workload's chains."""
     packed = name in (PACKED, SFT_PACKED)
-    made = (_mote if name in (PADDED, PACKED) else _sft)(ground, given, packed)
-    return Epoch(made, sum(len(row.ids) for row in ground.rows))
+    made = (_mote if name in (PADDED, PACKED) else _sft)(workload, given, packed)
+    return Epoch(made, sum(len(row.ids) for row in workload.rows))
 
 
-def with_experts(ground: Ground, config: MoteConfig, flex: bool) -> Any:
+def with_experts(workload: Workload, config: MoteConfig, flex: bool) -> Any:
     """The base model with step experts and the markers' trained rows."""
     torch.manual_seed(0)
-    base = share(ground.model, PADDED)
+    base = share(workload.model, PADDED)
     speed_up(base)
     model = get_peft_model(base, config)
     if flex:
@@ -117,26 +117,26 @@ def with_experts(ground: Ground, config: MoteConfig, flex: bool) -> Any:
     return model
 
 
-def _mote(ground: Ground, given: Training, packed: bool) -> MoteTrainer:
+def _mote(workload: Workload, given: TrainerSettings, packed: bool) -> MoteTrainer:
     flex = given.device.startswith("cuda")
     folder = tempfile.mkdtemp()
-    settings = given.settings(folder, given.rows_per_batch(ground, packed))
+    settings = given.settings(folder, given.rows_per_batch(workload, packed))
     arguments = training_arguments(Recipe.model_validate({"train": settings}), Path(folder), False, given.device)
     trainer = MoteTrainer(
-        model=with_experts(ground, ground.config, flex),
+        model=with_experts(workload, workload.config, flex),
         args=arguments,
         train_dataset=ChainDataset(
-            ground.rows, skip_chances(given.skip_p, {}, STEPS), 0, given.length if packed else None
+            workload.rows, skip_chances(given.skip_p, {}, STEPS), 0, given.length if packed else None
         ),
-        data_collator=lambda batch: collate(batch, ground.tokenizer.pad_token_id),
+        data_collator=lambda batch: collate(batch, workload.tokenizer.pad_token_id),
     )
-    assert ground.config.routing is not None
-    trainer.markers, trainer.expert_names, trainer.marker_learning_rate = ground.config.routing, STEPS, None
+    assert workload.config.routing is not None
+    trainer.markers, trainer.expert_names, trainer.marker_learning_rate = workload.config.routing, STEPS, None
     trainer.make_mask = block_mask if flex else document_mask
     return trainer
 
 
-def _sft(ground: Ground, given: Training, packed: bool) -> Any:
+def _sft(workload: Workload, given: TrainerSettings, packed: bool) -> Any:
     """TRL's trainer with its own loss, its own packing where rows are packed, and the model as transformers loads it.
 
     On a GPU it computes in bfloat16 by autocast, its default, since PEFT keeps adapters in float32.
@@ -152,7 +152,7 @@ def _sft(ground: Ground, given: Training, packed: bool) -> Any:
     logging.getLogger("trl").setLevel(logging.ERROR)
     folder, on_gpu = tempfile.mkdtemp(), given.device.startswith("cuda")
     arguments = SFTConfig(
-        **given.settings(folder, given.rows_per_batch(ground, packed)),
+        **given.settings(folder, given.rows_per_batch(workload, packed)),
         output_dir=folder,
         report_to="none",
         max_length=given.length,
@@ -165,13 +165,13 @@ def _sft(ground: Ground, given: Training, packed: bool) -> Any:
     torch.manual_seed(0)
     rows = [
         {"input_ids": row.ids, "completion_mask": [int(label != IGNORED) for label in row.labels]}
-        for row in ground.rows
+        for row in workload.rows
     ]
     return SFTTrainer(
-        model=share(ground.model, SFT_PADDED),
+        model=share(workload.model, SFT_PADDED),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=ground.tokenizer,
+        processing_class=workload.tokenizer,
         peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
 
@@ -181,9 +181,9 @@ def main() -> None:
     settings, name = json.loads(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(settings["threads"])
     chains = settings["chains"] and Path(settings["chains"])
-    ground = prepare(settings["model"], settings["shape"], settings["device"], settings["dtype"], chains,
+    workload = prepare(settings["model"], settings["shape"], settings["device"], settings["dtype"], chains,
                      settings["count"])  # fmt: skip
-    build(name, ground, Training(**settings["training"]))()
+    build(name, workload, TrainerSettings(**settings["training"]))()
     print(peak_memory_mb())
 
 

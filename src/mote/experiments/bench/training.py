@@ -11,9 +11,8 @@ from typing import Any
 from mote.core.errors import UserError
 from mote.core.files import write_json
 from mote.core.machine import environment
-from mote.experiments.bench.chains import Ground, facts, prepare
 from mote.experiments.bench.held_out import compare_held_out
-from mote.experiments.bench.memory import peak_mb_apart
+from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
 from mote.experiments.bench.skipping import Pass, batches, seven, step_views
 from mote.experiments.bench.timing import compare, interleave, paired, say
 from mote.experiments.bench.trainers import (
@@ -23,10 +22,11 @@ from mote.experiments.bench.trainers import (
     SFT_AGAIN,
     SFT_PACKED,
     SFT_PADDED,
-    Training,
+    TrainerSettings,
     build,
     with_experts,
 )
+from mote.experiments.bench.workload import Workload, facts, prepare
 from mote.models.embedded import EMBEDDED
 from mote.models.load import default_device, default_dtype
 from mote.tokens.masks import block_mask, document_mask
@@ -37,7 +37,7 @@ TWO_VIEWS = "masked pass, two views"
 CAUSAL, CAUSAL_AGAIN, MASKS = "causal", "causal again", "masked"
 FLOPS, TIME = "FLOPs of an epoch", "time of an epoch"
 SPEED, MEMORY = "training", "peak memory"
-LIMITS: tuple[tuple[str, str, str, str, float, float], ...] = (  # measure, one, other, kind, limit on a CPU, on a GPU
+TARGETS: tuple[tuple[str, str, str, str, float, float], ...] = (  # measure, one, other, kind, limit on a CPU, on a GPU
     (FLOPS, MASKED, SEVEN, "at_most", 0.30, 0.30),
     (TIME, MASKED, SEVEN, "at_most", 0.35, 0.35),
     (FLOPS, TWO_VIEWS, SEVEN, "at_most", 0.30, 0.30),
@@ -53,12 +53,12 @@ LIMITS: tuple[tuple[str, str, str, str, float, float], ...] = (  # measure, one,
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingBenchSettings:
     """Everything that decides the numbers.
 
     Attributes:
         model: As in a recipe, or None with a shape.
-        shape: One of `mote.experiments.bench.settings.SHAPES`.
+        shape: One of `mote.experiments.bench.expert_settings.SHAPES`.
         device: `cpu` or `cuda`.
         dtype: Of the base model.
         chains: A file of chains, or None for made-up rows.
@@ -83,7 +83,7 @@ class Settings:
     whole: int
     rounds: int
     threads: int
-    training: Training
+    training: TrainerSettings
     measures: tuple[str, ...]
     first_seed: int
     seeds: int
@@ -93,8 +93,8 @@ class Settings:
 
 def choose(
     model: str | None, shape: str | None, device: str, dtype: str, only: str | None, held_out: bool, **given: Any
-) -> Settings:
-    """Settings with the device's defaults.
+) -> TrainingBenchSettings:
+    """TrainingBenchSettings with the device's defaults.
 
     Raises:
         UserError: A measure that is not known, or a model beside a shape.
@@ -112,15 +112,15 @@ def choose(
         raise UserError(f"only: '{unknown[0]}' is not known; use some of {', '.join(MEASURES)}")
     defaults = {"count": 64, "batch": 8, "length": 2048} if on_gpu else {"count": 24, "batch": 8, "length": 1024}
     chosen = {"chains": None, **defaults, **{name: value for name, value in given.items() if value is not None}}
-    training = Training(chosen.pop("batch"), chosen.pop("length"), chosen.pop("skip_p"), device,
+    training = TrainerSettings(chosen.pop("batch"), chosen.pop("length"), chosen.pop("skip_p"), device,
                         chosen.pop("checkpointing"))  # fmt: skip
-    return Settings(
+    return TrainingBenchSettings(
         model=model, shape=shape, device=device, dtype=default_dtype(device) if dtype == "auto" else dtype,
         threads=torch.get_num_threads(), training=training, measures=names, **chosen,
     )  # fmt: skip
 
 
-def measure_training(settings: Settings, out: Path | None = None) -> dict[str, Any]:
+def measure_training(settings: TrainingBenchSettings, out: Path | None = None) -> dict[str, Any]:
     """Measure everything, and write what is there so far after each measure.
 
     Raises:
@@ -135,14 +135,14 @@ def measure_training(settings: Settings, out: Path | None = None) -> dict[str, A
         "measures": {},
         "held_out": None,
         "failures": [],
-        "bars": [],
+        "targets": [],
     }
     result["machine"]["threads"] = settings.threads
     if settings.model is not None and Path(settings.model).is_dir():
         result["settings"]["model"] = Path(settings.model).name
     for name, measure in _measures(settings, result):
         result["measures"][name] = measure
-        result["bars"] = bars(result["measures"], settings.device.startswith("cuda"))
+        result["targets"] = training_targets(result["measures"], settings.device.startswith("cuda"))
         if out is not None:
             write_json(out, result)
     if out is not None:
@@ -150,50 +150,52 @@ def measure_training(settings: Settings, out: Path | None = None) -> dict[str, A
     return result
 
 
-def bars(measures: Mapping[str, Any], on_gpu: bool) -> list[dict[str, Any]]:
+def training_targets(measures: Mapping[str, Any], on_gpu: bool) -> list[dict[str, Any]]:
     """The bars of the project that were measured."""
     found = []
-    for name, one, other, kind, on_cpu, on_cuda in LIMITS:
+    for name, one, other, kind, on_cpu, on_cuda in TARGETS:
         rows = measures[name]["variants"] if name in measures else {}
         if one in rows and other in rows:
             limit = on_cuda if on_gpu else on_cpu
             ratio = paired(rows[one]["rounds"], rows[other]["rounds"])
             met = ratio["median"] <= limit if kind == "at_most" else ratio["median"] >= limit
-            found.append({"bar": f"{name}: {one} over {other}", kind: limit, "ratio": ratio, "met": met})
+            found.append({"target": f"{name}: {one} over {other}", kind: limit, "ratio": ratio, "met": met})
     return found
 
 
-def _measures(settings: Settings, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _measures(settings: TrainingBenchSettings, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     training = settings.training
     if "memory" in settings.measures:  # first: nothing else is in the memory yet
         peaks = {}
         for name in ARMS:
             say(f"{MEMORY}: {name}")
-            peaks[name] = [peak_mb_apart(asdict(settings), name, "mote.experiments.bench.trainers")]
+            peaks[name] = [peak_mb_in_subprocess(asdict(settings), name, "mote.experiments.bench.trainers")]
         yield MEMORY, {"unit": "MB", **_compared(peaks, SFT_PADDED, (SFT_AGAIN, SFT_PADDED))}
     say(f"loading {settings.model or settings.shape} ({settings.dtype}, {settings.device})")
     chains = Path(settings.chains) if settings.chains else None
-    ground = prepare(settings.model, settings.shape, settings.device, settings.dtype, chains, settings.count)
-    result["chains"] = {"source": ground.source, **facts(ground.rows)}
+    workload = prepare(settings.model, settings.shape, settings.device, settings.dtype, chains, settings.count)
+    result["chains"] = {"source": workload.source, **facts(workload.rows)}
     if {"skipping", "masks"} & set(settings.measures):
-        yield from _passes(settings, ground, result)
+        yield from _passes(settings, workload, result)
     if "trainers" in settings.measures:
-        epochs = {name: build(name, ground, training) for name in ARMS if name != SFT_AGAIN}
+        epochs = {name: build(name, workload, training) for name in ARMS if name != SFT_AGAIN}
         epochs[SFT_AGAIN] = epochs[SFT_PADDED]
         speeds = _interleaved(SPEED, epochs, settings.rounds)
         yield SPEED, {"unit": "tokens/s", **_compared(speeds, SFT_PADDED, (SFT_AGAIN, SFT_PADDED))}
         del epochs
     if "held-out" in settings.measures:
         seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-        result["held_out"] = compare_held_out(ground, seeds, settings.trained_on, settings.epochs)
+        result["held_out"] = compare_held_out(workload, seeds, settings.trained_on, settings.epochs)
 
 
-def _passes(settings: Settings, ground: Ground, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _passes(
+    settings: TrainingBenchSettings, workload: Workload, result: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is measured on chains of all three steps, and an epoch of all chains."""
     given, on_gpu = settings.training, settings.device.startswith("cuda")
-    model = with_experts(ground, ground.config, on_gpu)
-    make_mask, pad_id = (block_mask if on_gpu else document_mask), ground.tokenizer.pad_token_id
-    whole = [row for row in ground.rows if {1, 2, 3} <= set(row.steps)][: settings.whole]
+    model = with_experts(workload, workload.config, on_gpu)
+    make_mask, pad_id = (block_mask if on_gpu else document_mask), workload.tokenizer.pad_token_id
+    whole = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)][: settings.whole]
     if not whole:
         raise UserError("chains: none has analysis, guidance and response; give a file with some, or a larger --count")
     result["chains"]["of all three steps"] = facts(whole)
@@ -208,9 +210,9 @@ def _passes(settings: Settings, ground: Ground, result: dict[str, Any]) -> Itera
                   TWO_VIEWS: packed(whole, given.skip_p, 2)}  # fmt: skip
         flops = {name: [one.flops()] for name, one in passes.items()}
         yield FLOPS, {"unit": "FLOP", **_compared(flops, SEVEN, None)}
-        mixed = {SEVEN: packed([f for row in ground.rows for f in seven(row)], 0.0),
-                 MASKED: packed(ground.rows, given.skip_p),
-                 TWO_VIEWS: packed(ground.rows, given.skip_p, 2)}  # fmt: skip
+        mixed = {SEVEN: packed([f for row in workload.rows for f in seven(row)], 0.0),
+                 MASKED: packed(workload.rows, given.skip_p),
+                 TWO_VIEWS: packed(workload.rows, given.skip_p, 2)}  # fmt: skip
         yield f"{FLOPS}, all depths", {
             "unit": "FLOP", **_compared({name: [one.flops()] for name, one in mixed.items()}, SEVEN, None),
         }  # fmt: skip
@@ -221,7 +223,7 @@ def _passes(settings: Settings, ground: Ground, result: dict[str, Any]) -> Itera
             drawn = batches(whole, given.skip_p, length, per_batch, pad_id, settings.device)
             causal = Pass(model, drawn, None)
             if on_gpu:  # the fastest causal attention there is
-                causal = Pass(with_experts(ground, ground.config, False), drawn, None)
+                causal = Pass(with_experts(workload, workload.config, False), drawn, None)
             steps = {CAUSAL: causal, CAUSAL_AGAIN: causal, MASKS: Pass(model, drawn, make_mask)}
             name = f"training step, {case}"
             yield name, {"unit": "s", **_compared(_interleaved(name, steps, settings.rounds), CAUSAL,

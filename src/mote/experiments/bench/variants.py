@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from mote.experiments.bench.rivals import GatheredLinear, MaskedLinear, add_split_experts
+from mote.experiments.bench.baselines import GatheredLinear, MaskedLinear, add_split_experts
 from mote.models.linear import speed_up
 from mote.tuner import MoteConfig
 from mote.tuner.token_gated import TokenGatedConfig, gate_loss

@@ -14,7 +14,7 @@ import torch
 
 from mote.core.errors import UserError
 from mote.core.records import ChainRow, iter_rows
-from mote.experiments.bench.settings import SHAPES, load_shape
+from mote.experiments.bench.expert_settings import SHAPES, load_shape
 from mote.models.embeddings import grow_embeddings
 from mote.models.load import load_base
 from mote.questions.load import load_questions
@@ -28,7 +28,7 @@ DEPTHS = (((1, 2, 3), 0.614), ((1, 3), 0.101), ((3,), 0.285))  # section 3.1: sh
 
 
 @dataclass(frozen=True)
-class Ground:
+class Workload:
     """A base model whose embedding has rows for the markers, and its chains.
 
     Attributes:
@@ -46,7 +46,7 @@ class Ground:
     source: str
 
 
-def prepare(model: str | None, shape: str | None, device: str, dtype: str, chains: Path | None, count: int) -> Ground:
+def prepare(model: str | None, shape: str | None, device: str, dtype: str, chains: Path | None, count: int) -> Workload:
     """Load a model and `count` chains, drawn from a file or made up.
 
     Raises:
@@ -68,10 +68,10 @@ def prepare(model: str | None, shape: str | None, device: str, dtype: str, chain
     assert markers is not None
     if chains is None:
         rows = made_rows(count, min(id_ for pair in config.markers.values() for id_ in pair), markers)
-        return Ground(found, tokenizer, config, rows, "random tokens, questions as long as the embedded ones")
+        return Workload(found, tokenizer, config, rows, "random tokens, questions as long as the embedded ones")
     if model is None:
         raise UserError(f"chains: {chains} cannot be read with a shape, which has no tokenizer; give --model")
-    return Ground(found, tokenizer, config, real_rows(chains, tokenizer, markers, count), "accepted chains of a file")
+    return Workload(found, tokenizer, config, real_rows(chains, tokenizer, markers, count), "accepted chains of a file")
 
 
 def real_rows(path: Path, tokenizer: Any, markers: Markers, count: int) -> list[Tokens]:

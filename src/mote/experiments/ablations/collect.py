@@ -11,8 +11,8 @@ from mote.core.records import Answer, ChainRow, iter_rows, read_rows
 from mote.core.scheme import BASE
 from mote.evals.judges.rule import classify, find_signs
 from mote.evals.results import Summary
-from mote.experiments.ablations.recipe import Variant
-from mote.experiments.ablations.rows import Judged, Measured
+from mote.experiments.ablations.ablation_recipe import Variant
+from mote.experiments.ablations.ablation_results import Judged, Measured
 
 TOKENS, SECONDS, SELF_BLEU = "tokens of training", "seconds of training", "Self-BLEU"
 

@@ -51,8 +51,8 @@ def make_batch(rows: int, length: int, vocab: int, device: str) -> Batch:
     return Batch(ids.to(device), steps.to(device), labels.to(device))
 
 
-class Training:
-    """Training steps of one variant on one batch: forward, backward, AdamW."""
+class TrainingStep:
+    """TrainingStep steps of one variant on one batch: forward, backward, AdamW."""
 
     def __init__(self, variant: Variant, batch: Batch) -> None:
         self.variant = variant
@@ -78,7 +78,7 @@ class Training:
         return time.perf_counter() - began
 
 
-class Decoding:
+class DecodingStep:
     """One token at a time behind a short prompt in a static cache; the variants take turns token by token.
 
     Args:
@@ -123,7 +123,7 @@ class Decoding:
         self.place += tokens
 
 
-def saved_mb(training: Training) -> float:
+def saved_mb(training: TrainingStep) -> float:
     """MB that a forward pass keeps for the backward pass, parameters and buffers left out."""
     training.variant.model.train()
     model = training.variant.model
@@ -146,7 +146,7 @@ def peak_mb_on_gpu(variant: Variant, batch: Batch) -> float:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    training = Training(variant, batch)
+    training = TrainingStep(variant, batch)
     training()
     training()
     return round(torch.cuda.max_memory_allocated() / 2**20, 1)

@@ -9,7 +9,9 @@ from mote.core.errors import MoteError
 from mote.core.machine import resident_peak_mb
 
 
-def peak_mb_apart(settings: dict[str, Any], name: str, module: str = "mote.experiments.bench.memory") -> float:
+def peak_mb_in_subprocess(
+    settings: dict[str, Any], name: str, module: str = "mote.experiments.bench.peak_memory"
+) -> float:
     """Peak MB of a fresh process that runs a module, which prints it.
 
     Args:
@@ -32,15 +34,15 @@ def main() -> None:
     """Measure and print the number."""
     import torch
 
-    from mote.experiments.bench.measures import Training, make_batch
-    from mote.experiments.bench.settings import Settings, load_model
+    from mote.experiments.bench.expert_settings import ExpertBenchSettings, load_model
+    from mote.experiments.bench.measurements import TrainingStep, make_batch
     from mote.experiments.bench.variants import build
 
-    settings = Settings(**json.loads(sys.argv[1]))
+    settings = ExpertBenchSettings(**json.loads(sys.argv[1]))
     torch.set_num_threads(settings.threads)
     base = load_model(settings)
     batch = make_batch(settings.rows, settings.length, base.config.vocab_size, settings.device)
-    training = Training(build(sys.argv[2], base, settings.checkpointing), batch)
+    training = TrainingStep(build(sys.argv[2], base, settings.checkpointing), batch)
     training()
     training()
     print(round(resident_peak_mb(), 1))

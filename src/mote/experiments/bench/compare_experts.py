@@ -14,10 +14,10 @@ import torch
 from mote.core.errors import UserError
 from mote.core.files import write_json
 from mote.core.machine import environment
-from mote.experiments.bench.bars import bars
-from mote.experiments.bench.measures import TOKENS, Decoding, Training, make_batch, peak_mb_on_gpu, saved_mb
-from mote.experiments.bench.memory import peak_mb_apart
-from mote.experiments.bench.settings import Settings, load_model
+from mote.experiments.bench.expert_settings import ExpertBenchSettings, load_model
+from mote.experiments.bench.measurements import TOKENS, DecodingStep, TrainingStep, make_batch, peak_mb_on_gpu, saved_mb
+from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
+from mote.experiments.bench.targets import expert_targets
 from mote.experiments.bench.timing import compare, interleave, say
 from mote.experiments.bench.variants import BASE, CONTROL, REFERENCE, STEPS, UNCOMPILED, Variant, build, share
 
@@ -25,11 +25,11 @@ BACKEND = "inductor"
 Measure = tuple[str, str, dict[str, list[float]]]  # name, unit, variant -> rounds
 
 
-def compare_variants(settings: Settings, out: Path | None = None) -> dict[str, Any]:
+def compare_variants(settings: ExpertBenchSettings, out: Path | None = None) -> dict[str, Any]:
     """Measure everything, and write what is there so far after each measure.
 
     Returns:
-        What the JSON file holds: settings, versions, machine, trained parameters, measures by name, bars.
+        What the JSON file holds: settings, versions, machine, trained parameters, measures by name, targets.
 
     Raises:
         UserError: The reference does not fit into the GPU's memory, or `out` is a folder.
@@ -47,14 +47,14 @@ def compare_variants(settings: Settings, out: Path | None = None) -> dict[str, A
         "trained_parameters": bench.trained,
         "measures": {},
         "failures": bench.failures,
-        "bars": [],
+        "targets": [],
     }
     result["machine"]["threads"] = settings.threads
     if settings.model is not None and Path(settings.model).is_dir():
         result["settings"]["model"] = Path(settings.model).name  # whose folder it is in is nobody's business
     for name, unit, values in bench.measures():
         result["measures"][name] = {"unit": unit, "variants": compare(values, {"ratio": REFERENCE, "over_base": BASE})}
-        result["bars"] = bars(result["measures"])
+        result["targets"] = expert_targets(result["measures"])
         if out is not None:
             write_json(out, result)
     return result
@@ -63,7 +63,7 @@ def compare_variants(settings: Settings, out: Path | None = None) -> dict[str, A
 class _Bench:
     """The base model, what is put on it, and what is measured of that."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ExpertBenchSettings) -> None:
         self.settings = settings
         self.on_gpu = settings.device.startswith("cuda")
         self.base = load_model(settings)
@@ -90,7 +90,7 @@ class _Bench:
         """What is measured with all variants in memory."""
         everything = {name: self._build(name) for name in self.settings.variants}
         if "saved" in self.settings.measures:
-            saved = {name: partial(saved_mb, Training(v, self.batch)) for name, v in everything.items()}
+            saved = {name: partial(saved_mb, TrainingStep(v, self.batch)) for name, v in everything.items()}
             yield "saved activations", "MB", self._once("saved activations", saved)
         for compiled in modes:
             variants = {name: v for name, v in everything.items() if not (compiled and name in UNCOMPILED)}
@@ -102,7 +102,7 @@ class _Bench:
                     yield from self._decoding(variants, compiled)
 
     def _training(self, variants: Mapping[str, Variant], measure: str) -> Measure:
-        steps = {name: Training(variant, self.batch) for name, variant in variants.items()}
+        steps = {name: TrainingStep(variant, self.batch) for name, variant in variants.items()}
         self._once(measure, steps)
         say(f"{measure}: {self.settings.rounds} rounds")
         return measure, "s", interleave(steps, self.settings.rounds)
@@ -117,7 +117,7 @@ class _Bench:
         for case, steps in cases.items():
             measure = _named(f"decoding {case}", compiled)
             decodings = {
-                name: Decoding(variant, torch.tensor(steps, device=self.settings.device), self.vocab)
+                name: DecodingStep(variant, torch.tensor(steps, device=self.settings.device), self.vocab)
                 for name, variant in variants.items()
                 if len(set(steps)) == 1 or variant.takes_steps or name in (REFERENCE, CONTROL)
             }
@@ -146,7 +146,7 @@ class _Bench:
                 "MB",
                 self._once(measure, {name: partial(self._peak_on_gpu, name, compiled) for name in names}),
             )
-        apart = {name: partial(peak_mb_apart, asdict(self.settings), name) for name in names}
+        apart = {name: partial(peak_mb_in_subprocess, asdict(self.settings), name) for name in names}
         return measure, "MB", self._once(measure, apart)
 
     def _peak_on_gpu(self, name: str, compiled: bool) -> float:

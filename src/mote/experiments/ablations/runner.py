@@ -10,11 +10,11 @@ from mote.core.machine import environment
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow, read_rows, rewrite_rows
 from mote.core.scheme import load_scheme
+from mote.experiments.ablations.ablation_recipe import Ablations, Variant
+from mote.experiments.ablations.ablation_results import Result, markdown, summary_of
+from mote.experiments.ablations.collect import measured
 from mote.experiments.ablations.judged import check_tasks, evaluate
-from mote.experiments.ablations.measures import measured
 from mote.experiments.ablations.paper import beside_the_paper
-from mote.experiments.ablations.recipe import Ablations, Variant
-from mote.experiments.ablations.rows import Result, markdown, summary_of
 from mote.experiments.run import Run
 
 

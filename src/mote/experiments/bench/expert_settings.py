@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # random weights of a known shape, where 
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExpertBenchSettings:
     """Everything that decides the numbers; `choose_settings` fills in what depends on the device."""
 
     model: str | None
@@ -59,8 +59,8 @@ def choose_settings(
     checkpointing: bool = False,
     only: str | None = None,
     measures: str | None = None,
-) -> Settings:
-    """Settings with the device's defaults; the reference and its control are always measured.
+) -> ExpertBenchSettings:
+    """ExpertBenchSettings with the device's defaults; the reference and its control are always measured.
 
     Raises:
         UserError: A name that is not known, or two that exclude each other.
@@ -77,7 +77,7 @@ def choose_settings(
         if value is not None and value < 1:
             raise UserError(f"{name}: {value} is too few; give at least 1")
     wanted = _names("only", only, BUILDERS)
-    return Settings(
+    return ExpertBenchSettings(
         model=model,
         shape=None if shape is None else _names("shape", shape, SHAPES)[0],
         device=device,
@@ -101,7 +101,7 @@ def _names(option: str, given: str | None, known: Sequence[str] | Mapping[str, A
     return names
 
 
-def load_model(settings: Settings) -> Any:
+def load_model(settings: ExpertBenchSettings) -> Any:
     """The base model as transformers has it: a real one, or one of random weights made on the device."""
     if settings.model is not None:
         return load_base(settings.model, settings.device, settings.dtype).model

@@ -11,7 +11,7 @@ AT_MOST = {"training step": 1.0, "decoding one row": 1.0, "peak memory": 1.02}  
 AT_LEAST = {"training step": 1.8}  # token-gated over step experts
 
 
-def bars(measures: Mapping[str, Any]) -> list[dict[str, Any]]:
+def expert_targets(measures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The project's bars, as far as they were measured; a median decides, its quartiles stand beside it."""
     found = []
     for name, measure in measures.items():
@@ -26,7 +26,7 @@ def bars(measures: Mapping[str, Any]) -> list[dict[str, Any]]:
             if what in limits and one in rounds and other in rounds:
                 ratio, limit = paired(rounds[one], rounds[other]), limits[what]
                 met = ratio["median"] <= limit if kind == "at_most" else ratio["median"] >= limit
-                found.append({"bar": f"{name}: {one} over {other}", kind: limit, "ratio": ratio, "met": met})
+                found.append({"target": f"{name}: {one} over {other}", kind: limit, "ratio": ratio, "met": met})
     return found
 
 
@@ -47,8 +47,8 @@ def table(result: Mapping[str, Any]) -> str:
             lines.append(f"  {variant:<20}{number:>10}{ratio:>8.3f}  {quartiles:<16}{over:>9}{note}".rstrip())
         lines.append("")
     lines += [f"not measured: {f['measure']} of {f['variant']} ({f['reason']})" for f in result["failures"]]
-    for bar in result["bars"]:
-        limit = f"at most {bar['at_most']:.2f}" if "at_most" in bar else f"at least {bar['at_least']:.2f}"
-        verdict = "met" if bar["met"] else "NOT MET"
-        lines.append(f"{verdict:<8} {bar['bar']}: {bar['ratio']['median']:.3f} ({limit})")
+    for target in result["targets"]:
+        limit = f"at most {target['at_most']:.2f}" if "at_most" in target else f"at least {target['at_least']:.2f}"
+        verdict = "met" if target["met"] else "NOT MET"
+        lines.append(f"{verdict:<8} {target['target']}: {target['ratio']['median']:.3f} ({limit})")
     return "\n".join(lines)
