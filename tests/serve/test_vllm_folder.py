@@ -18,7 +18,7 @@ from mote.inference.model import Model
 from mote.serve.vllm.export_folder import export_vllm
 from mote.serve.vllm.folder_config import Served
 from mote.tokens.encode import special_ids
-from mote.tuner.expert_weights import gate_table
+from mote.tuner.expert_weights import expert_weight_table
 
 WIDE = "\uff1c|response|\uff1e"  # full-width signs
 PIECES = ["<|response|>", "<|/response|>", "<|analysis|>", "<|/analysis|>", "<|guidance|>", "<|im_start|>",
@@ -51,7 +51,7 @@ def served(folders: Path) -> Served:
 
 def test_the_routing_is_the_adapters(served: Served, model: Model) -> None:
     assert served.routing == model.markers and served.mode == "full" and served.max_step_tokens == 9
-    torch.testing.assert_close(torch.tensor(served.gates), gate_table(model.config))
+    torch.testing.assert_close(torch.tensor(served.gates), expert_weight_table(model.config))
     assert served.modes["adaptive"] == model.scheme.chains_of("adaptive") and "base" not in served.modes
     assert set(served.special) == special_ids(model.tokenizer)
 

@@ -17,7 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mote.core.errors import UserError
 from mote.models.attention import GROUPED_SDPA, grouped_sdpa
-from mote.tokens.masks import PADDING, block_mask, document_mask, draw_sight, positions, sdpa_mask, skip_chances
+from mote.tokens.masks import (
+    PADDING,
+    block_mask,
+    document_mask,
+    draw_visibility,
+    positions,
+    sdpa_mask,
+    skip_probabilities,
+)
 from mote.tokens.packing import DrawnChain, Unrolled, collate
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -29,7 +37,7 @@ class Chain:
     """Lengths of the question and of each step (0: not there), and which step sees which."""
 
     lengths: list[int]
-    sight: Tensor
+    visibility: Tensor
 
     @property
     def steps(self) -> list[int]:
@@ -56,7 +64,7 @@ class Row:
         if query == key:
             return True
         (document, chain, step), (other, _, earlier) = self.tokens[query], self.tokens[key]
-        return chain is not None and document == other and key < query and bool(chain.sight[step, earlier])
+        return chain is not None and document == other and key < query and bool(chain.visibility[step, earlier])
 
 
 @st.composite
@@ -64,11 +72,11 @@ def batches(draw: st.DrawFn) -> list[Row]:
     """Rows of one length: random schemes, packings and paddings."""
     steps = draw(st.integers(1, 5))
     rng = random.Random(draw(st.integers(0, 10**6)))
-    chances = skip_chances(0.5, {}, tuple(f"step{i}" for i in range(steps)))
+    chances = skip_probabilities(0.5, {}, tuple(f"step{i}" for i in range(steps)))
 
     def chain() -> Chain:
         lengths = [rng.randint(1, 3), *(rng.randint(0, 3) for _ in range(steps))]
-        return Chain(lengths, draw_sight([s for s, length in enumerate(lengths) if s and length], chances, rng))
+        return Chain(lengths, draw_visibility([s for s, length in enumerate(lengths) if s and length], chances, rng))
 
     rows = [Row(draw(st.integers(0, 2)), [chain() for _ in range(draw(st.integers(1, 3)))]) for _ in range(2)]
     longest = max(len(row.tokens) for row in rows)
@@ -81,19 +89,22 @@ def tensors(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments of the masks."""
     steps = torch.tensor([[step for _, _, step in row.tokens] for row in rows])
     documents = torch.tensor([[document for document, _, _ in row.tokens] for row in rows])
-    width = len(rows[0].chains[0].sight)
+    width = len(rows[0].chains[0].visibility)
     blind = torch.zeros(width, dtype=torch.bool)
-    sight = torch.stack(
-        [torch.stack([blind if chain is None else chain.sight[step] for _, chain, step in row.tokens]) for row in rows]
+    visibility = torch.stack(
+        [
+            torch.stack([blind if chain is None else chain.visibility[step] for _, chain, step in row.tokens])
+            for row in rows
+        ]
     )
-    return steps, sight, documents
+    return steps, visibility, documents
 
 
 def slow_positions(chain: Chain) -> list[int]:
     where: list[int] = []
     for t, step in enumerate(chain.steps):
         same = [where[k] for k in range(t) if chain.steps[k] == step]
-        seen = [where[k] for k in range(t) if chain.steps[k] < step and chain.sight[step, chain.steps[k]]]
+        seen = [where[k] for k in range(t) if chain.steps[k] < step and chain.visibility[step, chain.steps[k]]]
         where.append(max(same) + 1 if same else (max(seen) + 1 if seen else 0))
     return where
 
@@ -125,7 +136,7 @@ def test_edges_and_positions_equal_the_definition(rows: list[Row]) -> None:
     length = range(len(rows[0].tokens))
     assert edges[:, 0].tolist() == [[[row.may_see(q, k) for k in length] for q in length] for row in rows]
     for chain in (chain for row in rows for chain in row.chains):
-        assert positions(torch.tensor(chain.steps), chain.sight).tolist() == slow_positions(chain)
+        assert positions(torch.tensor(chain.steps), chain.visibility).tolist() == slow_positions(chain)
 
 
 @settings(deadline=None, max_examples=60)
@@ -176,15 +187,17 @@ def test_attention_document_by_document_equals_the_whole_mask(rows: list[Row], s
 
 
 def test_documents_that_see_everything_need_no_mask() -> None:
-    rows = [Row(2, [Chain([3, 2, 0, 2], sight_without(())), Chain([2, 1, 0, 1], sight_without(((3, 1),)))], 1)]
+    rows = [
+        Row(2, [Chain([3, 2, 0, 2], visibility_without(())), Chain([2, 1, 0, 1], visibility_without(((3, 1),)))], 1)
+    ]
     assert document_mask(*tensors(rows)).documents == [[(2, True), (7, True), (4, False), (1, True)]]
 
 
 def long_rows() -> list[Row]:
     """Several blocks of 128 tokens, some of which hold no edge."""
     rng = random.Random(0)
-    chances = skip_chances(0.5, {}, STEPS)
-    packed = [Chain([70, 60, 50, 40], draw_sight([1, 2, 3], chances, rng)) for _ in range(3)]
+    chances = skip_probabilities(0.5, {}, STEPS)
+    packed = [Chain([70, 60, 50, 40], draw_visibility([1, 2, 3], chances, rng)) for _ in range(3)]
     return [Row(0, packed), Row(0, packed[:1], right=440)]
 
 
@@ -218,12 +231,12 @@ def test_compiled_flex_attention_equals_sdpa_on_a_gpu() -> None:
 
 def test_draws_follow_the_probability_and_never_hide_the_question() -> None:
     rng = random.Random(0)
-    chances = skip_chances(0.3, {"response": {"analysis": 0.9}}, STEPS)
-    drawn = torch.stack([draw_sight([1, 2, 3], chances, rng) for _ in range(4000)])
+    chances = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
+    drawn = torch.stack([draw_visibility([1, 2, 3], chances, rng) for _ in range(4000)])
     assert drawn[:, :, 0].all() and drawn[:, range(4), range(4)].all()
     share = 1 - drawn[:, [2, 3, 3], [1, 1, 2]].float().mean(0)
     torch.testing.assert_close(share, torch.tensor([0.3, 0.9, 0.3]), atol=0.03, rtol=0)
-    assert draw_sight([1, 2, 3], skip_chances(0.0, {}, STEPS), rng).all()
+    assert draw_visibility([1, 2, 3], skip_probabilities(0.0, {}, STEPS), rng).all()
 
 
 @pytest.mark.parametrize(
@@ -236,33 +249,33 @@ def test_draws_follow_the_probability_and_never_hide_the_question() -> None:
 )
 def test_wrong_pairs_are_named(pairs: dict[str, dict[str, float]], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        skip_chances(0.2, pairs, STEPS)
+        skip_probabilities(0.2, pairs, STEPS)
 
 
 PAIRS = ((2, 1), (3, 1), (3, 2))
 NAMES = {1: "a", 2: "g", 3: "y"}
 
 
-def sight_without(hidden: tuple[tuple[int, int], ...]) -> Tensor:
-    sight = torch.ones(4, 4, dtype=torch.bool)
+def visibility_without(hidden: tuple[tuple[int, int], ...]) -> Tensor:
+    visibility = torch.ones(4, 4, dtype=torch.bool)
     for later, earlier in hidden:
-        sight[later, earlier] = False
-    return sight
+        visibility[later, earlier] = False
+    return visibility
 
 
 def token_losses(model: Any, rows: list[list[DrawnChain]]) -> tuple[Tensor, dict[str, Tensor]]:
     batch = collate(rows, pad_id=0)
-    mask = sdpa_mask(batch["step_ids"], batch["sight"], batch["document_ids"])
-    inputs = {key: batch[key] for key in batch if key not in ("labels", "sight", "segment_ids", "weights")}
+    mask = sdpa_mask(batch["step_ids"], batch["visibility"], batch["document_ids"])
+    inputs = {key: batch[key] for key in batch if key not in ("labels", "visibility", "segment_ids", "weights")}
     logits = model(**inputs, attention_mask=mask).logits
     labels = batch["labels"][:, 1:]
     return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none"), batch
 
 
-def step_loss(model: Any, chain: Unrolled, sight: Tensor, step: int, markers: bool = False) -> Tensor:
+def step_loss(model: Any, chain: Unrolled, visibility: Tensor, step: int, markers: bool = False) -> Tensor:
     """Mean loss of a step's text and end marker, or that of its start marker; packed behind another chain, padded."""
-    other = DrawnChain(chain_of(1, 3), sight_without(()), 3)
-    losses, batch = token_losses(model, [[other, DrawnChain(chain, sight, 2)], [other] * 3])
+    other = DrawnChain(chain_of(1, 3), visibility_without(()), 3)
+    losses, batch = token_losses(model, [[other, DrawnChain(chain, visibility, 2)], [other] * 3])
     losses, steps, documents, ids = losses[0], *(batch[key][0, 1:] for key in ("step_ids", "document_ids", "input_ids"))
     own = (documents == 1) & (steps == step) & (ids != END_OF_TURN)
     start = ids == TEXTS[step][0]
@@ -276,13 +289,17 @@ def test_each_variant_in_a_masked_row_equals_the_built_chain(hidden: tuple[tuple
     Between them they hold (x, a), (x, g), (x, y), (x, a, g), (x, a, y), (x, g, y) and the whole chain. A step that sees
     another one which saw more, or less, than it would in the built chain has no equal.
     """
-    model, sight = adapted(), sight_without(hidden)
+    model, visibility = adapted(), visibility_without(hidden)
     for step in NAMES:
-        seen = [s for s in range(1, step + 1) if sight[step, s]]
-        built = step_loss(model, chain_of(*seen), sight_without(()), step)
-        masked = step_loss(model, chain_of(1, 2, 3), sight, step)
-        second_hand = any((earlier in seen) != bool(sight[s, earlier]) for s in seen[:-1] for earlier in range(1, s))
-        assert second_hand == (step == 3 and bool(sight[3, 2]) and bool(sight[2, 1]) != bool(sight[3, 1]))
+        seen = [s for s in range(1, step + 1) if visibility[step, s]]
+        built = step_loss(model, chain_of(*seen), visibility_without(()), step)
+        masked = step_loss(model, chain_of(1, 2, 3), visibility, step)
+        second_hand = any(
+            (earlier in seen) != bool(visibility[s, earlier]) for s in seen[:-1] for earlier in range(1, s)
+        )
+        assert second_hand == (
+            step == 3 and bool(visibility[3, 2]) and bool(visibility[2, 1]) != bool(visibility[3, 1])
+        )
         if second_hand:
             assert abs(masked - built) > 1e-3
         else:
@@ -290,25 +307,25 @@ def test_each_variant_in_a_masked_row_equals_the_built_chain(hidden: tuple[tuple
 
 
 def test_hidden_steps_do_matter() -> None:
-    """The negative control: with everything in sight the same tokens have another loss."""
+    """The negative control: with everything visible the same tokens have another loss."""
     model, chain = adapted(), chain_of(1, 2, 3)
-    whole = step_loss(model, chain, sight_without(()), 3)
+    whole = step_loss(model, chain, visibility_without(()), 3)
     for hidden in (((3, 1),), ((3, 2),), ((3, 1), (3, 2))):
-        assert abs(step_loss(model, chain, sight_without(hidden), 3) - whole) > 1e-2
+        assert abs(step_loss(model, chain, visibility_without(hidden), 3) - whole) > 1e-2
 
 
 def test_the_choice_of_the_next_step_is_learnt_from_the_chain_as_it_was_made() -> None:
     """A start marker is predicted by the token before it, so a response that sees nothing does not teach to skip."""
     model, chain = adapted(), chain_of(1, 2, 3)
-    made = step_loss(model, chain, sight_without(()), 3, markers=True)
-    skipping = step_loss(model, chain, sight_without(((3, 1), (3, 2))), 3, markers=True)
-    direct = step_loss(model, chain_of(3), sight_without(()), 3, markers=True)
+    made = step_loss(model, chain, visibility_without(()), 3, markers=True)
+    skipping = step_loss(model, chain, visibility_without(((3, 1), (3, 2))), 3, markers=True)
+    direct = step_loss(model, chain_of(3), visibility_without(()), 3, markers=True)
     assert abs(skipping - made) < 1e-5 < 1e-2 < abs(direct - made)
 
 
 def test_seeing_everything_is_plain_causal_attention() -> None:
     model, chain = adapted(), chain_of(1, 2, 3)
-    losses, _ = token_losses(model, [[DrawnChain(chain, sight_without(()), 2)]])
+    losses, _ = token_losses(model, [[DrawnChain(chain, visibility_without(()), 2)]])
     ids = torch.tensor([chain.ids])
     plain = model(input_ids=ids, step_ids=torch.tensor([chain.steps]), question_experts=torch.tensor([2])).logits
     wanted = torch.nn.functional.cross_entropy(plain[0, :-1], torch.tensor(chain.labels)[1:], reduction="none")
@@ -319,12 +336,12 @@ def test_a_whole_model_is_the_same_with_all_masks() -> None:
     """Packed rows through transformers' own FlexAttention, which takes the block mask as it is: logits, gradients."""
     model = adapted().train()
     drawn = [
-        DrawnChain(chain_of(1, 2, 3), sight_without(((3, 1),)), 1),
-        DrawnChain(chain_of(3), sight_without(()), 2),
-        DrawnChain(chain_of(1, 3), sight_without(((3, 1),)), 3),
+        DrawnChain(chain_of(1, 2, 3), visibility_without(((3, 1),)), 1),
+        DrawnChain(chain_of(3), visibility_without(()), 2),
+        DrawnChain(chain_of(1, 3), visibility_without(((3, 1),)), 3),
     ]
     batch = collate([drawn[:2], drawn[2:]], pad_id=0)
-    arguments = [batch.pop("segment_ids"), batch.pop("sight"), batch["document_ids"]]
+    arguments = [batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"]]
     del batch["weights"]
     found = []
     masks = {"sdpa": sdpa_mask, "flex_attention": block_mask, GROUPED_SDPA: document_mask}

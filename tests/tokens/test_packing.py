@@ -12,7 +12,7 @@ from support.adapters import adapted
 from support.chain_tokens import some_chains
 
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import PADDING, sdpa_mask, skip_chances
+from mote.tokens.masks import PADDING, sdpa_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate, pack
 
 STEPS = ("analysis", "guidance", "response")
@@ -23,7 +23,7 @@ def tokens(ids: list[int], steps: list[int]) -> Tokens:
 
 
 def dataset(chains: list[Tokens], skip_p: float = 0.0, seed: int = 0, row_length: int | None = None) -> ChainDataset:
-    return ChainDataset(chains, skip_chances(skip_p, {}, STEPS), seed, row_length)
+    return ChainDataset(chains, skip_probabilities(skip_p, {}, STEPS), seed, row_length)
 
 
 def test_a_batch_is_padded() -> None:
@@ -37,7 +37,7 @@ def test_a_batch_is_padded() -> None:
     assert batch["document_ids"].tolist() == [[0] * 4, [0, 0, PADDING, PADDING]]
     first, second = data[0][0].question_expert, data[1][0].question_expert
     assert batch["question_experts"].tolist() == [[first] * 4, [second, second, 0, 0]]
-    assert batch["sight"].tolist() == [[[True] * 4] * 4, [[True] * 4] * 2 + [[False] * 4] * 2]
+    assert batch["visibility"].tolist() == [[[True] * 4] * 4, [[True] * 4] * 2 + [[False] * 4] * 2]
 
 
 def test_packed_chains_begin_anew() -> None:
@@ -47,7 +47,7 @@ def test_packed_chains_begin_anew() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 7]]
     assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 0, 1, 1]]
-    mask = sdpa_mask(batch["step_ids"], batch["sight"], batch["document_ids"])[0, 0].int().tolist()
+    mask = sdpa_mask(batch["step_ids"], batch["visibility"], batch["document_ids"])[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -63,7 +63,7 @@ def draws(data: ChainDataset) -> dict[int, Any]:
     """The draws of each chain, by its place."""
     places = {id(chain): place for place, chain in enumerate(data.chains)}
     drawn = [chain for row in range(len(data)) for chain in data[row]]
-    return {places[id(chain.tokens)]: (chain.sight.tolist(), chain.question_expert) for chain in drawn}
+    return {places[id(chain.tokens)]: (chain.visibility.tolist(), chain.question_expert) for chain in drawn}
 
 
 def test_draws_change_with_the_epoch_and_are_the_same_again() -> None:
@@ -92,7 +92,7 @@ def test_draws_of_a_chain_spread_evenly_over_epochs(skip_p: float) -> None:
         data.set_epoch(epoch)
         drawn = [data[row][0] for row in range(len(data))]
         experts.append([chain.question_expert for chain in drawn])
-        hidden.append(torch.stack([~chain.sight[[2, 3, 3], [1, 1, 2]] for chain in drawn]))
+        hidden.append(torch.stack([~chain.visibility[[2, 3, 3], [1, 1, 2]] for chain in drawn]))
     for begin in range(0, 12, 3):
         assert all(sorted(turn) == [1, 2, 3] for turn in zip(*experts[begin : begin + 3], strict=True))
     assert {tuple(turn) for turn in zip(*experts[:3], strict=True)} == set(itertools.permutations([1, 2, 3]))
@@ -140,7 +140,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_single_ones() -> None:
     for row_length in (None, 64):
         data, model = dataset(chains, 0.5, row_length=row_length), adapted().train()
         batch = collate([data[row] for row in range(len(data))], pad_id=0)
-        mask = sdpa_mask(batch.pop("segment_ids"), batch.pop("sight"), batch["document_ids"])
+        mask = sdpa_mask(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
         del batch["weights"]
         loss = model(**batch, attention_mask=mask).loss
         loss.backward()
@@ -157,8 +157,8 @@ def test_a_view_across_chains_would_be_seen() -> None:
     """The negative control: the same rows as one document have another loss."""
     data, model = dataset(some_chains(6), row_length=64), adapted()
     batch = collate([data[row] for row in range(len(data))], pad_id=0)
-    sight, documents = batch.pop("sight"), batch["document_ids"]
+    visibility, documents = batch.pop("visibility"), batch["document_ids"]
     del batch["segment_ids"], batch["weights"]
-    apart = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], sight, documents)).loss
-    together = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], sight, documents.clamp_max(0))).loss
+    apart = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents)).loss
+    together = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents.clamp_max(0))).loss
     assert abs((apart - together).item()) > 1e-3

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from mote.models.attention import GROUPED_SDPA
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import block_mask, document_mask, draw_sight, sdpa_mask, skip_chances
+from mote.tokens.masks import block_mask, document_mask, draw_visibility, sdpa_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, DrawnChain, collate, repeated, unroll
 from mote.train.trainer import token_weights
 
 STEPS = ("analysis", "guidance", "response")
-HALF = skip_chances(0.5, {}, STEPS)
+HALF = skip_probabilities(0.5, {}, STEPS)
 
 
 def weighted_loss(model: Any, rows: list[list[DrawnChain]], mask: Any = sdpa_mask) -> Tensor:
     """As `MoteTrainer` has it where tokens have weights."""
     batch = collate(rows, pad_id=0)
     weights, labels = token_weights(batch, torch.ones(4)), batch.pop("labels")[:, 1:]
-    seen = mask(batch.pop("segment_ids"), batch.pop("sight"), batch["document_ids"])
+    seen = mask(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
     del batch["weights"]
     logits = model(**batch, attention_mask=seen).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
@@ -39,9 +39,9 @@ def alone(chains: list[Tokens], views: int, seed: int) -> list[list[DrawnChain]]
     for index, chain in enumerate(chains):
         for view in range(views):
             rng = random.Random(f"{seed}/{index}")
-            sight = draw_sight(sorted(set(chain.steps) - {0}), HALF, rng, view / views)
+            visibility = draw_visibility(sorted(set(chain.steps) - {0}), HALF, rng, view / views)
             expert = random.Random(f"{seed}/{index}/question").sample([1, 2, 3], 3)[0]
-            rows.append([DrawnChain(unroll(chain, HALF, 1), sight, expert)])
+            rows.append([DrawnChain(unroll(chain, HALF, 1), visibility, expert)])
     return rows
 
 
@@ -54,18 +54,18 @@ def test_a_row_of_two_views() -> None:
     assert row.steps == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 2, 2, 3, 3, 3]
     assert row.segments == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 5, 5, 6, 6, 6]
     assert row.weights == [1, 1, 1, 1, 1, 1, *[0.5] * 9]
-    drawn = ChainDataset([chain], HALF, 0, views=2)[0]
-    [first, second] = [drawn[0].sight[[2, 3, 3], [1, 1, 2]], drawn[0].sight[[5, 6, 6], [1, 1, 5]]]
+    drawn = ChainDataset([chain], HALF, 0, draws=2)[0]
+    [first, second] = [drawn[0].visibility[[2, 3, 3], [1, 1, 2]], drawn[0].visibility[[5, 6, 6], [1, 1, 5]]]
     assert torch.equal(first, ~second)  # at one half the second view hides what the first shows
-    mask = sdpa_mask(*(collate([drawn], 0)[name] for name in ("segment_ids", "sight", "document_ids")))[0, 0]
+    mask = sdpa_mask(*(collate([drawn], 0)[name] for name in ("segment_ids", "visibility", "document_ids")))[0, 0]
     assert not mask[10:, 5:10].any() and mask[:, :2].tril().sum() == mask[:, :2].sum() == 29
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 5), st.integers(0, 10**6), st.sampled_from([0.2, 0.5, 0.9]))
 def test_every_view_is_the_chain_with_a_draw_of_its_own(views: int, seed: int, skip_p: float) -> None:
-    [chain], chances = some_chains(1, seed), skip_chances(skip_p, {}, STEPS)
-    data = ChainDataset([chain], chances, seed, views=views)
+    [chain], chances = some_chains(1, seed), skip_probabilities(skip_p, {}, STEPS)
+    data = ChainDataset([chain], chances, seed, draws=views)
     [drawn] = data[0]
     row, again = drawn.tokens, repeated(sorted(set(chain.steps) - {0}), chances)
     labels = [label for label in row.labels if label != IGNORED]
@@ -75,15 +75,15 @@ def test_every_view_is_the_chain_with_a_draw_of_its_own(views: int, seed: int, s
         own = {step: step + 3 * view if view and step in again else step for step in range(4)}
         at = [t for t, segment in enumerate(row.segments) if segment in own.values()]
         assert [row.ids[t] for t in at] == chain.ids and [row.steps[t] for t in at] == chain.steps
-        shown = draw_sight(sorted(set(chain.steps) - {0}), chances, random.Random(f"{seed}/0"), view / views)
+        shown = draw_visibility(sorted(set(chain.steps) - {0}), chances, random.Random(f"{seed}/0"), view / views)
         for later, earlier in combinations(sorted(set(chain.steps)), 2):
-            assert drawn.sight[own[later], own[earlier]] == shown[later, earlier]
+            assert drawn.visibility[own[later], own[earlier]] == shown[later, earlier]
     if again:
         for first, second in combinations(range(views), 2):
             for later, earlier in ((later, earlier) for later in again for earlier in again):
-                assert not drawn.sight[later + 3 * second, earlier + 3 * first]
+                assert not drawn.visibility[later + 3 * second, earlier + 3 * first]
     else:
-        assert row.ids == chain.ids and drawn.sight.all()
+        assert row.ids == chain.ids and drawn.visibility.all()
 
 
 @pytest.mark.parametrize("views", [2, 3])
@@ -106,16 +106,18 @@ def test_the_loss_and_the_gradients_are_the_mean_of_the_views(views: int, row_le
 
 def test_views_that_see_each_other_have_another_loss() -> None:
     """The negative control."""
-    model, data = adapted(), ChainDataset([chain_of(1, 2, 3)], HALF, 0, views=2)
+    model, data = adapted(), ChainDataset([chain_of(1, 2, 3)], HALF, 0, draws=2)
     [drawn] = data[0]
-    leaking = DrawnChain(drawn.tokens, drawn.sight | torch.ones(7, 7, dtype=torch.bool).triu(), drawn.question_expert)
-    leaking.sight[5:, :5] = True
+    leaking = DrawnChain(
+        drawn.tokens, drawn.visibility | torch.ones(7, 7, dtype=torch.bool).triu(), drawn.question_expert
+    )
+    leaking.visibility[5:, :5] = True
     assert abs(weighted_loss(model, [[leaking]]) - weighted_loss(model, [[drawn]])) > 1e-3
 
 
 def test_all_masks_show_the_same_views() -> None:
     model = adapted().train()
-    data = ChainDataset(some_chains(5, seed=1), HALF, 1, 160, views=2)
+    data = ChainDataset(some_chains(5, seed=1), HALF, 1, 160, draws=2)
     rows, found = [data[row] for row in range(len(data))], []
     for name, mask in {"sdpa": sdpa_mask, "flex_attention": block_mask, GROUPED_SDPA: document_mask}.items():
         if name == "flex_attention" and not torch.cuda.is_available():
@@ -130,7 +132,7 @@ def test_all_masks_show_the_same_views() -> None:
 def dense(form: Any, rows: list[list[DrawnChain]]) -> Tensor:
     """A mask as the rule has it for every pair of tokens, whatever form it is in."""
     batch = collate(rows, pad_id=0)
-    made = form(*(batch[name] for name in ("segment_ids", "sight", "document_ids")))
+    made = form(*(batch[name] for name in ("segment_ids", "visibility", "document_ids")))
     if isinstance(made, Tensor):
         return made[:, 0]
     length = torch.arange(batch["input_ids"].shape[1])
@@ -140,11 +142,12 @@ def dense(form: Any, rows: list[list[DrawnChain]]) -> Tensor:
 
 
 def test_each_pair_is_hidden_in_the_same_share_of_views() -> None:
-    chances = skip_chances(0.3, {"response": {"analysis": 0.9}}, STEPS)
+    chances = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
     shares = []
     for seed in range(2000):
         shown = [
-            draw_sight([1, 2, 3], chances, random.Random(seed), view / 4)[[2, 3, 3], [1, 1, 2]] for view in range(4)
+            draw_visibility([1, 2, 3], chances, random.Random(seed), view / 4)[[2, 3, 3], [1, 1, 2]]
+            for view in range(4)
         ]
         hidden = 4 - torch.stack(shown).sum(0)
         assert all(count in allowed for count, allowed in zip(hidden.tolist(), [(1, 2), (3, 4), (1, 2)], strict=True))
@@ -157,9 +160,9 @@ def test_each_pair_is_hidden_in_the_same_share_of_views() -> None:
     [
         (chain_of(3), HALF, 2),
         (chain_of(1, 2, 3), HALF, 1),
-        (chain_of(1, 2, 3), skip_chances(0.0, {}, STEPS), 4),
-        (chain_of(1, 2, 3), skip_chances(1.0, {}, STEPS), 4),
-        (chain_of(1, 3), skip_chances(0.5, {"response": {"analysis": 0.0}}, STEPS), 4),
+        (chain_of(1, 2, 3), skip_probabilities(0.0, {}, STEPS), 4),
+        (chain_of(1, 2, 3), skip_probabilities(1.0, {}, STEPS), 4),
+        (chain_of(1, 3), skip_probabilities(0.5, {"response": {"analysis": 0.0}}, STEPS), 4),
     ],
     ids=["a response alone", "one view", "nothing is skipped", "everything is skipped", "a pair that is always seen"],
 )
@@ -170,6 +173,6 @@ def test_what_all_views_share_stands_once(chain: Tokens, chances: Tensor, views:
 
 
 def test_only_what_can_differ_is_repeated() -> None:
-    late = skip_chances(0.0, {"response": {"guidance": 0.5}}, STEPS)
+    late = skip_probabilities(0.0, {"response": {"guidance": 0.5}}, STEPS)
     row = unroll(chain_of(1, 2, 3), late, 2)
     assert row.ids.count(64) == row.ids.count(66) == 1 and row.ids.count(68) == 2

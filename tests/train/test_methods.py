@@ -22,7 +22,7 @@ from mote.models.load import load_base
 from mote.models.shapes import ModelShape, count_trainable
 from mote.serve.export import export_steps
 from mote.tokens.encode import IGNORED, Tokens, add_markers
-from mote.tokens.masks import sdpa_mask, skip_chances
+from mote.tokens.masks import sdpa_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import NO_STEP
 from mote.train import check_settings, mote_config
@@ -51,10 +51,10 @@ def rows(tiny: Path, method: str, given: list[ChainRow], **changes: Any) -> tupl
 
 def batch_of(rows: list[Tokens], steps: tuple[str, ...]) -> dict[str, Any]:
     """Without skipping, and with the question read as at inference."""
-    data = ChainDataset(rows, torch.zeros_like(skip_chances(0, {}, steps)), seed=0)
+    data = ChainDataset(rows, torch.zeros_like(skip_probabilities(0, {}, steps)), seed=0)
     batch = collate([data[i] for i in range(len(rows))], pad_id=0)
     batch.pop("question_experts")
-    batch["attention_mask"] = sdpa_mask(batch["step_ids"], batch.pop("sight"), batch["document_ids"])
+    batch["attention_mask"] = sdpa_mask(batch["step_ids"], batch.pop("visibility"), batch["document_ids"])
     return batch
 
 
@@ -284,7 +284,7 @@ def test_the_fourth_expert_learns_verdicts_alone(tiny: Path) -> None:
     )
     assert all(4 not in row.steps for row in rows(tiny, "four-experts", [unread])[0])
     pairs = apply_method(recipe(tiny, method="four-experts", skip_p=1.0), SCHEME).train
-    chances = skip_chances(pairs.skip_p, pairs.skip_pairs, config.experts)
+    chances = skip_probabilities(pairs.skip_p, pairs.skip_pairs, config.experts)
     assert not chances[4].any() and chances[3, 1] == 1
     model.train()(**batch_of(verdicts, config.experts)).loss.backward()
     gradients = [p.grad.split(4) for name, p in model.named_parameters() if "mote_A" in name]

@@ -114,7 +114,7 @@ def test_packing_changes_rows_and_nothing_else(
         assert after[name] == pytest.approx(value, abs=1e-3), name
 
     rows: Any = made[0].train_dataset
-    none = torch.zeros_like(rows.chances_S_S)
+    none = torch.zeros_like(rows.probabilities_S_S)
     wanted = made[0].evaluate(ChainDataset(rows.chains, none, 0))
     found = made[0].evaluate(ChainDataset(rows.chains, none, 0, row_length=256))
     assert found == pytest.approx(wanted, abs=1e-5)

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import DataCollatorWithFlattening
 
-from mote.models import linear as products
-from mote.models.linear import product
+from mote.models import linear as linear_module
+from mote.models.linear import fast_matmul
 from mote.tokens.routing import Markers, step_ids
 from mote.tuner import MoteConfig, MoteModel
 from mote.tuner.layer import MoteLinear
 
 
-@pytest.fixture(params=[linear, product], ids=["plain", "sped up"], autouse=True)
+@pytest.fixture(params=[linear, fast_matmul], ids=["plain", "sped up"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test with PyTorch's own product and with the one of a sped-up model."""
-    monkeypatch.setattr(products, "HERE", products.HAS_ONEDNN)
-    for module in ("products", "tuner.layer"):
-        monkeypatch.setattr(f"mote.{module}.product_of", lambda _: request.param)
+    monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", linear_module.HAS_ONEDNN)
+    for module in ("models.linear", "tuner.layer"):
+        monkeypatch.setattr(f"mote.{module}.matmul_of", lambda _: request.param)
 
 
 def slow_steps(ids_B_T: list[list[int]], markers: Markers, documents_B_T: list[list[int]] | None = None) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from mote.models.linear import product
-from mote.tuner.expert_weights import Route, columns_of
+from mote.models.linear import fast_matmul
+from mote.tuner.expert_weights import Route, active_columns
 from mote.tuner.experts import Fused, add_experts, fold, plain
 from mote.tuner.marker_rows import PutLogits, put_embeddings, put_logits
 
@@ -96,7 +96,7 @@ def test_folded_equals_plain(dtype: torch.dtype) -> None:
     given = tensors(torch.float32, (3, 1))
     table = torch.tensor([[0.1] * WIDTH, [0.5] * 4 + [0.0] * 4 + [1.5] * 4]).to(dtype)
     x, result, gate = given["x"].to(dtype), given["result"].to(dtype), table[1].expand(3, 1, WIDTH)
-    a, b = fold(given["first"], given["second"], columns_of(table)[1], dtype)
+    a, b = fold(given["first"], given["second"], active_columns(table)[1], dtype)
     assert a.shape == (8, 6) and b.shape == (7, 8) and a.dtype == b.dtype == dtype
     expected = plain(x.float(), result.float(), given["first"], given["second"], gate.float())
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
@@ -106,13 +106,13 @@ def test_folded_equals_plain(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("multiply", [linear, product])
-def test_the_base_layers_output_and_gradient_come_along(multiply: Any, with_bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("matmul", [linear, fast_matmul])
+def test_the_base_layers_output_and_gradient_come_along(matmul: Any, with_bias: bool, dtype: torch.dtype) -> None:
     given = tensors(dtype)
     frozen, bias = torch.randn(7, 6, dtype=dtype), torch.randn(7, dtype=dtype) if with_bias else None
     x, first, second = (given[key].requires_grad_() for key in ("x", "first", "second"))
     slow = plain(x, linear(x, frozen, bias), first, second, given["gate"])
-    fast = Fused.apply(x, None, first, second, given["gate"], False, multiply, frozen, bias)
+    fast = Fused.apply(x, None, first, second, given["gate"], False, matmul, frozen, bias)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(fast, slow, atol=tolerance, rtol=tolerance)
     wanted = torch.autograd.grad(slow.sin().sum(), [x, first, second])
@@ -125,7 +125,7 @@ def test_a_layer_with_other_tokens_than_the_model_is_refused(tokens: int) -> Non
     """As an output head is, which may get the last token alone: nobody has said which step its tokens are in."""
     given, table = tensors(torch.float32), torch.ones(2, WIDTH)
     first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
-    route = Route(given["gate"], columns_of(table))
+    route = Route(given["gate"], active_columns(table))
     with pytest.raises(RuntimeError, match="shape"):
         add_experts(torch.zeros(1, tokens, 6), torch.zeros(1, tokens, 7), first, second, route, True)
 

@@ -253,6 +253,8 @@ def test_only_linear_layers_take_experts() -> None:
         "import mote; from transformers.utils import is_peft_available as f; f(); import peft; peft.PeftType.MOTE",
         "import importlib.util as u; import mote; u.find_spec('peft'); u.find_spec('peft'); import peft; "
         "assert 'MOTE' in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING",
+        "import mote.tokens.encode; import peft; peft.PeftType.MOTE",
+        "import mote.models.embeddings; import peft; peft.PeftType.MOTE",
         "import mote, sys; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)",
     ],
 )

@@ -20,7 +20,7 @@ from mote.models.memory_estimate import (
     RUNTIME_BYTES,
     advice,
     checkpoints,
-    memory_there_is,
+    device_memory,
     training_bytes,
     weights_bytes,
 )
@@ -347,7 +347,7 @@ def measure(device: str, seconds: float = 0.5) -> Machine:
         dtype=str(dtype).removeprefix("torch."),
         flops=2 * size**3 * products,
         bandwidth=2 * source.numel() * copies,
-        memory=memory_there_is(device),
+        memory=device_memory(device),
     )
 
 

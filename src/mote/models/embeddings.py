@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 # PEFT's `low_cpu_mem_usage` replaces it while it injects; this module is imported before.
@@ -33,7 +32,7 @@ def grow_embeddings(model: nn.Module, ids: Sequence[int], vocab_size: int | None
     rows = embedding.weight.shape[0]
     if rows >= needed:
         return
-    if isinstance(embedding, AuxiliaryTrainingWrapper):
+    if embedding is not _unwrapped(embedding):
         raise ValueError(
             f"markers={sorted(ids)}: they need {needed} embedding rows, and another adapter trains some of the "
             f"{rows}; call base.resize_token_embeddings({needed}) before the first adapter"
@@ -57,11 +56,20 @@ def rows_to_train(model: nn.Module, ids: Sequence[int]) -> list[int] | dict[str,
     if _embedding(model) is None:
         return None
     matrices = _matrices(model)
-    plain = [m.original_module if isinstance(m, AuxiliaryTrainingWrapper) else m for m in matrices]
-    if all(m.weight is plain[0].weight for m in plain):
+    weights = [_unwrapped(matrix).weight for matrix in matrices]
+    if all(weight is weights[0] for weight in weights):
         return sorted(ids)
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     return {names[matrix]: sorted(ids) for matrix in matrices}
+
+
+def _unwrapped(matrix: Any) -> Any:
+    """The matrix itself, where an adapter trains some of its rows through PEFT's wrapper."""
+    from peft.utils.other import (
+        AuxiliaryTrainingWrapper,  # importing PEFT imports mote.tuner, which imports this module
+    )
+
+    return matrix.original_module if isinstance(matrix, AuxiliaryTrainingWrapper) else matrix
 
 
 def _embedding(model: nn.Module) -> Any:

@@ -1,8 +1,8 @@
-"""The product with a linear layer's weight, by the library that is fast at it on the CPU at hand.
+"""Matmul with a linear layer's weight, by whichever CPU library is faster on this processor.
 
-PyTorch multiplies float32 matrices on a CPU by MKL, whose products have a slow form on processors that are not
-Intel's: on an AMD EPYC with AVX-512 it takes 1.5 to 2.4 times as long as oneDNN, which is in PyTorch too
-(docs/decisions/0034). On Intel's own MKL is at least as fast, by a fifth for a single row.
+PyTorch multiplies float32 matrices on a CPU by MKL, which falls back to slow kernels on processors other than Intel's:
+on an AMD EPYC with AVX-512 they take 1.5 to 2.4 times as long as those of oneDNN, which PyTorch ships too
+(docs/decisions/0034). On Intel's processors MKL is at least as fast, for a single row by a fifth.
 `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
 Shapes: N rows, D model (in, out).
 """
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+from typing_extensions import override
 
 from mote.core.machine import INTEL, cpu_vendor
 
-Product = Callable[..., Tensor]  # of x, weight and, where there is one, bias
+Matmul = Callable[..., Tensor]  # (x, weight[, bias]) -> x weight^T + bias, as torch.nn.functional.linear
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, without a gradient.
+def fast_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` by the faster library, without gradients.
 
     Args:
         x: (..., in).
@@ -31,26 +32,26 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out).
     """
-    if not _is_faster(x, weight):
+    if not _onednn_is_faster(x, weight):
         return linear(x, weight, bias)
     out_N: Tensor = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
-    # As in PyTorch's own: to autograd it is no view, which a caller could not write to.
+    # As in PyTorch's own linear, autograd must not take the output for a view: callers write to it in place.
     return torch.ops.aten._unsafe_view(out_N, [*x.shape[:-1], out_N.shape[-1]])  # type: ignore[no-any-return]
 
 
-def add_product(multiply: Product, out_N: Tensor, x_N: Tensor, weight: Tensor) -> Tensor:
-    """Add `multiply(x, weight)` to `out` in place, without a gradient, and return that; rows (N, D) alone."""
-    if multiply is product and _is_faster(x_N, weight):
-        return out_N.add_(product(x_N, weight))
+def add_matmul(matmul: Matmul, out_N: Tensor, x_N: Tensor, weight: Tensor) -> Tensor:
+    """Add `matmul(x, weight)` to `out` in place, without gradients, and return `out`; takes matrices (N, D) only."""
+    if matmul is fast_matmul and _onednn_is_faster(x_N, weight):
+        return out_N.add_(fast_matmul(x_N, weight))
     return out_N.addmm_(x_N, weight.t())
 
 
-def _is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes the product of these, as far as was measured: in float32 on an x86 CPU not of Intel's."""
+def _onednn_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is faster for this matmul; measured in float32 on x86 CPUs of other vendors than Intel."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and HERE
+        and ONEDNN_IS_FASTER
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -61,82 +62,89 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
 HAS_ONEDNN: bool = (
     torch.backends.cpu.get_cpu_capability().startswith("AVX")
     and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not of PyTorch's public interface
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # a private operator
 )
-HERE: bool = HAS_ONEDNN and cpu_vendor() != INTEL
+ONEDNN_IS_FASTER: bool = HAS_ONEDNN and cpu_vendor() != INTEL
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that is not trained, as `speed_up` makes them; where its weight or bias is, it is PyTorch's."""
+    """A linear layer that uses `fast_matmul` while its weight and bias are frozen, and is `nn.Linear` otherwise."""
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (..., out) of inputs x (..., in)."""
-        weight, bias = self.weight, self.bias
+        weight = self.weight
+        bias = self.bias
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if trained or type(weight) is not nn.Parameter or not _is_faster(x, weight):
+        if trained or type(weight) is not nn.Parameter or not _onednn_is_faster(x, weight):
             return super().forward(x)
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return product(x, weight, bias)
-        out: Tensor = _Frozen.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return fast_matmul(x, weight, bias)
+        out: Tensor = _FrozenMatmul.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
 
 
-class _Frozen(torch.autograd.Function):
-    """`product` with a gradient for x alone."""
+class _FrozenMatmul(torch.autograd.Function):
+    """`fast_matmul` with a gradient for x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """X (..., in), weight (out, in), bias (out) -> (..., out)."""
+        """x (..., in), weight (out, in), bias (out) -> (..., out)."""
         ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+        return fast_matmul(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """D x = d out W."""
+        """dx = dout W."""
         (weight,) = ctx.saved_tensors
-        return product(grad, weight.t()), None, None
+        return fast_matmul(grad, weight.t()), None, None
 
 
 def is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is PyTorch's linear one: not quantised, not another class made of it."""
+    """Whether a layer is PyTorch's own linear layer: not quantised, not a subclass."""
     return type(layer) in (nn.Linear, FrozenLinear)
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a linear layer's weight and bias may be used without a call of it: nobody watches or replaces that."""
+    """Whether weight and bias may be used without calling the layer: no hook or replaced `forward` would be missed."""
     return is_linear(layer) and "forward" not in vars(layer) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def product_of(layer: nn.Module) -> Product:
-    """What a layer multiplies by."""
-    return product if type(layer) is FrozenLinear else linear
+def matmul_of(layer: nn.Module) -> Matmul:
+    """The matmul that a layer's forward uses."""
+    return fast_matmul if type(layer) is FrozenLinear else linear
 
 
 def bind(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The product of a layer, (..., in) -> (..., out), without a gradient and with all that can be looked up before."""
-    weight, bias = layer.weight, layer.bias
-    if product_of(layer) is product and _is_faster(weight, weight):
-        return lambda x: product(x, weight, bias)
+    """The layer's forward (..., in) -> (..., out) as one function, without gradients, with all lookups done ahead."""
+    weight = layer.weight
+    bias = layer.bias
+    if matmul_of(layer) is fast_matmul and _onednn_is_faster(weight, weight):
+        return lambda x: fast_matmul(x, weight, bias)
     if bias is not None:
         return lambda x: linear(x, weight, bias)
-    turned, multiply = weight.t(), torch.matmul
-    return lambda x: multiply(x, turned)
+    transposed = weight.t()
+    matmul = torch.matmul
+    return lambda x: matmul(x, transposed)
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let the linear layers of a model take `product`, in place; names, weights and memory stay."""
+    """Let the linear layers of a model use `fast_matmul` while they are frozen; names, weights and memory stay.
+
+    The layers change class in place: a replaced module would lose its hooks, and every name under which the model's own
+    code holds it.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear
 
 
 def lay_out_by_columns(model: nn.Module) -> None:
-    """Lay the weights (out, in) of a model's linear layers out column by column, where text is written on a CPU.
+    """Store the weights (out, in) of a model's linear layers column by column, for decoding on a CPU.
 
-    One row's products are bound by reading the weights, and reading them so takes 0.73 of the time
-    (docs/decisions/0034). Values, shapes, names and memory stay. Weights that another module shares, the head's tied to
-    the embedding, are left alone: the embedding is read by rows.
+    A single row's matmul is bound by reading the weights, and takes 0.73 of the time in this layout
+    (docs/decisions/0034). Values, shapes, names and memory stay. Weights that another module shares, such as a head
+    tied to the embedding, are left alone: the embedding is read by rows.
     """
     users: dict[int, int] = {}
     for module in model.modules():

@@ -124,7 +124,7 @@ def _with(recipe: Recipe, **changes: object) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
-def memory_there_is(device: str) -> int:
+def device_memory(device: str) -> int:
     """Bytes of the device's memory: a GPU's own, else the machine's."""
     if device.startswith("cuda"):
         import torch

@@ -24,7 +24,7 @@ from mote.inference.load import adapter_config, adapter_scheme, adapter_tokenize
 from mote.models.load import load_config, model_folder
 from mote.tokens.encode import special_ids
 from mote.tuner import MoteConfig
-from mote.tuner.expert_weights import columns_of, gate_table
+from mote.tuner.expert_weights import active_columns, expert_weight_table
 from mote.tuner.experts import fold
 from mote.tuner.token_gated import TokenGatedConfig
 
@@ -126,7 +126,7 @@ def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> d
     Returns:
         Module name in the base model -> A (2R, in) and B (out, 2R) in float32; R where there is no shared expert.
     """
-    weights_E = gate_table(config)[1 + config.experts.index(step)]
+    weights_E = expert_weight_table(config)[1 + config.experts.index(step)]
     layers = {}
     for name, first in tensors.items():
         module, found, _ = name.removeprefix(PREFIX).partition(".mote_A.")
@@ -134,7 +134,7 @@ def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> d
             rank = len(first) // config.total_experts
             weights = weights_E.mul(config.scaling(rank)).repeat_interleave(rank)
             second = tensors[name.replace(".mote_A.", ".mote_B.")]
-            a, b = fold(first, second, columns_of(weights[None])[0], torch.float32)
+            a, b = fold(first, second, active_columns(weights[None])[0], torch.float32)
             layers[module] = a, b.contiguous()
     return layers
 

@@ -22,7 +22,7 @@ PADDING = -1  # the document of padding
 Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> may the query attend to the key
 
 
-def skip_chances(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps: tuple[str, ...]) -> Tensor:
+def skip_probabilities(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps: tuple[str, ...]) -> Tensor:
     """Chance that one step loses sight of another.
 
     Args:
@@ -36,8 +36,8 @@ def skip_chances(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps:
     Raises:
         UserError: A name that is no step, a pair in the wrong order, or a chance outside 0 to 1.
     """
-    chances_S_S = torch.full((len(steps) + 1, len(steps) + 1), skip_p).tril(-1)
-    chances_S_S[:, 0] = 0
+    probabilities_S_S = torch.full((len(steps) + 1, len(steps) + 1), skip_p).tril(-1)
+    probabilities_S_S[:, 0] = 0
     for later, chances in pairs.items():
         for earlier, chance in chances.items():
             setting = f"recipe: train.skip_pairs.{later}.{earlier}={chance}"
@@ -45,16 +45,16 @@ def skip_chances(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps:
                 raise UserError(f"{setting}: name a later step, then an earlier one, of {', '.join(steps)}")
             if not 0 <= chance <= 1:
                 raise UserError(f"{setting}: a chance is between 0 and 1")
-            chances_S_S[steps.index(later) + 1, steps.index(earlier) + 1] = chance
-    return chances_S_S
+            probabilities_S_S[steps.index(later) + 1, steps.index(earlier) + 1] = chance
+    return probabilities_S_S
 
 
-def draw_sight(present: list[int], chances_S_S: Tensor, rng: random.Random, shift: float = 0.0) -> Tensor:
+def draw_visibility(present: list[int], probabilities_S_S: Tensor, rng: random.Random, shift: float = 0.0) -> Tensor:
     """Draw which steps of one chain see which.
 
     Args:
         present: Step ids of the chain's reasoning steps, in order.
-        chances_S_S: `skip_chances`; each ordered pair has its own draw.
+        probabilities_S_S: `skip_probabilities`; each ordered pair has its own draw.
         rng: Source of the draw.
         shift: Added to each number drawn, modulo 1. Views of one chain have the same numbers, with shifts that lie
             evenly between 0 and 1 (systematic sampling): at a chance of 0.5 two views are each other's opposite.
@@ -62,35 +62,35 @@ def draw_sight(present: list[int], chances_S_S: Tensor, rng: random.Random, shif
     Returns:
         (S, S) bool, `[later, earlier]`; the question and a step itself are always seen.
     """
-    sight_S_S = torch.ones_like(chances_S_S, dtype=torch.bool)
+    visibility_S_S = torch.ones_like(probabilities_S_S, dtype=torch.bool)
     for i, earlier in enumerate(present):
         for later in present[i + 1 :]:
-            sight_S_S[later, earlier] = (rng.random() + shift) % 1 >= chances_S_S[later, earlier].item()
-    return sight_S_S
+            visibility_S_S[later, earlier] = (rng.random() + shift) % 1 >= probabilities_S_S[later, earlier].item()
+    return visibility_S_S
 
 
-def positions(segments_T: Tensor, sight_G_G: Tensor) -> Tensor:
+def positions(segments_T: Tensor, visibility_G_G: Tensor) -> Tensor:
     """Position of each token (T) of one chain: its step starts right after the last token that the step can see.
 
     Args:
         segments_T: Segment of each token.
-        sight_G_G: `draw_sight` of the chain, or `mote.tokens.packing.join_sights` of its views.
+        visibility_G_G: `draw_visibility` of the chain, or `mote.tokens.packing.segment_visibility` of its views.
     """
     position_T = torch.zeros_like(segments_T)
-    for segment, sight_G in enumerate(sight_G_G):
+    for segment, visibility_G in enumerate(visibility_G_G):
         own_T = segments_T == segment
-        before_T = position_T[sight_G[segments_T] & (segments_T < segment)]
+        before_T = position_T[visibility_G[segments_T] & (segments_T < segment)]
         start = int(before_T.max()) + 1 if len(before_T) else 0
         position_T[own_T] = start + torch.arange(int(own_T.sum()))
     return position_T
 
 
-def edge(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> Edge:
+def edge(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> Edge:
     """The rule that both forms of the mask are made of; takes numbers or tensors of them.
 
     Args:
         segments_B_T: Segment of each token.
-        sight_B_T_G: Which segments of its chain each token sees.
+        visibility_B_T_G: Which segments of its chain each token sees.
         documents_B_T: Which chain of its row each token is in; `PADDING` for padding.
 
     Returns:
@@ -100,32 +100,32 @@ def edge(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> Ed
     def may_see(row: Any, head: Any, query: Any, key: Any) -> Tensor:
         document = documents_B_T[row, query]
         same = (document == documents_B_T[row, key]) & (document != PADDING)
-        seen: Tensor = same & (key <= query) & sight_B_T_G[row, query, segments_B_T[row, key]] | (query == key)
+        seen: Tensor = same & (key <= query) & visibility_B_T_G[row, query, segments_B_T[row, key]] | (query == key)
         return seen
 
     return may_see
 
 
-def sdpa_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> Tensor:
+def sdpa_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> Tensor:
     """The edges as SDPA takes them: (B, 1, T, T) bool, `[query, key]`. Arguments as in `edge`."""
     rows, length = segments_B_T.shape
     row = torch.arange(rows, device=segments_B_T.device)[:, None, None, None]
     token = torch.arange(length, device=segments_B_T.device)
-    return edge(segments_B_T, sight_B_T_G, documents_B_T)(row, 0, token[:, None], token)
+    return edge(segments_B_T, visibility_B_T_G, documents_B_T)(row, 0, token[:, None], token)
 
 
-def document_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> DocumentMask:
+def document_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> DocumentMask:
     """`sdpa_mask` that knows its documents, for the attention of a CPU (`mote.models.attention`).
 
     Arguments as in `edge`.
 
     A document whose steps were drawn to see everything is known to be plain causal attention.
     """
-    mask = sdpa_mask(segments_B_T, sight_B_T_G, documents_B_T).as_subclass(DocumentMask)
+    mask = sdpa_mask(segments_B_T, visibility_B_T_G, documents_B_T).as_subclass(DocumentMask)
     mask.documents = []
-    for documents_T, sight_T_G in zip(documents_B_T, sight_B_T_G, strict=True):
+    for documents_T, visibility_T_G in zip(documents_B_T, visibility_B_T_G, strict=True):
         numbers, lengths = torch.unique_consecutive(documents_T, return_counts=True)
-        seen = sight_T_G.all(-1).split(lengths.tolist())
+        seen = visibility_T_G.all(-1).split(lengths.tolist())
         mask.documents.append(
             [
                 (len(part), number == PADDING or bool(part.all()))
@@ -135,8 +135,8 @@ def document_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tens
     return mask
 
 
-def block_mask(segments_B_T: Tensor, sight_B_T_G: Tensor, documents_B_T: Tensor) -> BlockMask:
+def block_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> BlockMask:
     """The edges as FlexAttention takes them: blocks without an edge are not computed. Arguments as in `edge`."""
     rows, length = segments_B_T.shape
-    rule = edge(segments_B_T, sight_B_T_G, documents_B_T)
+    rule = edge(segments_B_T, visibility_B_T_G, documents_B_T)
     return create_block_mask(rule, rows, None, length, length, device=segments_B_T.device)

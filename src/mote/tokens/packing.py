@@ -16,77 +16,77 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import PADDING, draw_sight, positions
+from mote.tokens.masks import PADDING, draw_visibility, positions
 from mote.tokens.routing import QUESTION
 
 
 @dataclass(frozen=True)
 class Unrolled(Tokens):
-    """A chain with as many views as it is drawn in.
+    """A chain with as many draws as it is drawn in.
 
     Attributes:
-        segments: Segment of each token; those of the first view, and what all views share, are the steps.
-        weights: Of the loss of each token: what views share counts 1, the rest 1 / V, so that the loss is the mean of
-            those of the views as rows of their own.
+        segments: Segment of each token; those of the first draw, and what all draws share, are the steps.
+        weights: Of the loss of each token: what draws share counts 1, the rest 1 / V, so that the loss is the mean of
+            those of the draws as rows of their own.
     """
 
     segments: list[int]
     weights: list[float]
 
 
-def repeated(present: Sequence[int], chances_S_S: Tensor) -> list[int]:
-    """The steps of a chain that views can differ in: from the first on that may or may not see an earlier one.
+def repeated(present: Sequence[int], probabilities_S_S: Tensor) -> list[int]:
+    """The steps of a chain that draws can differ in: from the first on that may or may not see an earlier one.
 
     Args:
         present: Step ids of the chain's reasoning steps, in order.
-        chances_S_S: `mote.tokens.masks.skip_chances`.
+        probabilities_S_S: `mote.tokens.masks.skip_probabilities`.
     """
     for place, step in enumerate(present):
-        if any(0 < chances_S_S[step, earlier] < 1 for earlier in present[:place]):
+        if any(0 < probabilities_S_S[step, earlier] < 1 for earlier in present[:place]):
             return list(present[place:])
     return []
 
 
-def unroll(tokens: Tokens, chances_S_S: Tensor, views: int) -> Unrolled:
-    """Repeat what views can differ in.
+def unroll(tokens: Tokens, probabilities_S_S: Tensor, draws: int) -> Unrolled:
+    """Repeat what draws can differ in.
 
     Args:
         tokens: The chain.
-        chances_S_S: `mote.tokens.masks.skip_chances`.
-        views: How many.
+        probabilities_S_S: `mote.tokens.masks.skip_probabilities`.
+        draws: How many.
     """
     present = sorted(set(tokens.steps) - {QUESTION})
-    again = repeated(present, chances_S_S) if views > 1 else []
-    steps_in_view, count = len(chances_S_S) - 1, len(tokens.ids)
+    again = repeated(present, probabilities_S_S) if draws > 1 else []
+    steps_in_draw, count = len(probabilities_S_S) - 1, len(tokens.ids)
     begin = next((place for place, step in enumerate(tokens.steps) if step in again), count)
     ids, labels, steps, segments = (list(each) for each in (tokens.ids, tokens.labels, tokens.steps, tokens.steps))
-    # The token that begins a repeated part is predicted by the one before it, which is the same in all views.
-    weights = [1.0] * min(begin + 1, count) + [1 / views] * (count - begin - 1)
-    for view in range(1, views if again else 1):
+    # The token that begins a repeated part is predicted by the one before it, which is the same in all draws.
+    weights = [1.0] * min(begin + 1, count) + [1 / draws] * (count - begin - 1)
+    for draw in range(1, draws if again else 1):
         ids += tokens.ids[begin:]
         labels += [IGNORED, *tokens.labels[begin + 1 :]]
         steps += tokens.steps[begin:]
-        segments += [step + view * steps_in_view for step in tokens.steps[begin:]]
-        weights += [1 / views] * (count - begin)
+        segments += [step + draw * steps_in_draw for step in tokens.steps[begin:]]
+        weights += [1 / draws] * (count - begin)
     return Unrolled(ids, labels, steps, segments, weights)
 
 
-def join_sights(sights_V: Sequence[Tensor], again: list[int]) -> Tensor:
-    """Which segments see which (G, G), of what the steps of each view see.
+def segment_visibility(visibilities: Sequence[Tensor], again: list[int]) -> Tensor:
+    """Which segments see which (G, G), of what the steps of each draw see.
 
     Args:
-        sights_V: `mote.tokens.masks.draw_sight` of each view, (S, S).
+        visibilities: `mote.tokens.masks.draw_visibility` of each draw, (S, S).
         again: `repeated` of the chain.
     """
-    steps_in_view, views = len(sights_V[0]) - 1, len(sights_V)
-    sight_G_G = torch.ones(1 + views * steps_in_view, 1 + views * steps_in_view, dtype=torch.bool)
-    sight_G_G[: 1 + steps_in_view, : 1 + steps_in_view] = sights_V[0]
-    for view in range(1, views if again else 1):
-        segments = torch.arange(1 + steps_in_view)  # of the steps as this view has them
-        segments[again] += view * steps_in_view
-        sight_G_G[segments[again]] = False
-        sight_G_G[segments[again][:, None], segments] = sights_V[view][again]
-    return sight_G_G
+    steps_in_draw, draws = len(visibilities[0]) - 1, len(visibilities)
+    visibility_G_G = torch.ones(1 + draws * steps_in_draw, 1 + draws * steps_in_draw, dtype=torch.bool)
+    visibility_G_G[: 1 + steps_in_draw, : 1 + steps_in_draw] = visibilities[0]
+    for draw in range(1, draws if again else 1):
+        segments = torch.arange(1 + steps_in_draw)  # of the steps as this draw has them
+        segments[again] += draw * steps_in_draw
+        visibility_G_G[segments[again]] = False
+        visibility_G_G[segments[again][:, None], segments] = visibilities[draw][again]
+    return visibility_G_G
 
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, lie as evenly as multiples of one number can, however many
@@ -97,13 +97,13 @@ class DrawnChain:
     """A chain with its draws of one epoch.
 
     Attributes:
-        tokens: Its ids, labels and steps, each view of it behind the other.
-        sight: Which of its segments see which (G, G).
+        tokens: Its ids, labels and steps, each draw of it behind the other.
+        visibility: Which of its segments see which (G, G).
         question_expert: Step whose expert reads the question.
     """
 
     tokens: Unrolled
-    sight: Tensor
+    visibility: Tensor
     question_expert: int
 
 
@@ -111,19 +111,24 @@ class ChainDataset(Dataset[list[DrawnChain]]):
     """Rows of one or several chains, with the draws of this epoch."""
 
     def __init__(
-        self, chains: Sequence[Tokens], chances_S_S: Tensor, seed: int, row_length: int | None = None, views: int = 1
+        self,
+        chains: Sequence[Tokens],
+        probabilities_S_S: Tensor,
+        seed: int,
+        row_length: int | None = None,
+        draws: int = 1,
     ) -> None:
         """Rows of one chain each, or packed ones where a row's length is given.
 
         Args:
-            chains: Tokenised chains, with their views none longer than a row.
-            chances_S_S: `mote.tokens.masks.skip_chances`.
+            chains: Tokenised chains, with their draws none longer than a row.
+            probabilities_S_S: `mote.tokens.masks.skip_probabilities`.
             seed: Seed of the draws.
             row_length: Room for tokens in a packed row.
-            views: Draws of each chain.
+            draws: Draws of each chain.
         """
-        self.chains = [unroll(chain, chances_S_S, views) for chain in chains]
-        self.chances_S_S, self.seed, self.row_length, self.views = chances_S_S, seed, row_length, views
+        self.chains = [unroll(chain, probabilities_S_S, draws) for chain in chains]
+        self.probabilities_S_S, self.seed, self.row_length, self.draws = probabilities_S_S, seed, row_length, draws
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -141,16 +146,16 @@ class ChainDataset(Dataset[list[DrawnChain]]):
         return [self._draw(index) for index in self.rows[row]]
 
     def _draw(self, index: int) -> DrawnChain:
-        """Numbers are drawn once for a chain; epochs and views shift them, so that draws spread evenly over both."""
-        tokens, experts = self.chains[index], len(self.chances_S_S) - 1
+        """Numbers are drawn once for a chain; epochs and draws shift them, so that draws spread evenly over both."""
+        tokens, experts = self.chains[index], len(self.probabilities_S_S) - 1
         present = sorted(set(tokens.steps) - {QUESTION})
-        sights = []
-        for view in range(self.views):
-            rng, shift = random.Random(f"{self.seed}/{index}"), self.epoch * GOLDEN + view / self.views
-            sights.append(draw_sight(present, self.chances_S_S, rng, shift))
+        visibilities = []
+        for draw in range(self.draws):
+            rng, shift = random.Random(f"{self.seed}/{index}"), self.epoch * GOLDEN + draw / self.draws
+            visibilities.append(draw_visibility(present, self.probabilities_S_S, rng, shift))
         turns = random.Random(f"{self.seed}/{index}/question").sample(range(1, experts + 1), experts)
-        sight = join_sights(sights, repeated(present, self.chances_S_S))
-        return DrawnChain(tokens, sight, turns[self.epoch % experts])
+        visibility = segment_visibility(visibilities, repeated(present, self.probabilities_S_S))
+        return DrawnChain(tokens, visibility, turns[self.epoch % experts])
 
 
 def pack(lengths: Sequence[int], room: int, rng: random.Random) -> list[list[int]]:
@@ -196,7 +201,7 @@ def collate(rows: Sequence[Sequence[DrawnChain]], pad_id: int) -> dict[str, Tens
 
     Returns:
         What the model's forward takes, (B, T), `question_experts` of each token among it; for the mask `segment_ids`
-        (B, T) and `sight` (B, T, G), which segments of its chain each token sees; and `weights` (B, T) of the loss.
+        (B, T) and `visibility` (B, T, G), the segments of its chain that each token sees; `weights` (B, T) of the loss.
     """
 
     def batch(of: Callable[[DrawnChain], list[int] | list[float] | Tensor], fill: int) -> Tensor:
@@ -206,11 +211,11 @@ def collate(rows: Sequence[Sequence[DrawnChain]], pad_id: int) -> dict[str, Tens
     return {
         "input_ids": batch(lambda chain: chain.tokens.ids, pad_id),
         "labels": batch(lambda chain: chain.tokens.labels, IGNORED),
-        "position_ids": batch(lambda chain: positions(torch.tensor(chain.tokens.segments), chain.sight), 0),
+        "position_ids": batch(lambda chain: positions(torch.tensor(chain.tokens.segments), chain.visibility), 0),
         "step_ids": batch(lambda chain: chain.tokens.steps, QUESTION),
         "document_ids": pad_sequence([torch.tensor(row) for row in documents], True, PADDING),
         "segment_ids": batch(lambda chain: chain.tokens.segments, QUESTION),
-        "sight": batch(lambda chain: chain.sight[chain.tokens.segments], False),
+        "visibility": batch(lambda chain: chain.visibility[chain.tokens.segments], False),
         "weights": batch(lambda chain: chain.tokens.weights, 0),
         "question_experts": batch(lambda chain: [chain.question_expert] * len(chain.tokens.ids), QUESTION),
     }

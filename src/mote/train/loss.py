@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
-from mote.models.linear import is_linear, product
+from mote.models.linear import fast_matmul, is_linear
 from mote.models.memory_estimate import TILE
 from mote.models.shapes import LLAMA_LIKE
 from mote.tokens.encode import IGNORED
@@ -90,7 +90,7 @@ class TiledLoss(torch.autograd.Function):
         change = None if given is None or ids is None else given - weight[ids]
         for begin in range(0, len(x), TILE):
             tile = slice(begin, begin + TILE)
-            logits = product(x[tile], weight)
+            logits = fast_matmul(x[tile], weight)
             if given is not None and ids is not None:
                 logits.index_copy_(-1, ids, x[tile] @ given.t())
             logits = logits.float()
@@ -104,7 +104,7 @@ class TiledLoss(torch.autograd.Function):
             if ids is not None:
                 own[tile] = logits[:, ids]
             if grad_x is not None:
-                grad_x[tile] = product(logits.to(x.dtype), weight.t())
+                grad_x[tile] = fast_matmul(logits.to(x.dtype), weight.t())
                 if change is not None:
                     grad_x[tile] += own[tile].to(x.dtype) @ change
         ctx.save_for_backward(x if wants_rows else None, grad_x, own)

@@ -25,10 +25,10 @@ from mote.core.scheme import Scheme
 from mote.models.attention import GROUPED_SDPA
 from mote.models.linear import speed_up
 from mote.models.load import Base, default_device, fingerprint
-from mote.models.memory_estimate import advice, memory_there_is, training_bytes
+from mote.models.memory_estimate import advice, device_memory, training_bytes
 from mote.models.shapes import LLAMA_LIKE, shape_of
 from mote.tokens.encode import add_markers
-from mote.tokens.masks import block_mask, document_mask, skip_chances
+from mote.tokens.masks import block_mask, document_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate, unroll
 from mote.train.arguments import step_weights, training_arguments, uses_flex_attention
 from mote.train.card import GO_ON, Facts, model_card, push, save_adapter
@@ -65,7 +65,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     config.base_fingerprint = fingerprint(base.model)
     markers = config.routing
     assert markers is not None
-    chances = skip_chances(settings.skip_p, settings.skip_pairs, steps)
+    chances = skip_probabilities(settings.skip_p, settings.skip_pairs, steps)
     weights = step_weights(settings, steps, scheme.answer)
     flex = uses_flex_attention(recipe, base.model.device.type)
     every = groups_of(chains, recipe, scheme, steps, base.tokenizer, markers)
@@ -175,7 +175,7 @@ def check_settings(recipe: Recipe, scheme: Scheme, folder: Path) -> None:
     mote_config(recipe, scheme)
     training_arguments(recipe, folder, evaluates=recipe.train.held_out > 0, device=here)
     steps, train_settings = steps_of(recipe, scheme), apply_method(recipe, scheme).train
-    skip_chances(train_settings.skip_p, train_settings.skip_pairs, steps)
+    skip_probabilities(train_settings.skip_p, train_settings.skip_pairs, steps)
     step_weights(train_settings, steps, scheme.answer)
     uses_flex_attention(recipe, here if recipe.device == "auto" else recipe.device.partition(":")[0])
 
@@ -186,7 +186,7 @@ def _say_memory(model: Any, recipe: Recipe, trainable: int, steps: int, length: 
     if config.get("model_type") not in LLAMA_LIKE:
         return
     dtype = str(model.dtype).removeprefix("torch.")
-    needs, there = (recipe, shape_of(config), dtype, trainable, steps, length), memory_there_is(str(model.device))
+    needs, there = (recipe, shape_of(config), dtype, trainable, steps, length), device_memory(str(model.device))
     needed = training_bytes(*needs)
     _say(f"about {needed / 1e9:.1f} GB of {there / 1e9:.1f} GB of {model.device.type} memory will be needed")
     if needed > there:

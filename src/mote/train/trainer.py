@@ -56,7 +56,9 @@ class MoteTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As `Trainer`, then the mask: made on the device, where only its rule and no (T, T) matrix need go."""
         batch: dict[str, Any] = super()._prepare_inputs(inputs)
-        batch["attention_mask"] = self.make_mask(batch.pop("segment_ids"), batch.pop("sight"), batch["document_ids"])
+        batch["attention_mask"] = self.make_mask(
+            batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"]
+        )
         if self.step_weights is None:
             del batch["weights"]
         return batch

@@ -13,7 +13,7 @@ from mote.tokens.routing import QUESTION, document_starts
 from mote.tuner.config import MoteConfig
 
 
-def gate_table(config: MoteConfig, device: torch.device | None = None) -> Tensor:
+def expert_weight_table(config: MoteConfig, device: torch.device | None = None) -> Tensor:
     """Weight of every expert for a token of every step (the equation of section 3.2).
 
     Returns:
@@ -65,7 +65,7 @@ class Route:
     idle: bool = False
 
 
-def columns_of(table: Tensor) -> list[Columns]:
+def active_columns(table: Tensor) -> list[Columns]:
     """The columns that count for each step, and their weights.
 
     Args:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from mote.models.linear import Product, add_product
+from mote.models.linear import Matmul, add_matmul
 from mote.tuner.expert_weights import Columns, Route
 
 Frozen = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out) of a base layer
 
 
 def add_experts(
-    x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, route: Route, own: bool, multiply: Product = linear
+    x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, route: Route, own: bool, matmul: Matmul = linear
 ) -> Tensor:
     """Add the experts' output to the base layer's.
 
@@ -31,7 +31,7 @@ def add_experts(
         second: All experts' B as one linear layer, E*R -> out.
         route: The gates of the running forward pass.
         own: Whether `result` is a tensor of its own that may be written to.
-        multiply: What to multiply by.
+        matmul: What to matmul by.
 
     Returns:
         (..., out).
@@ -47,14 +47,12 @@ def add_experts(
     if torch.compiler.is_compiling():  # a compiler fuses these by itself
         return plain(x, result, a, b, _gate(route, x, result))
     fused: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
-        x, result, a, b, _gate(route, x, result), own and result.is_contiguous(), multiply
+        x, result, a, b, _gate(route, x, result), own and result.is_contiguous(), matmul
     )
     return fused
 
 
-def with_base(
-    x: Tensor, frozen: Frozen, first: nn.Module, second: nn.Module, route: Route, multiply: Product
-) -> Tensor:
+def with_base(x: Tensor, frozen: Frozen, first: nn.Module, second: nn.Module, route: Route, matmul: Matmul) -> Tensor:
     """Output of a frozen base layer and its experts (..., out); the gradient for x comes in one pass, too.
 
     Args:
@@ -63,10 +61,10 @@ def with_base(
         first: All experts' A, as in `add_experts`; its weight is whole.
         second: All experts' B, likewise.
         route: The gates of the running forward pass.
-        multiply: What to multiply by.
+        matmul: What to matmul by.
     """
     whole: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
-        x, None, first.weight, second.weight, _gate(route, x, x), False, multiply, *frozen
+        x, None, first.weight, second.weight, _gate(route, x, x), False, matmul, *frozen
     )
     return whole
 
@@ -105,25 +103,25 @@ class Fused(torch.autograd.Function):
         second: Tensor,
         gate: Tensor,
         in_place: bool,
-        multiply: Product = linear,
+        matmul: Matmul = linear,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
         """X (..., in), result (..., out), A (E*R, in), B (out, E*R), gate (..., E*R), weight (out, in), bias (out)."""
         if result is None:
             assert weight is not None
-            result, in_place = multiply(x, weight, bias), True
+            result, in_place = matmul(x, weight, bias), True
         elif in_place:
             ctx.mark_dirty(result)
         dtype = result.dtype
-        hidden_N = multiply(_rows(x).to(dtype), first.to(dtype))
+        hidden_N = matmul(_rows(x).to(dtype), first.to(dtype))
         result_N, gated_N, b = _rows(result), hidden_N * _rows(gate), second.to(dtype)
         if in_place:
-            add_product(multiply, result_N, gated_N, b)
+            add_matmul(matmul, result_N, gated_N, b)
         else:
             result = torch.addmm(result_N, gated_N, b.t()).view_as(result)
         ctx.save_for_backward(x, hidden_N, first, second, gate, weight)
-        ctx.multiply = multiply
+        ctx.matmul = matmul
         return result
 
     @staticmethod
@@ -132,18 +130,18 @@ class Fused(torch.autograd.Function):
         """D hidden = (d out B) * gate; dA = d hidden^T x; dB = d out^T (hidden * gate); dx = d hidden A + d out W."""
         x, hidden_N, first, second, gate, weight = ctx.saved_tensors
         wants_x, wants_result, wants_first, wants_second, *_ = ctx.needs_input_grad
-        grad_N, gate_N, dtype, multiply = _rows(grad), _rows(gate), grad.dtype, ctx.multiply
-        grad_hidden_N = multiply(grad_N, second.to(dtype).t()).mul_(gate_N)
+        grad_N, gate_N, dtype, matmul = _rows(grad), _rows(gate), grad.dtype, ctx.matmul
+        grad_hidden_N = matmul(grad_N, second.to(dtype).t()).mul_(gate_N)
         grad_x = None
         if wants_x:
             a = first.to(dtype)
             if weight is None:
-                grad_x_N = multiply(grad_hidden_N, a.t())
+                grad_x_N = matmul(grad_hidden_N, a.t())
             else:
-                grad_x_N = add_product(multiply, multiply(grad_N, weight.t()), grad_hidden_N, a.t())
+                grad_x_N = add_matmul(matmul, matmul(grad_N, weight.t()), grad_hidden_N, a.t())
             grad_x = grad_x_N.view_as(x).to(x.dtype)
-        grad_first = multiply(grad_hidden_N.t(), _rows(x).to(dtype).t()).to(first.dtype) if wants_first else None
-        grad_second = multiply((hidden_N * gate_N).t(), grad_N.t()).t().to(second.dtype) if wants_second else None
+        grad_first = matmul(grad_hidden_N.t(), _rows(x).to(dtype).t()).to(first.dtype) if wants_first else None
+        grad_second = matmul((hidden_N * gate_N).t(), grad_N.t()).t().to(second.dtype) if wants_second else None
         return grad_x, grad if wants_result else None, grad_first, grad_second, None, None, None, None, None
 
 

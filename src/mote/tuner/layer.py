@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mote.models.linear import is_linear, is_plain, product_of
+from mote.models.linear import is_linear, is_plain, matmul_of
 from mote.tuner.config import MoteConfig
 from mote.tuner.experts import Frozen, add_experts, is_whole, with_base
 from mote.tuner.router import Router
@@ -72,17 +72,17 @@ class MoteLinear(nn.Module, BaseTunerLayer):
         writing = self.router.writing()
         if writing is not None and (written := writing.forward(self, x)) is not None:
             return written
-        multiply = product_of(self.base_layer)
+        matmul = matmul_of(self.base_layer)
         names = [name for name in self.active_adapters if name in self.ranks]  # type: ignore[union-attr]
         if len(names) == 1 and (frozen := self._frozen(x, name := names[0])) is not None:
             route = self.router.route(name, self.ranks[name])
-            return with_base(x, frozen, self.mote_A[name], self.mote_B[name], route, multiply)
+            return with_base(x, frozen, self.mote_A[name], self.mote_B[name], route, matmul)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in names:
             given = self.mote_dropout[name](x) if self.training and name in self.mote_dropout else x
             route = self.router.route(name, self.ranks[name])
             first, second = self.mote_A[name], self.mote_B[name]
-            result = add_experts(given, result, first, second, route, self.owns_output, multiply)
+            result = add_experts(given, result, first, second, route, self.owns_output, matmul)
         return result
 
     def _frozen(self, x: Tensor, name: str) -> Frozen | None:

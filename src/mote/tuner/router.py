@@ -21,7 +21,7 @@ from mote.tokens.routing import NO_STEP, QUESTION, step_ids
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
 from mote.tuner.cpu_decode import FEW, Kept, Texts, Writing
-from mote.tuner.expert_weights import Route, Table, _with_question_experts, columns_of, gate_table
+from mote.tuner.expert_weights import Route, Table, _with_question_experts, active_columns, expert_weight_table
 from mote.tuner.forward_args import cache_length, goes_on, packed_documents
 
 Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
@@ -112,11 +112,13 @@ class Router:
         """The weights of all columns of an adapter's layers for every step, and on a CPU those that count."""
         key, config = (adapter, rank, device, dtype), self._configs[adapter]
         if torch.compiler.is_compiling() or key not in self._tables:
-            table = gate_table(config, device).mul(config.scaling(rank)).repeat_interleave(rank, dim=1).to(dtype)
+            table = (
+                expert_weight_table(config, device).mul(config.scaling(rank)).repeat_interleave(rank, dim=1).to(dtype)
+            )
             table = torch.cat([table, table.new_zeros(1, table.shape[1])])  # the last row is that of NO_STEP
             if torch.compiler.is_compiling():  # a graph that looked here would be made again when this has changed
                 return table, ()
-            self._tables[key] = table, columns_of(table) if device.type == "cpu" else ()
+            self._tables[key] = table, active_columns(table) if device.type == "cpu" else ()
         return self._tables[key]
 
     def route(self, adapter: str, rank: int) -> Route:

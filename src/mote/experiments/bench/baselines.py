@@ -13,14 +13,14 @@ from torch.nn.functional import linear
 
 from mote.tokens.routing import QUESTION
 from mote.tuner import MoteConfig
-from mote.tuner.expert_weights import gate_table
+from mote.tuner.expert_weights import expert_weight_table
 
 
 class Segments:
     """What the layers of one model know of the running forward pass; a hook on the model sets it from `step_ids`."""
 
     def __init__(self, config: MoteConfig) -> None:
-        self.table = gate_table(config) * config.lora_alpha / config.r  # (1 + S, E)
+        self.table = expert_weight_table(config) * config.lora_alpha / config.r  # (1 + S, E)
         self.steps = len(config.experts)
         self.weights_E: tuple[Tensor, ...] = ()  # of each expert, (B, T, 1)
         self.tokens: list[tuple[Tensor, list[int], list[float]]] = []  # of each step: indices, experts, their weights

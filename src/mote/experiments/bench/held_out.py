@@ -13,7 +13,7 @@ from mote.experiments.bench.timing import say
 from mote.experiments.bench.trainers import with_experts
 from mote.experiments.bench.workload import STEPS, Workload
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import document_mask, skip_chances
+from mote.tokens.masks import document_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 
 LEARNING_RATE = 5e-4  # the quickstart's, and as there it falls linearly to 0
@@ -86,7 +86,7 @@ def _train(
     for chain, its in forms.items():
         places[chain] = range(len(rows), len(rows) + len(its))
         rows += its
-    data = ChainDataset(rows, skip_chances(skip_p, {}, STEPS), seed, views=views)
+    data = ChainDataset(rows, skip_probabilities(skip_p, {}, STEPS), seed, draws=views)
     step = Pass(model, [], document_mask)
     [group] = step.optimizer.param_groups
     updates = [(epoch, chains[i : i + CHAINS]) for epoch, chains in enumerate(epochs)

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from mote.experiments.bench.measurements import synchronize
 from mote.experiments.bench.workload import STEPS
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import skip_chances
+from mote.tokens.masks import skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import QUESTION
 from mote.train.loss import plain_head, tiled_losses, token_losses
 
-UNSEEN = ("labels", "sight", "segment_ids", "weights")  # what is in a batch and not the model's
+UNSEEN = ("labels", "visibility", "segment_ids", "weights")  # what is in a batch and not the model's
 aten = torch.ops.aten
 MakeMask = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -71,7 +71,7 @@ class Pass:
         if self.make_mask is None:
             del inputs["position_ids"]
         else:
-            inputs["attention_mask"] = self.make_mask(batch["segment_ids"], batch["sight"], batch["document_ids"])
+            inputs["attention_mask"] = self.make_mask(batch["segment_ids"], batch["visibility"], batch["document_ids"])
         head = plain_head(self.model)
         if head is None:
             return token_losses(self.model(**inputs, use_cache=False).logits, batch["labels"])
@@ -111,7 +111,7 @@ def batches(
         device: Where the batches go.
         views: Draws of each chain.
     """
-    data = ChainDataset(rows, skip_chances(skip_p, {}, STEPS), 0, length, views)
+    data = ChainDataset(rows, skip_probabilities(skip_p, {}, STEPS), 0, length, views)
     drawn = [data[i] for i in range(len(data))]
     parts = [drawn[i : i + per_batch] for i in range(0, len(drawn), per_batch)]
     return [on_device(collate(part, pad_id), device) for part in parts]

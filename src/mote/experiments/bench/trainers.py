@@ -24,7 +24,7 @@ from mote.experiments.bench.variants import share
 from mote.experiments.bench.workload import STEPS, Workload, prepare
 from mote.models.linear import speed_up
 from mote.tokens.encode import IGNORED
-from mote.tokens.masks import block_mask, document_mask, skip_chances
+from mote.tokens.masks import block_mask, document_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.train import MoteTrainer, training_arguments
 from mote.tuner import MoteConfig
@@ -126,7 +126,7 @@ def _mote(workload: Workload, given: TrainerSettings, packed: bool) -> MoteTrain
         model=with_experts(workload, workload.config, flex),
         args=arguments,
         train_dataset=ChainDataset(
-            workload.rows, skip_chances(given.skip_p, {}, STEPS), 0, given.length if packed else None
+            workload.rows, skip_probabilities(given.skip_p, {}, STEPS), 0, given.length if packed else None
         ),
         data_collator=lambda batch: collate(batch, workload.tokenizer.pad_token_id),
     )

@@ -25,7 +25,7 @@ from mote.serve.export import PREFIX, base_name, check_exportable, merge_step, p
 from mote.serve.vllm.folder_config import Served
 from mote.tokens.encode import encode_prompt, special_ids
 from mote.tuner import MoteConfig
-from mote.tuner.expert_weights import gate_table
+from mote.tuner.expert_weights import expert_weight_table
 
 ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")  # vLLM's classes that have experts here
 EXPERTS = "experts.safetensors"
@@ -87,7 +87,7 @@ def export_vllm(
         turns=tuple(config.turn_ids),
         opening=(opening, twin),
         unused=unused,
-        gates=tuple(tuple(row) for row in gate_table(config).tolist()),
+        gates=tuple(tuple(row) for row in expert_weight_table(config).tolist()),
         rank=rank,
         modes=_modes(loaded.scheme),
         mode=mode,

@@ -24,7 +24,7 @@ class Served(BaseModel):
             model's (docs/decisions/0032).
         unused: Ids that no token has, which fill up the vocabulary.
         gates: Weight of every expert (1 + S, E) for the question and each step
-            (`mote.tuner.expert_weights.gate_table`).
+            (`mote.tuner.expert_weights.expert_weight_table`).
         rank: Rank of an expert; those of lower rank are filled up with zeros.
         modes: Mode -> the chains it allows.
         mode: The mode of a request that names none.

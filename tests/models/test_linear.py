@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 import mote
 from mote.inference.engines.local import LocalEngine
-from mote.models import linear as products
-from mote.models.linear import FrozenLinear, add_product, bind, is_linear, is_plain, product, speed_up
+from mote.models import linear as linear_module
+from mote.models.linear import FrozenLinear, add_matmul, bind, fast_matmul, is_linear, is_plain, speed_up
 from mote.models.load import load_base
 
 SIZES = st.integers(1, 70)
@@ -27,7 +27,7 @@ SIZES = st.integers(1, 70)
 @pytest.fixture(autouse=True)
 def _onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that is not Intel's, wherever the tests run."""
-    monkeypatch.setattr(products, "HERE", products.HAS_ONEDNN)
+    monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", linear_module.HAS_ONEDNN)
 
 
 def random(*size: int) -> Tensor:
@@ -44,53 +44,53 @@ def test_the_product_is_pytorchs(rows: list[int], inputs: int, outputs: int, by_
         weight = weight.t().contiguous().t()
     if strided:
         x = random(*rows, 2 * inputs)[..., ::2]
-    torch.testing.assert_close(product(x, weight, bias), linear(x, weight, bias), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast_matmul(x, weight, bias), linear(x, weight, bias), atol=1e-4, rtol=1e-4)
     if len(rows) == 1:
         out = random(*rows, outputs)
         wanted = out + linear(x, weight)
-        for multiply in (product, linear):
+        for matmul in (fast_matmul, linear):
             given = out.clone()
-            assert add_product(multiply, given, x, weight) is given
+            assert add_matmul(matmul, given, x, weight) is given
             torch.testing.assert_close(given, wanted, atol=1e-4, rtol=1e-4)
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each product that is not PyTorch's own."""
     found: list[int] = []
-    own = products._is_faster
+    own = linear_module._onednn_is_faster
 
     def watched(x: Tensor, weight: Tensor) -> bool:
         found.extend([1] if own(x, weight) else [])
         return own(x, weight)
 
-    monkeypatch.setattr(products, "_is_faster", watched)
+    monkeypatch.setattr(linear_module, "_onednn_is_faster", watched)
     return found
 
 
-@pytest.mark.skipif(not products.HAS_ONEDNN, reason="oneDNN was measured on x86 processors alone")
+@pytest.mark.skipif(not linear_module.HAS_ONEDNN, reason="oneDNN was measured on x86 processors alone")
 def test_other_dtypes_empty_inputs_and_a_switch_go_pytorchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
     found = calls(monkeypatch)
-    product(random(3, 4), random(5, 4))
+    fast_matmul(random(3, 4), random(5, 4))
     assert found == [1]
     for dtype in (torch.float64, torch.bfloat16):
-        assert product(random(3, 4).to(dtype), random(5, 4).to(dtype)).dtype == dtype
-    assert product(random(0, 4), random(5, 4)).shape == (0, 5)
+        assert fast_matmul(random(3, 4).to(dtype), random(5, 4).to(dtype)).dtype == dtype
+    assert fast_matmul(random(0, 4), random(5, 4)).shape == (0, 5)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    product(random(3, 4), random(5, 4))
+    fast_matmul(random(3, 4), random(5, 4))
     assert found == [1]
 
 
 def test_intels_own_processors_keep_pytorchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is what `speed_up` leaves them with, to the last digit."""
-    monkeypatch.setattr(products, "HERE", False)
+    monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", False)
     x, layer = random(3, 4), nn.Linear(4, 5).requires_grad_(False)
     wanted = layer(x)
     speed_up(layer)
     assert torch.equal(layer(x), wanted) and torch.equal(bind(layer)(x), wanted)
-    told = {"GenuineIntel": False, "AuthenticAMD": products.HAS_ONEDNN}
+    told = {"GenuineIntel": False, "AuthenticAMD": linear_module.HAS_ONEDNN}
     command = (
         "from mote.core import machine; machine.cpu_vendor = lambda: '{}'; "
-        "import mote.models.linear; print(mote.models.linear.HERE)"
+        "import mote.models.linear; print(mote.models.linear.ONEDNN_IS_FASTER)"
     )
     for vendor, here in told.items():
         found = subprocess.run(
