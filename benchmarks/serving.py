@@ -36,7 +36,7 @@ from mote.models.embedded import EMBEDDED
 from mote.models.linear import lay_out_by_columns, speed_up
 from mote.models.load import fingerprint, load_base
 from mote.serve.server import Server, listen
-from mote.serve.settings import ServeSettings
+from mote.serve.server_settings import ServeSettings
 from mote.tokens.encode import add_markers, encode_prompt
 
 QUESTIONS = [

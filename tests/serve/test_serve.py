@@ -240,7 +240,7 @@ def test_curl_gets_an_answer_and_a_stream(address: str) -> None:
         ({"n": 9}, 400, "n", "less than or equal to 8"),
         ({"stop": ["a"] * 5}, 400, "stop", "at most 4 items"),
         ({"max_tokens": 3}, 400, "max_tokens", "3 is too few for the markers of mode 'adaptive'"),
-        ({"max_tokens": 5000}, 400, "max_tokens", "5000 is more than the 4096 that this server writes"),
+        ({"max_tokens": 5000}, 400, "max_tokens", "5000 is more than the 4096 that this server generates"),
         ({"max_tokens": 2040, "max_step_tokens": None}, 400, "messages", "exceed the model's context of 2048"),
         ({"max_tokens": 20, "max_completion_tokens": 30}, 400, "max_tokens", "differs from max_completion_tokens"),
         ({"messages": []}, 400, "messages", "at least 1 item"),

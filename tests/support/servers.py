@@ -10,7 +10,7 @@ import httpx
 
 from mote.inference.model import Model
 from mote.serve.server import Server, listen
-from mote.serve.settings import ServeSettings
+from mote.serve.server_settings import ServeSettings
 
 
 @contextmanager

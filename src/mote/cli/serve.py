@@ -57,7 +57,7 @@ def serve(
     try:
         from mote.serve.server import listen
         from mote.serve.server import serve as run
-        from mote.serve.settings import ServeSettings
+        from mote.serve.server_settings import ServeSettings
     except ModuleNotFoundError as error:
         raise UserError(f"serve: {error.name} is not installed; pip install 'mote-align[serve]'") from error
     from mote.inference.load import load

@@ -1,4 +1,4 @@
-"""`mote serve`: a socket, the application on it, and its end."""
+"""`mote serve`: open the socket, run the application, shut down gracefully."""
 
 import signal
 import socket
@@ -11,17 +11,17 @@ from mote.core.errors import UserError
 from mote.inference.model import Model
 from mote.serve.app import make_app
 from mote.serve.jobs import Jobs
-from mote.serve.settings import ServeSettings
+from mote.serve.server_settings import ServeSettings
 
-_SPARE = 5.0  # seconds for the last words of answers that were cut off
+_FLUSH = 5.0  # seconds to send the error to clients whose answers were cut off
 
 
 class Server(uvicorn.Server):
-    """A server that can be stopped: answers in the making get their time, then they are cut off and told so.
+    """A server with graceful shutdown: answers in flight get `grace` seconds, then they end with an error.
 
     Args:
-        model: Writes the answers.
-        settings: Of the server.
+        model: Generates the answers.
+        settings: Settings of the server.
     """
 
     def __init__(self, model: Model, settings: ServeSettings) -> None:
@@ -36,21 +36,21 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_graceful_shutdown=int(settings.grace + _SPARE),
+                timeout_graceful_shutdown=int(settings.grace + _FLUSH),
             )
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, wait for those in the making, and say how it ended."""
+        """Refuse new requests and wait for those in flight."""
         self.jobs.close()
         await super().shutdown(sockets)
 
 
 def listen(settings: ServeSettings) -> socket.socket:
-    """A socket on the server's address.
+    """A socket bound to the server's address.
 
     Raises:
-        UserError: The address cannot be had.
+        UserError: The address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -73,7 +73,7 @@ def serve(model: Model, settings: ServeSettings, listening: socket.socket) -> No
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"mote: {settings.name} at {address} (chat page), {address}/v1 (API); Ctrl-C stops it", flush=True)
     if threading.current_thread() is threading.main_thread():
-        # uvicorn raises the signal again once it has stopped: by then all is done.
+        # uvicorn re-raises the signal once it has stopped; nothing is left to do then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     server.run(sockets=[listening])

@@ -14,7 +14,7 @@ from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 
 from mote.core.scheme import BASE
 from mote.inference.events import Events
-from mote.serve.deltas import Deltas
+from mote.serve.answer_stream import AnswerStream
 from mote.serve.vllm.folder_config import ONLY_IN_THE_TEMPLATE, OWN_GRAMMAR, Served
 
 
@@ -48,7 +48,7 @@ class StepParser(Parser):
         self.asked = (kwargs.get("chat_template_kwargs") or {}).get("mode")
         # vLLM makes one without a configuration, to see whether that works.
         self.served = Served.model_validate(model_config.hf_config.mote) if model_config else None
-        self.deltas: Deltas | None = None
+        self.stream: AnswerStream | None = None
 
     def adjust_request(self, request: Any) -> Any:
         """Give mode and budget to the grammar, from wherever a request may name them.
@@ -118,14 +118,16 @@ class StepParser(Parser):
 
     def _read(self, ids: Iterable[int], request: Any, final: bool) -> tuple[str, str]:
         """What new ids add to reasoning and to content."""
-        if self.deltas is None:
+        if self.stream is None:
             assert self.served is not None
             events = Events(self.model_tokenizer, self.served.routing, self.served.experts, self.served.answer)
             stop = request.stop if isinstance(request.stop, list) else [request.stop] if request.stop else []
-            self.deltas = Deltas(events, self.served.answer, stop)
-        pieces = [piece for id_ in ids for piece in self.deltas.token(id_)] + (list(self.deltas.end()) if final else [])
-        reasoning = "".join(piece.reasoning for piece in pieces) if request.include_reasoning else ""
-        return reasoning, "".join(piece.content for piece in pieces)
+            self.stream = AnswerStream(events, self.served.answer, stop)
+        deltas = [choice.delta for id_ in ids for choice in self.stream.token(id_)]
+        if final:
+            deltas += [choice.delta for choice in self.stream.end()]
+        reasoning = "".join(delta.reasoning_content or "" for delta in deltas) if request.include_reasoning else ""
+        return reasoning, "".join(delta.content or "" for delta in deltas)
 
 
 def compose_step_parser() -> None:

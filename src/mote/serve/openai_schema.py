@@ -1,4 +1,4 @@
-"""The bodies of replies, as OpenAI's API has them; `mote` holds what it has no field for."""
+"""Response bodies of OpenAI's API; the extra field `mote` holds what OpenAI's API has no field for."""
 
 from typing import Literal
 
@@ -8,13 +8,13 @@ from mote.core.records import Finish
 
 
 class Details(BaseModel):
-    """Tokens of the steps before the response, markers included."""
+    """Tokens of the reasoning steps, markers included."""
 
     reasoning_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens read and written."""
+    """Prompt tokens and generated tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -23,14 +23,14 @@ class Usage(BaseModel):
 
 
 class StepTokens(BaseModel):
-    """What a whole answer is made of: its mode, and the tokens of each step."""
+    """Mode of a finished answer and its token count per step."""
 
     mode: str
     steps: dict[str, int]
 
 
-class CheckTold(BaseModel):
-    """The check of the answer at one depth."""
+class CheckResult(BaseModel):
+    """Verdict of the trained check on the answer at one depth."""
 
     depth: str
     safe: bool
@@ -38,31 +38,31 @@ class CheckTold(BaseModel):
 
 
 class CheckedTokens(StepTokens):
-    """Of an answer that checks itself also the last verdict, all checks, and tokens of answers that they dropped."""
+    """The same for a self-checked answer: the last verdict, all checks, and the tokens of dropped attempts."""
 
     safe: bool
-    checks: list[CheckTold]
+    checks: list[CheckResult]
     dropped: int
 
 
-class Happening(BaseModel):
-    """What a piece of a stream tells: a step begins, its text comes, it ends with so many tokens.
+class StepEvent(BaseModel):
+    """What a chunk reports: a step begins, its text arrives, it ends with `tokens` tokens.
 
-    Where the answer is checked: one is drafted, its check has a verdict, another chain begins.
+    With self-check: an answer is drafted, the check returns a verdict, a deeper chain begins.
     """
 
     event: Literal["begin", "text", "end", "done", "draft", "check", "again"]
     step: str
-    answer: bool  # whether it is the step that the user reads
+    answer: bool  # whether this is the step that the user reads
     tokens: int = 0
     verdict: str | None = None
     safe: bool | None = None
     score: float | None = None
-    deeper: str | None = None  # the mode of the chain that begins
+    deeper: str | None = None  # mode of the chain that begins
 
 
 class Message(BaseModel):
-    """A whole answer."""
+    """A complete answer."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -71,7 +71,7 @@ class Message(BaseModel):
 
 
 class Choice(BaseModel):
-    """One of the answers of a request."""
+    """One of the answers to a request."""
 
     index: int
     message: Message
@@ -81,7 +81,7 @@ class Choice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The reply to a request that is not streamed."""
+    """Response body of a request without streaming."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -91,8 +91,8 @@ class Completion(BaseModel):
     usage: Usage
 
 
-class Piece(BaseModel):
-    """What a chunk adds to an answer; only the fields that are given are sent."""
+class Delta(BaseModel):
+    """Text that a chunk adds to an answer; only fields that are set are sent."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -100,16 +100,16 @@ class Piece(BaseModel):
 
 
 class ChunkChoice(BaseModel):
-    """A piece of one of the answers."""
+    """What a chunk adds to one of the answers."""
 
     index: int
-    delta: Piece
-    finish_reason: Finish | None
-    mote: Happening | CheckedTokens | StepTokens | None = None
+    delta: Delta
+    finish_reason: Finish | None = None
+    mote: StepEvent | CheckedTokens | StepTokens | None = None
 
 
 class Chunk(BaseModel):
-    """An event of a stream."""
+    """One server-sent event of a stream."""
 
     id: str
     object: str
@@ -119,8 +119,8 @@ class Chunk(BaseModel):
     usage: Usage | None = None
 
 
-class Served(BaseModel):
-    """A model that is served: the same weights in one of the modes."""
+class ModelEntry(BaseModel):
+    """A model name of `/v1/models`: the same weights in one of the modes."""
 
     id: str
     object: Literal["model"] = "model"
@@ -128,8 +128,8 @@ class Served(BaseModel):
     owned_by: Literal["mote"] = "mote"
 
 
-class ServedList(BaseModel):
-    """All of them."""
+class ModelList(BaseModel):
+    """Response body of `/v1/models`."""
 
     object: Literal["list"] = "list"
-    data: list[Served]
+    data: list[ModelEntry]

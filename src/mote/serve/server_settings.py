@@ -1,4 +1,4 @@
-"""What a server may be told."""
+"""Settings of `mote serve`."""
 
 from dataclasses import dataclass, field
 
@@ -12,17 +12,17 @@ class ServeSettings:
     """Settings of a server.
 
     Attributes:
-        name: Name of the model, as requests give it; `name:mode` is a mode of it.
+        name: Model name in requests; `name:mode` selects a mode.
         host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        api_key: What requests must bring as a bearer token; None for nothing.
-        max_running: Answers that are written at once.
-        max_waiting: Answers that may wait for their turn; more are refused with 429.
+        port: Port to listen on; 0 picks a free one.
+        api_key: Bearer token that requests must send; None to require none.
+        max_running: Answers generated concurrently.
+        max_waiting: Answers queued beyond those; further requests get status 429.
         max_request_chars: Characters of all messages of a request together.
-        max_tokens: Tokens that any one answer may have, markers included.
-        timeout: Seconds that a request may take, waiting included.
-        grace: Seconds that answers in the making get when the server is stopped.
-        answers: What a request that does not say otherwise gets.
+        max_tokens: Tokens of any one answer, markers included.
+        timeout: Seconds that a request may take, time in the queue included.
+        grace: Seconds that answers in flight get to finish when the server is stopped.
+        answers: Defaults for requests.
     """
 
     name: str = "mote"
@@ -39,10 +39,10 @@ class ServeSettings:
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Whether the server is reachable from this machine only."""
         return self.host in LOOPBACK
 
     @property
     def max_request_bytes(self) -> int:
-        """Bytes that a request may have: any text within its limit fits, whether JSON escapes it or not."""
+        """Size limit of a request body; a text within `max_request_chars` fits even if JSON escapes all of it."""
         return 6 * self.max_request_chars + (1 << 16)

@@ -1,4 +1,4 @@
-"""What went wrong, in the form in which OpenAI's clients expect it."""
+"""HTTP errors in the format of OpenAI's API."""
 
 import json
 from typing import Any
@@ -15,15 +15,15 @@ _TYPES = {
 }
 
 
-class Fault(Exception):
-    """A request that gets an error for an answer.
+class ApiError(Exception):
+    """A request that is answered with an error.
 
     Args:
         status: HTTP status code.
         message: One line that names the field, its value and the remedy.
-        param: The field of the request, where it is one.
-        code: A word for programs.
-        headers: Further headers of the response.
+        param: Name of the request field at fault, if any.
+        code: Machine-readable error code.
+        headers: Additional response headers.
     """
 
     def __init__(
@@ -35,14 +35,18 @@ class Fault(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error object."""
+        """The JSON body."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The error as a response."""
+        """The HTTP response."""
         return Response(json.dumps(self.body), self.status, self.headers, "application/json")

@@ -1,4 +1,4 @@
-"""The body of a request -> what is to be answered, and how. Nothing is ignored that would change the answer."""
+"""Parses the body of a chat completion request; a field that would change the answer is never ignored."""
 
 import difflib
 import secrets
@@ -12,16 +12,16 @@ from mote.core.errors import UserError, first_line
 from mote.core.records import Question
 from mote.core.scheme import ADAPTIVE, CHECKED
 from mote.inference.model import Limits, as_question
-from mote.serve.faults import Fault
-from mote.serve.settings import ServeSettings
+from mote.serve.api_error import ApiError
+from mote.serve.server_settings import ServeSettings
 
-# Fields of OpenAI's API that change no answer here ...
-_HARMLESS = {
+# Fields of OpenAI's API that have no effect on the answer ...
+_WITHOUT_EFFECT = {
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user",
 }  # fmt: skip
-# ... and those that would, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+# ... and fields that would, with the values that are no-ops.
+_NO_OPS: dict[str, tuple[Any, ...]] = {
     "audio": (), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
     "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
     "reasoning_effort": (), "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "tools": ([],),
@@ -30,11 +30,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _parts(value: Any) -> Any:
+def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
@@ -47,10 +47,10 @@ class _Part(BaseModel):
 
 
 class _Turn(BaseModel):
-    """A message; what else it holds, such as the reasoning of an earlier answer, is left out."""
+    """A message; its other fields, such as the reasoning of an earlier answer, are ignored."""
 
     role: str
-    content: Annotated[list[_Part] | None, BeforeValidator(_parts)] = None
+    content: Annotated[list[_Part] | None, BeforeValidator(_as_parts)] = None
     tool_calls: list[Any] | None = None
 
 
@@ -71,30 +71,30 @@ class _Body(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=8)
-    stop: Annotated[list[_Stop] | None, Field(max_length=4), BeforeValidator(_listed)] = None
+    stop: Annotated[list[_Stop] | None, Field(max_length=4), BeforeValidator(_as_list)] = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     include_reasoning: bool = True
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a request asks for.
+class ChatRequest:
+    """A parsed request.
 
     Attributes:
-        model: Name of the model, as the request gave it.
+        model: Model name as the request gave it.
         question: The dialogue.
-        mode: In which mode to answer.
-        limits: Budgets.
-        bounded: Whether the request itself gave the budget in all.
+        mode: Mode to answer in.
+        limits: Token budgets.
+        bounded: Whether the request set a total budget (`max_tokens`).
         temperature: 0 is greedy.
-        top_p: Nucleus to sample from.
-        seed: Of the first answer; those after it have the next ones.
-        n: How many answers.
-        stop: Texts that end a response when it comes to them.
-        stream: Whether the answer is sent as it is written.
+        top_p: Nucleus sampling threshold.
+        seed: Seed of the first answer; the i-th after it uses `seed + i`.
+        n: Number of answers.
+        stop: Strings that end a response.
+        stream: Whether to stream the answer.
         include_usage: Whether a stream ends with the token counts.
-        include_reasoning: Whether the steps before the response are sent.
+        include_reasoning: Whether to send the steps before the response.
     """
 
     model: str
@@ -112,32 +112,37 @@ class Asked:
     include_reasoning: bool
 
 
-def read_asked(data: bytes, settings: ServeSettings, modes: Sequence[str]) -> Asked:
-    """The body of a request to a model that has these modes.
+def parse_request(data: bytes, settings: ServeSettings, modes: Sequence[str]) -> ChatRequest:
+    """Parse and validate the body of a request.
+
+    Args:
+        data: The body.
+        settings: Settings of the server.
+        modes: Modes of the model.
 
     Raises:
-        Fault: It is not JSON (400), a field has a wrong type or value (400), asks for what this server cannot do (422),
-            names another model (404), or its messages are too long (413).
+        ApiError: It is not JSON or a field has a wrong type or value (400), a field asks for something unsupported
+            (422), another model is named (404), or the messages are too long (413).
     """
     try:
         body = _Body.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
-        raise Fault(400, f"the request is not valid: {first_line(error)}", param) from error
+        raise ApiError(400, f"the request is not valid: {first_line(error)}", param) from error
     _check_extra(body.model_extra or {})
     question = _question(body.messages, settings.max_request_chars)
-    most = _most(body, settings.max_tokens)
+    max_tokens = _max_tokens(body, settings.max_tokens)
     answers = settings.answers
-    # A budget in all holds for the steps too, where none of their own is given.
-    step = body.max_step_tokens or most or answers.max_step_tokens
+    # Without max_step_tokens, max_tokens is the budget of each step as well.
+    max_step_tokens = body.max_step_tokens or max_tokens or answers.max_step_tokens
     temperature = answers.temperature if body.temperature is None else body.temperature
-    return Asked(
+    return ChatRequest(
         model=body.model,
         question=question,
         mode=_mode(body, settings.name, modes),
-        limits=Limits(min(step, settings.max_tokens), most),
-        bounded=most is not None,
+        limits=Limits(min(max_step_tokens, settings.max_tokens), max_tokens),
+        bounded=max_tokens is not None,
         temperature=temperature,
         top_p=answers.top_p if body.top_p is None else body.top_p,
         seed=secrets.randbelow(2**62) if body.seed is None else body.seed,
@@ -151,59 +156,61 @@ def read_asked(data: bytes, settings: ServeSettings, modes: Sequence[str]) -> As
 
 def _check_extra(extra: dict[str, Any]) -> None:
     for name, value in extra.items():
-        if value is None or name in _HARMLESS or value in _NEUTRAL.get(name, ()):
+        if value is None or name in _WITHOUT_EFFECT or value in _NO_OPS.get(name, ()):
             continue
-        if name in _NEUTRAL:
-            raise Fault(422, f"{name}: this server does not support it; leave it out", name, "unsupported")
-        near = difflib.get_close_matches(name, [*_Body.model_fields, *_NEUTRAL, *_HARMLESS], 1)
+        if name in _NO_OPS:
+            raise ApiError(422, f"{name}: this server does not support it; leave it out", name, "unsupported")
+        near = difflib.get_close_matches(name, [*_Body.model_fields, *_NO_OPS, *_WITHOUT_EFFECT], 1)
         hint = f"did you mean '{near[0]}'?" if near else "leave it out"
-        raise Fault(400, f"{name[:80]}: unknown field; {hint}", name[:80], "unknown_field")
+        raise ApiError(400, f"{name[:80]}: unknown field; {hint}", name[:80], "unknown_field")
 
 
-def _question(turns: list[_Turn], most: int) -> Question:
-    rows = []
-    for place, turn in enumerate(turns):
-        where = f"messages.{place}"
+def _question(turns: list[_Turn], max_chars: int) -> Question:
+    messages = []
+    for index, turn in enumerate(turns):
+        where = f"messages.{index}"
         if turn.role not in _ROLES or turn.tool_calls:
-            raise Fault(
+            raise ApiError(
                 422,
                 f"{where}: a message of role '{turn.role[:40]}'{' with tool calls' if turn.tool_calls else ''} is not "
                 f"supported; use one of {sorted(_ROLES)} with text",
                 where,
                 "unsupported",
             )
-        rows.append({"role": _ROLES[turn.role], "content": _text(turn, where)})
-    chars = sum(len(row["content"]) for row in rows)
-    if chars > most:
-        raise Fault(413, f"messages: {chars} characters, more than the {most} that this server takes", "messages")
+        messages.append({"role": _ROLES[turn.role], "content": _text(turn, where)})
+    chars = sum(len(message["content"]) for message in messages)
+    if chars > max_chars:
+        raise ApiError(
+            413, f"messages: {chars} characters, more than the {max_chars} that this server accepts", "messages"
+        )
     try:
-        return as_question(rows)
+        return as_question(messages)
     except UserError as error:
-        raise Fault(400, "messages: the last message must be the user's", "messages") from error
+        raise ApiError(400, "messages: the last message must be the user's", "messages") from error
 
 
 def _text(turn: _Turn, where: str) -> str:
     parts = turn.content or []
     for part in parts:
         if part.type != "text":
-            raise Fault(422, f"{where}.content: only text is supported, not '{part.type[:40]}'", f"{where}.content")
+            raise ApiError(422, f"{where}.content: only text is supported, not '{part.type[:40]}'", f"{where}.content")
     return "".join(part.text for part in parts)
 
 
-def _most(body: _Body, limit: int) -> int | None:
-    """The budget in all that a request gives."""
+def _max_tokens(body: _Body, limit: int) -> int | None:
+    """The total budget that a request sets."""
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        raise Fault(400, "max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
-    most = body.max_completion_tokens or body.max_tokens
-    if most is not None and most > limit:
-        raise Fault(400, f"max_tokens: {most} is more than the {limit} that this server writes", "max_tokens")
-    return most
+        raise ApiError(400, "max_tokens: differs from max_completion_tokens; give one of them", "max_tokens")
+    given = body.max_completion_tokens or body.max_tokens
+    if given is not None and given > limit:
+        raise ApiError(400, f"max_tokens: {given} is more than the {limit} that this server generates", "max_tokens")
+    return given
 
 
 def _mode(body: _Body, name: str, modes: Sequence[str]) -> str:
     mode = body.model.partition(":")[2]
     if CHECKED not in modes and CHECKED in (mode, body.mode):
-        raise Fault(
+        raise ApiError(
             400,
             f"mode: '{CHECKED}' needs an adapter with a trained check (train.method=four-experts); use one of "
             f"{list(modes)}",
@@ -211,13 +218,13 @@ def _mode(body: _Body, name: str, modes: Sequence[str]) -> str:
         )
     known = [name, *(f"{name}:{mode}" for mode in modes)]
     if body.model not in known:
-        raise Fault(
+        raise ApiError(
             404, f"model: '{body.model[:80]}' is not served here; use one of {known}", "model", "model_not_found"
         )
     if body.mode is None:
         return mode or ADAPTIVE
     if body.mode not in modes:
-        raise Fault(400, f"mode: '{body.mode[:40]}' is not a mode; use one of {list(modes)}", "mode")
+        raise ApiError(400, f"mode: '{body.mode[:40]}' is not a mode; use one of {list(modes)}", "mode")
     if mode and mode != body.mode:
-        raise Fault(400, f"mode: '{body.mode}' contradicts the model's name '{body.model}'; leave one out", "mode")
+        raise ApiError(400, f"mode: '{body.mode}' contradicts the model's name '{body.model}'; leave one out", "mode")
     return body.mode
