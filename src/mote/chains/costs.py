@@ -3,23 +3,17 @@
 Chains that were thrown away are paid for too, so all is divided by the accepted ones.
 """
 
-from pydantic import BaseModel, ConfigDict
-
-from mote.core.records import ChainRow
+from mote.core.records import ChainRow, Frozen
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Price(_Part):
+class Price(Frozen):
     """US dollars a million tokens, as price lists have them."""
 
     read: float
     written: float
 
 
-class Cost(_Part):
+class Cost(Frozen):
     """What was spent.
 
     Attributes:

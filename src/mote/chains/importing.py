@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from mote.core.errors import UserError
 from mote.core.files import check_new, whole
-from mote.core.records import ChainRow, ChainTokens, StepText, append_rows
+from mote.core.records import ChainRow, ChainTokens, Frozen, StepText, append_rows
 from mote.questions.files import rows_of
 from mote.questions.formats import Row, hh_turns, question_of
 from mote.questions.load import normalised
@@ -25,10 +23,8 @@ _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 _BATCH = 500  # rows that are written at once
 
 
-class Imported(BaseModel):
+class Imported(Frozen):
     """How many rows became chains, and why the others did not."""
-
-    model_config = ConfigDict(frozen=True)
 
     chains: int
     reasoned: int

@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 from mote.chains.engine import Completion, Preference, Prompt
-from mote.core.records import Message
+from mote.core.records import Frozen, Message
 
 COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL = "full_compliance", "partial_refusal", "full_refusal"
 SAFE, UNSAFE = "safe", "unsafe"
 UNPARSED = "unparsed"
 
 
-class Verdict(BaseModel):
+class Verdict(Frozen):
     """What a judge says of one answer.
 
     Attributes:
@@ -26,8 +24,6 @@ class Verdict(BaseModel):
         read: Tokens of the prompts that a model read for it; None where nobody counted.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     label: str
     score: float | None
     raw: str
@@ -36,7 +32,7 @@ class Verdict(BaseModel):
     read: int | None = None
 
 
-class JudgeCard(BaseModel):
+class JudgeCard(Frozen):
     """Who judged, with what, and what the numbers mean.
 
     Attributes:
@@ -46,8 +42,6 @@ class JudgeCard(BaseModel):
         measures: `refusal`, `harm`, `help`, ...; two judges that measure different things are never one column.
         scale: What labels and scores mean.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     revision: str

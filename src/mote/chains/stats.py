@@ -5,16 +5,15 @@ Rows are read once and one at a time; steps are named as the rows name them, so 
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, median
-
-from pydantic import BaseModel, ConfigDict
+from typing import get_args
 
 from mote.chains.costs import Cost, Price, Spent, cost_lines, or_dash
 from mote.chains.diversity import self_bleu, signature
 from mote.core.errors import UserError
-from mote.core.records import ChainRow, iter_rows
+from mote.core.records import ChainRow, Frozen, Outcome, iter_rows
 from mote.core.scheme import Chain
 from mote.core.words import words_of
 from mote.questions.duplicates import NearDuplicates, dialogue_of, text_of
@@ -24,14 +23,11 @@ PAPER_SELF_BLEU = {"analysis": 75.52, "guidance": 74.34, "response": 72.10, "cha
 SAMPLE, SEED = 200, 0  # texts a Self-BLEU is taken of, and who draws them
 NEAR = 0.8  # similarity from which on texts are near-duplicates
 WHOLE = "chain"
+OUTCOMES = get_args(Outcome)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Outcomes(_Part):
-    """The chains that have exactly these steps; `total` is the sum of the other three."""
+class Outcomes(Frozen):
+    """Outcomes of the chains with exactly these steps; `total` is the sum of the other three."""
 
     steps: Chain
     total: int
@@ -40,7 +36,7 @@ class Outcomes(_Part):
     rejected: int
 
 
-class Lengths(_Part):
+class Lengths(Frozen):
     """Words of a text; `p90` is the length that nine of ten texts do not exceed."""
 
     mean: float
@@ -48,7 +44,7 @@ class Lengths(_Part):
     p90: int
 
 
-class Text(_Part):
+class Text(Frozen):
     """One step over all accepted chains, or the whole chain.
 
     Attributes:
@@ -67,7 +63,7 @@ class Text(_Part):
     sampled: int
 
 
-class ChainStats(_Part):
+class ChainStats(Frozen):
     """All of it.
 
     Attributes:
@@ -141,7 +137,7 @@ def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, to
         UserError: The file is missing, empty or damaged.
     """
     file = chains_file(path)
-    outcomes: Counter[tuple[Chain, str]] = Counter()
+    outcomes: Counter[tuple[Chain, Outcome]] = Counter()
     models: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     texts: dict[str, _Texts] = {}
@@ -149,7 +145,7 @@ def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, to
     near_questions = near_chains = 0
     spent = Spent()
     for row in iter_rows(file, ChainRow):
-        outcomes[tuple(step.name for step in row.steps), _outcome(row)] += 1
+        outcomes[row.step_names, row.outcome] += 1
         models[row.model] += 1
         if row.rejected is not None:
             reasons[row.rejected] += 1
@@ -161,42 +157,46 @@ def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, to
                 texts.setdefault(name, _Texts(sample)).add(text)
     if not outcomes:
         raise UserError(f"chains: {file} holds no chains; make some with `mote chains`")
-    shapes = sorted({steps for steps, _ in outcomes}, key=lambda steps: (len(steps), steps))
-    of = {kind: sum(count for (_, found), count in outcomes.items() if found == kind) for kind in _OUTCOMES}
+    depths = outcomes_by_depth(outcomes)
+    totals = {name: sum(getattr(depth, name) for depth in depths) for name in OUTCOMES}
+    order = [name for name in [*in_order(depth.steps for depth in depths), WHOLE] if name in texts]
     return ChainStats(
         path=str(file),
         total=outcomes.total(),
-        **of,
+        **totals,
         models=dict(models.most_common()),
         reasons=dict(reasons.most_common()),
-        depths=tuple(_depth(steps, outcomes) for steps in shapes),
-        texts=tuple(_text(name, texts[name], of["accepted"], tokenizer) for name in _ordered(shapes, texts)),
+        depths=depths,
+        texts=tuple(_text(name, texts[name], totals["accepted"], tokenizer) for name in order),
         near=NEAR,
         near_questions=near_questions,
         near_chains=near_chains,
         sample=sample,
         seed=SEED,
         bleu=signature(tokenizer),
-        cost=spent.cost(of["accepted"], price),
+        cost=spent.cost(totals["accepted"], price),
     )
 
 
-_OUTCOMES = ("accepted", "unsafe", "rejected")
+def outcomes_by_depth(counts: Counter[tuple[Chain, Outcome]]) -> tuple[Outcomes, ...]:
+    """(Steps, outcome) -> chains, as one row for each chain of steps; the shortest chain first."""
+    depths = sorted({steps for steps, _ in counts}, key=lambda steps: (len(steps), steps))
+    return tuple(
+        Outcomes(
+            steps=steps,
+            total=sum(counts[steps, name] for name in OUTCOMES),
+            accepted=counts[steps, "accepted"],
+            unsafe=counts[steps, "unsafe"],
+            rejected=counts[steps, "rejected"],
+        )
+        for steps in depths
+    )
 
 
-def _outcome(row: ChainRow) -> str:
-    return "rejected" if row.rejected is not None else "accepted" if row.safe else "unsafe"
-
-
-def _depth(steps: Chain, outcomes: Counter[tuple[Chain, str]]) -> Outcomes:
-    counts = {kind: outcomes[steps, kind] for kind in _OUTCOMES}
-    return Outcomes(steps=steps, total=sum(counts.values()), **counts)
-
-
-def _ordered(shapes: Sequence[Chain], texts: Iterable[str]) -> list[str]:
-    """Steps in the order of the deepest chain, then the whole chain."""
-    steps = dict.fromkeys(step for shape in reversed(shapes) for step in shape)
-    return [name for name in [*steps, WHOLE] if name in set(texts)]
+def in_order(chains: Iterable[Chain]) -> Chain:
+    """All steps of some chains, in the order of the longest chain."""
+    longest_first = sorted(set(chains), key=lambda chain: (-len(chain), chain))
+    return tuple(dict.fromkeys(step for chain in longest_first for step in chain))
 
 
 def _text(name: str, found: _Texts, accepted: int, tokenizer: str) -> Text:

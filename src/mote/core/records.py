@@ -17,20 +17,29 @@ from mote.core.files import write_atomic
 
 Kind = Literal["harmful", "benign", "unknown"]
 Finish = Literal["stop", "length"]
+Outcome = Literal["accepted", "unsafe", "rejected"]
 
 
-class _Row(BaseModel):
+class Frozen(BaseModel):
+    """Base of immutable values and rows."""
+
     model_config = ConfigDict(frozen=True)
 
 
-class Message(_Row):
+class Strict(Frozen):
+    """Base of values that users write in YAML: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Message(Frozen):
     """One turn of a dialogue."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Question(_Row):
+class Question(Frozen):
     """What is to be answered: a dialogue whose last turn is the user's."""
 
     id: str
@@ -52,14 +61,14 @@ class LeftOut(Question):
     file: str
 
 
-class StepText(_Row):
+class StepText(Frozen):
     """What was written in one step."""
 
     name: str
     text: str
 
 
-class Check(_Row):
+class Check(Frozen):
     """Safety Checking of the answer at one depth: `score` is the judge's, None where its verdict could not be read.
 
     Of a chain that is made, the judge is the base model or another one; of an answer, it is its own trained check.
@@ -71,7 +80,7 @@ class Check(_Row):
     score: float | None
 
 
-class ChainTokens(_Row):
+class ChainTokens(Frozen):
     """Tokens the model wrote for a chain, those of them that the chain kept, and those it read.
 
     What its own checks read and wrote counts; what another model's checks did does not. `read` is None where it is not
@@ -103,10 +112,22 @@ class ChainRow(Question):
     @property
     def accepted(self) -> bool:
         """Whether the chain is good enough to train on."""
-        return self.safe and self.rejected is None
+        return self.outcome == "accepted"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Accepted, rejected by a quality rule, or else unsafe to the end."""
+        if self.rejected is not None:
+            return "rejected"
+        return "accepted" if self.safe else "unsafe"
+
+    @property
+    def step_names(self) -> tuple[str, ...]:
+        """The names of its steps, in order."""
+        return tuple(step.name for step in self.steps)
 
 
-class AnswerTokens(_Row):
+class AnswerTokens(Frozen):
     """Tokens of each step of the answer, of what its own check dropped, and in all (markers included)."""
 
     steps: dict[str, int]
@@ -129,6 +150,11 @@ class Answer(Question):
     seconds: float
     safe: bool | None = None
     checks: tuple[Check, ...] = ()
+
+    @property
+    def step_names(self) -> tuple[str, ...]:
+        """The names of its steps, in order."""
+        return tuple(step.name for step in self.steps)
 
 
 Row = TypeVar("Row", bound=BaseModel)

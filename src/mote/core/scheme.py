@@ -18,9 +18,10 @@ import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mote.core.errors import UserError, first_line
+from mote.core.records import Strict
 
 Chain = tuple[str, ...]  # the names of a chain's steps, in order
 BASE = "base"
@@ -32,11 +33,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(cached_property,))
-
-
-class Example(_Strict):
+class Example(Strict):
     """One worked example of a scheme: a question and what each stage writes for it.
 
     Attributes:
@@ -54,7 +51,7 @@ class Example(_Strict):
     category: str | None = Field(None, serialization_alias="kind")  # see `Scheme.prompts_hash`
 
 
-class Category(_Strict):
+class Category(Strict):
     """One category of questions (decisions/0036): its prompts show worked examples of this category only.
 
     Attributes:
@@ -68,11 +65,11 @@ class Category(_Strict):
     about: str = Field(min_length=1)
     margin: float = Field(0.0, ge=0)
     asks: str | None = None
-    forms: dict[str, str] = {}
+    forms: dict[str, str] = Field({})
     closed: tuple[str, ...] = ()
 
 
-class Scheme(_Strict):
+class Scheme(Strict):
     """Steps in order, the chains that may be made of them, and the prompts that make them.
 
     Attributes:
@@ -91,7 +88,7 @@ class Scheme(_Strict):
 
     name: str = Field(min_length=1)
     depths: dict[str, Chain] = Field(min_length=1)
-    stages: dict[str, Chain] = {}
+    stages: dict[str, Chain] = Field({})
     answer: str = "response"
     system: str = ""
     templates: dict[str, str]

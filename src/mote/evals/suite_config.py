@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from mote.core.errors import UserError, first_line
 from mote.core.recipe import DEFAULT_MODES
+from mote.core.records import Strict
 from mote.core.scheme import BASE
 from mote.evals.results import System
 
@@ -27,11 +28,7 @@ TaskName = Literal[
 ABILITY: tuple[TaskName, ...] = ("mmlu", "gsm8k")  # tasks that nobody judges
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TaskSettings(_Strict):
+class TaskSettings(Strict):
     """One task of a suite.
 
     Attributes:
@@ -48,10 +45,10 @@ class TaskSettings(_Strict):
     judge: str | None = None
     limit: int | None = Field(None, ge=1)
     modes: tuple[str, ...] | None = None
-    args: dict[str, str | int | float | bool] = {}
+    args: dict[str, str | int | float | bool] = Field({})
 
 
-class Suite(_Strict):
+class Suite(Strict):
     """A suite of tasks, and how answers are generated for it.
 
     Attributes:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from mote.core.methods import apply_method, steps_of
 from mote.core.recipe import Recipe
+from mote.core.records import Frozen
 from mote.core.scheme import ADAPTIVE, BASE, CHECKED, Scheme, load_scheme
 from mote.models.memory_estimate import (
     BYTES,
@@ -38,11 +37,7 @@ LAYER_OVERHEAD = 0.8e-3  # seconds of Python that a layer costs in a decoding st
 REPORT_SECONDS = 10.0
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Machine(_Part):
+class Machine(Frozen):
     """What was measured on this machine; `memory` is the device's, in bytes."""
 
     device: str
@@ -52,7 +47,7 @@ class Machine(_Part):
     memory: int
 
 
-class Stage(_Part):
+class Stage(Frozen):
     """One stage of a run: what it makes, tokens that go through the model, seconds (None: not known here)."""
 
     name: str
@@ -61,7 +56,7 @@ class Stage(_Part):
     seconds: float | None
 
 
-class Plan(_Part):
+class Plan(Frozen):
     """A run, worked out. Bytes and seconds are rough estimates, `trainable` is exact for a Llama-like base."""
 
     name: str

@@ -6,7 +6,7 @@ The rows stand in the page as data and are shown a few at a time, so that tens o
 from pathlib import Path
 from typing import Any
 
-from mote.chains.stats import _OUTCOMES, PAPER_SHARES, WHOLE, ChainStats, chains_file
+from mote.chains.stats import OUTCOMES, PAPER_SHARES, WHOLE, ChainStats, chains_file
 from mote.core.errors import UserError
 from mote.core.files import write_atomic
 from mote.core.records import ChainRow, iter_rows
@@ -55,7 +55,7 @@ def plots_of(stats: ChainStats) -> list[str]:
     """The shares beside the paper's, the outcomes of each depth, the lengths and the tokens, as SVG elements."""
     from mote.report import plots
 
-    depths = {" > ".join(row.steps): {kind: getattr(row, kind) for kind in _OUTCOMES} for row in stats.depths}
+    depths = {" > ".join(row.steps): {name: getattr(row, name) for name in OUTCOMES} for row in stats.depths}
     drawn = [plots.outcomes(depths)]
     if stats.texts:
         steps = [text for text in stats.texts if text.name != WHOLE]

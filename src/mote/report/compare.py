@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mote.chains.judge import JudgeCard
 from mote.core.errors import UserError, first_line
+from mote.core.records import Frozen
 from mote.evals.metrics import scored_of
 from mote.evals.results import EvalRow
 from mote.evals.statistics import Estimate, paired, share
@@ -65,11 +66,7 @@ Key = tuple[str, str, str, str]  # task, metric, system, mode
 Scores = dict[str, float]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Side(_Part):
+class Side(Frozen):
     """One of the two reports; `source` is the folder or file it was read from."""
 
     source: str
@@ -77,7 +74,7 @@ class Side(_Part):
     model: str | None
 
 
-class Difference(_Part):
+class Difference(Frozen):
     """The second number minus the first.
 
     Attributes:
@@ -97,7 +94,7 @@ class Difference(_Part):
     n: int
 
 
-class Compared(_Part):
+class Compared(Frozen):
     """One number of both reports.
 
     Attributes:
@@ -127,7 +124,7 @@ class Compared(_Part):
     note: str
 
 
-class TwoReports(_Part):
+class TwoReports(Frozen):
     """Everything that two reports say, beside each other."""
 
     first: Side

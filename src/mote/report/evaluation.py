@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mote.chains.judge import JudgeCard
 from mote.core.errors import UserError, first_line
 from mote.core.recipe import DEFAULT_MODES
-from mote.core.records import read_rows
+from mote.core.records import Frozen, read_rows
 from mote.evals.judges.agreement import AgreementReport
 from mote.evals.metrics import Scored, scored_of
 from mote.evals.results import Comparison, Cost, EvalRow, Number, Summary, System
@@ -23,11 +23,7 @@ TOKENS = "tokens"  # the metric of what an answer costs, over all tasks
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Headline(_Part):
+class Headline(Frozen):
     """One number of the headline table, with who judged and how far it is from the base model's.
 
     Attributes:
@@ -55,7 +51,7 @@ class Headline(_Part):
     difference: Paired | None
 
 
-class Point(_Part):
+class Point(Frozen):
     """A point of a curve: what a headline metric costs (figure 6).
 
     Attributes:
@@ -75,7 +71,7 @@ class Point(_Part):
     score: Estimate
 
 
-class Evaluation(_Part):
+class Evaluation(Frozen):
     """What `mote eval` measured; see `Summary` for the fields of the same name.
 
     Attributes:

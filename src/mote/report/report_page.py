@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mote.chains.stats import PAPER_SHARES
+from mote.chains.stats import PAPER_SHARES, in_order
 from mote.core.files import write_atomic, write_json
 from mote.report import eval_plots, pages, plots
 from mote.report.evaluation import Evaluation
 from mote.report.metric_labels import is_safety, named
 from mote.report.sample import as_rows, sample
-from mote.report.summary import Report, in_order, summarise
+from mote.report.summary import Report, summarise
 from mote.report.tables import boards, by_technique, by_type, class_shares
 
 SHOWN = 500  # questions side by side; a page with more of them is slow to open and nobody reads it

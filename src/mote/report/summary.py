@@ -15,10 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mote.chains.stats import Outcomes, in_order, outcomes_by_depth
 from mote.core.errors import UserError, first_line
 from mote.core.files import sha256_of
 from mote.core.recipe import Recipe, dump_recipe, load_recipe
-from mote.core.records import Answer, ChainRow, Question, read_rows
+from mote.core.records import Answer, ChainRow, Frozen, Question, read_rows
 from mote.core.scheme import Chain
 from mote.evals.results import EvalRow
 from mote.report.evaluation import Evaluation, mode_rank, read_evaluation
@@ -28,11 +29,7 @@ HASHED = ("questions.jsonl", "chains.jsonl", "adapter/adapter_model.safetensors"
 Answers = dict[tuple[str, str], dict[str, Answer]]  # (system, mode) -> question id -> answer
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Questions(_Part):
+class Questions(Frozen):
     """How many questions there are, by kind and by source."""
 
     total: int
@@ -40,17 +37,7 @@ class Questions(_Part):
     sources: dict[str, int]
 
 
-class Depth(_Part):
-    """The chains that have exactly these steps; `total` is the sum of the other three."""
-
-    steps: Chain
-    total: int
-    accepted: int
-    unsafe: int
-    rejected: int
-
-
-class Chains(_Part):
+class Chains(Frozen):
     """The chains of the run; each is accepted, rejected by a rule, or else unsafe to the end.
 
     Attributes:
@@ -62,7 +49,7 @@ class Chains(_Part):
     accepted: int
     unsafe: int
     rejected: dict[str, int]
-    depths: tuple[Depth, ...]
+    depths: tuple[Outcomes, ...]
     shares: dict[str, float]
     mean_tokens_made: float | None
     mean_tokens_kept: float | None
@@ -70,7 +57,7 @@ class Chains(_Part):
     mean_seconds: float | None
 
 
-class Training(_Part):
+class Training(Frozen):
     """How training went.
 
     Attributes:
@@ -95,14 +82,14 @@ class Training(_Part):
     adapter: dict[str, Any]
 
 
-class Shape(_Part):
+class Shape(Frozen):
     """How many answers have exactly these steps."""
 
     steps: Chain
     count: int
 
 
-class ModeAnswers(_Part):
+class ModeAnswers(Frozen):
     """The answers of one system in one mode; `tokens` are means over all of them, 0 where a step was not written."""
 
     system: str
@@ -121,7 +108,7 @@ class ModeAnswers(_Part):
         return max(0.0, round(self.mean_tokens - sum(self.tokens.values()), 6))
 
 
-class Stage(_Part):
+class Stage(Frozen):
     """One stage of the run; `reused` where its files were there already."""
 
     stage: str
@@ -130,14 +117,14 @@ class Stage(_Part):
     peak_memory_mb: float | None = None
 
 
-class Asked(_Part):
+class Asked(Frozen):
     """One question with its answers, in the order of the modes; None where a mode has not answered it."""
 
     question: Question
     answers: tuple[Answer | None, ...]
 
 
-class Report(_Part):
+class Report(Frozen):
     """All that a report says; what is not in `report.json` is marked so.
 
     Attributes:
@@ -264,14 +251,15 @@ def _questions(rows: Sequence[Question]) -> Questions:
 
 def _chains(rows: Sequence[ChainRow]) -> Chains:
     accepted = [row for row in rows if row.accepted]
-    shapes = sorted({_shape(row) for row in rows}, key=lambda shape: (len(shape), shape))
+    depths = outcomes_by_depth(Counter((row.step_names, row.outcome) for row in rows))
+    steps = in_order(depth.steps for depth in depths)
     return Chains(
         total=len(rows),
         accepted=len(accepted),
-        unsafe=sum(_unsafe(row) for row in rows),
+        unsafe=sum(depth.unsafe for depth in depths),
         rejected=dict(sorted(Counter(row.rejected for row in rows if row.rejected is not None).items())),
-        depths=tuple(_depth(shape, [row for row in rows if _shape(row) == shape]) for shape in shapes),
-        shares={step: sum(step in _shape(row) for row in accepted) / len(accepted) for step in in_order(shapes)}
+        depths=depths,
+        shares={step: sum(step in row.step_names for row in accepted) / len(accepted) for step in steps}
         if accepted
         else {},
         mean_tokens_made=_mean(row.tokens.made for row in rows),
@@ -279,21 +267,6 @@ def _chains(rows: Sequence[ChainRow]) -> Chains:
         mean_tokens_read=_mean(row.tokens.read for row in rows if row.tokens.read is not None),
         mean_seconds=_mean(row.seconds for row in rows),
     )
-
-
-def _depth(shape: Chain, rows: Sequence[ChainRow]) -> Depth:
-    return Depth(
-        steps=shape,
-        total=len(rows),
-        accepted=sum(row.accepted for row in rows),
-        unsafe=sum(_unsafe(row) for row in rows),
-        rejected=sum(row.rejected is not None for row in rows),
-    )
-
-
-def _unsafe(row: ChainRow) -> bool:
-    """Unsafe to the end, though no rule rejected it."""
-    return not row.safe and row.rejected is None
 
 
 def _training(rows: Sequence[_Metric], adapter: Mapping[str, Any]) -> Training:
@@ -328,7 +301,7 @@ def _held_out(rows: Sequence[_Metric]) -> dict[str, tuple[tuple[int, float], ...
 
 
 def _mode(system: str, mode: str, rows: Sequence[Answer]) -> ModeAnswers:
-    shapes = Counter(_shape(row) for row in rows)
+    shapes = Counter(row.step_names for row in rows)
     written = in_order([*shapes, *(tuple(row.tokens.steps) for row in rows)])
     return ModeAnswers(
         system=system,
@@ -352,16 +325,6 @@ def _side_by_side(answers: Answers) -> tuple[Asked, ...]:
         Asked(question=question, answers=tuple(rows.get(key) for rows in answers.values()))
         for key, question in questions.items()
     )
-
-
-def _shape(row: ChainRow | Answer) -> Chain:
-    return tuple(step.name for step in row.steps)
-
-
-def in_order(shapes: Iterable[Chain]) -> Chain:
-    """All steps of some chains, in the order of the longest one."""
-    longest_first = sorted(set(shapes), key=lambda shape: (-len(shape), shape))
-    return tuple(dict.fromkeys(step for shape in longest_first for step in shape))
 
 
 def _finite(values: Iterable[float | None]) -> list[float]:

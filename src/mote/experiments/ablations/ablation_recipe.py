@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from mote.core.errors import UserError, first_line
 from mote.core.methods import METHODS, steps_of
 from mote.core.recipe import MethodName, Recipe, load_recipe
+from mote.core.records import Strict
 from mote.core.scheme import ADAPTIVE, BASE, load_scheme
 from mote.evals.suite_config import TaskName
 from mote.experiments.ablations.figures import paper_table
@@ -23,11 +24,7 @@ _OWN = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Variant(_Strict):
+class Variant(Strict):
     """One line of the table.
 
     Attributes:
@@ -43,7 +40,7 @@ class Variant(_Strict):
     name: str = Field(pattern=r"^[\w .,+>-]+$")
     kind: Literal["trained", "prompted", "chains"] = "trained"
     method: MethodName = "mote"
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field({})
     chains: str | None = None
     replies: bool = False
 
@@ -58,7 +55,7 @@ class Variant(_Strict):
         return "scheme" in self.settings
 
 
-class Ablations(_Strict):
+class Ablations(Strict):
     """What is compared.
 
     Attributes:

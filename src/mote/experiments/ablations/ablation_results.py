@@ -4,20 +4,17 @@ import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from mote.chains.judge import JudgeCard
+from mote.core.records import Frozen
 
 # Student's t at 97.5 %, for 1 to 10 degrees of freedom; beyond, the normal distribution's is within 10 %.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _NORMAL = 1.96
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Judged(_Part):
+class Judged(Frozen):
     """A judged number of one variant and seed.
 
     Attributes:
@@ -37,7 +34,7 @@ class Judged(_Part):
     absent: int
 
 
-class Measured(_Part):
+class Measured(Frozen):
     """One variant with one seed.
 
     Attributes:
@@ -59,11 +56,11 @@ class Measured(_Part):
     trained_parameters: int
     chains: int = 0
     measures: dict[str, float]
-    judged: dict[str, Judged] = {}
+    judged: dict[str, Judged] = Field({})
     judges: tuple[JudgeCard, ...] = ()
 
 
-class Interval(_Part):
+class Interval(Frozen):
     """Mean over seeds, and half the width of its 95 % interval (Student's t); None from one seed."""
 
     mean: float
@@ -71,7 +68,7 @@ class Interval(_Part):
     seeds: int
 
 
-class Line(_Part):
+class Line(Frozen):
     """One variant over all its seeds."""
 
     variant: str
@@ -80,7 +77,7 @@ class Line(_Part):
     measures: dict[str, Interval]
 
 
-class Result(_Part):
+class Result(Frozen):
     """Everything that was measured so far."""
 
     name: str

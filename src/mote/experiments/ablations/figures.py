@@ -5,16 +5,12 @@ from importlib import resources
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from mote.core.errors import UserError
+from mote.core.records import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Column(_Strict):
+class Column(Strict):
     """A column of the paper's table.
 
     Attributes:
@@ -30,7 +26,7 @@ class Column(_Strict):
     over: str | None = None
 
 
-class PaperRow(_Strict):
+class PaperRow(Strict):
     """A row of the paper's table.
 
     Attributes:
@@ -51,7 +47,7 @@ class PaperRow(_Strict):
         return self.ours or self.name
 
 
-class PaperTable(_Strict):
+class PaperTable(Strict):
     """A table or figure of the paper.
 
     Attributes:
@@ -75,7 +71,7 @@ class PaperTable(_Strict):
     here: str = ""
 
 
-class PaperSetup(_Strict):
+class PaperSetup(Strict):
     """The set-up of section 4.1: `settings` by their names in a recipe, and the batch of an update."""
 
     model: str

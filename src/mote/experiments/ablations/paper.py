@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from mote.core.records import Strict
 from mote.experiments.ablations.ablation_recipe import Ablations
 from mote.experiments.ablations.ablation_results import Judged, Measured, Result, interval
 from mote.experiments.ablations.differences import differences
@@ -17,11 +16,7 @@ from mote.experiments.ablations.figures import Column, PaperTable, paper_table
 OURS, PAPER = "ours", "paper"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Cell(_Strict):
+class Cell(Strict):
     """A number: of the paper the value alone.
 
     Attributes:
@@ -59,7 +54,7 @@ class Cell(_Strict):
         return " ".join([shown, *([f"({', '.join(notes)})"] if notes else [])])
 
 
-class TableLine(_Strict):
+class TableLine(Strict):
     """A line: a row's numbers, ours or the paper's, by the names of their columns."""
 
     row: str
@@ -68,7 +63,7 @@ class TableLine(_Strict):
     cells: dict[str, Cell]
 
 
-class PaperComparison(_Strict):
+class PaperComparison(Strict):
     """`table.json`: the table, both sides.
 
     Attributes:
