@@ -35,8 +35,8 @@ quickstart: install  ## questions -> chains -> step experts -> answers -> report
 	$(BIN)/mote run recipes/quickstart.yaml --out $(RUN)
 
 check: install  ## lint, types, order of imports
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
