@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mote.core.recipe import load_recipe
+from mote.core.recipe_file import load_recipe
 
 
 @pytest.mark.parametrize("place", ["file", "override"])

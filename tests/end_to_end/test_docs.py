@@ -22,7 +22,8 @@ from mote.chains.judge import JudgeCard
 from mote.cli import mote
 from mote.cli.options import WithCommands
 from mote.core.errors import UserError
-from mote.core.recipe import Recipe, Shape, known_keys, load_recipe
+from mote.core.recipe import Recipe, Shape
+from mote.core.recipe_file import known_keys, load_recipe
 from mote.core.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, LeftOut, Message, Question, StepText
 from mote.evals.judges.agreement import Agreement, AgreementReport
 from mote.evals.results import Comparison, Cost, EvalRow, Number, Summary, System

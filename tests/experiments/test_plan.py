@@ -9,7 +9,8 @@ import pytest
 from support.paths import ROOT
 
 from mote.core.errors import UserError
-from mote.core.recipe import Recipe, load_recipe
+from mote.core.recipe import Recipe
+from mote.core.recipe_file import load_recipe
 from mote.core.scheme import load_scheme
 from mote.experiments.plan import Machine, Plan, expected_steps, expected_texts, measure, plan
 from mote.models.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable, linear_shapes

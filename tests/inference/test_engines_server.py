@@ -12,7 +12,7 @@ from support.fake_server import FakeServer
 
 from mote.chains.engine import Prompt
 from mote.core.errors import MoteError, UserError
-from mote.core.recipe import load_recipe
+from mote.core.recipe_file import load_recipe
 from mote.core.records import Message
 from mote.inference.engines import endpoints
 from mote.inference.engines.endpoints import Endpoints, backoff

@@ -25,7 +25,8 @@ from support.reports import (
 )
 
 from mote.core.errors import UserError
-from mote.core.recipe import Recipe, dump_recipe
+from mote.core.recipe import Recipe
+from mote.core.recipe_file import dump_recipe
 from mote.core.records import Message, Question, StepText
 from mote.core.records import append_rows as append
 from mote.report import plots

@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from mote.core.recipe import Recipe, dump_recipe
+from mote.core.recipe import Recipe
+from mote.core.recipe_file import dump_recipe
 from mote.core.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, Kind, Message, Question, StepText
 from mote.core.records import append_rows as append
 

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from mote.core.errors import UserError
-from mote.core.recipe import Recipe, load_recipe
+from mote.core.recipe import Recipe
+from mote.core.recipe_file import load_recipe
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

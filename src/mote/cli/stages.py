@@ -8,7 +8,7 @@ import click
 
 from mote.cli.options import WithCommands, folder_of, locked, mote, options, run_of, settings_of
 from mote.core.errors import UserError
-from mote.core.recipe import load_recipe
+from mote.core.recipe_file import load_recipe
 
 
 @mote.command()

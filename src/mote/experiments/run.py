@@ -24,7 +24,8 @@ from mote.core.files import sha256_of, write_atomic, write_json
 from mote.core.machine import environment, is_first_process
 from mote.core.methods import steps_of
 from mote.core.progress import Progress
-from mote.core.recipe import Recipe, dump_recipe, load_recipe
+from mote.core.recipe import Recipe
+from mote.core.recipe_file import dump_recipe, load_recipe
 from mote.core.records import Answer, ChainRow, LeftOut, Question, append_rows, iter_rows, read_rows, rewrite_rows
 from mote.core.scheme import CHECK, Chain, load_scheme
 from mote.questions.load import load_questions, select_questions

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mote.chains.stats import Outcomes, in_order, outcomes_by_depth
 from mote.core.errors import UserError, first_line
 from mote.core.files import sha256_of
-from mote.core.recipe import Recipe, dump_recipe, load_recipe
+from mote.core.recipe import Recipe
+from mote.core.recipe_file import dump_recipe, load_recipe
 from mote.core.records import Answer, ChainRow, Frozen, Question, read_rows
 from mote.core.scheme import Chain
 from mote.evals.results import EvalRow

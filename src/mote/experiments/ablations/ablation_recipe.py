@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from mote.core.errors import UserError, first_line
 from mote.core.methods import METHODS, steps_of
-from mote.core.recipe import MethodName, Recipe, load_recipe
+from mote.core.recipe import MethodName, Recipe
+from mote.core.recipe_file import load_recipe
 from mote.core.records import Strict
 from mote.core.scheme import ADAPTIVE, BASE, load_scheme
 from mote.evals.suite_config import TaskName
