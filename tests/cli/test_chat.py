@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what is printed of an answer that checks itself, and which modes it takes."""
+"""`mote chat`: the printed steps of a self-checked answer, and changing the mode."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ from mote.core.scheme import CHECKED
 
 
 @pytest.mark.parametrize("show_steps", [True, False])
-def test_checks_come_before_the_answer_that_is_given(
+def test_checks_are_shown_before_the_accepted_answer(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, show_steps: bool
 ) -> None:
     model = mote.load(str(tiny), save_random_adapter(tiny, tmp_path, experts=EXPERTS), device="cpu")
@@ -27,10 +27,10 @@ def test_checks_come_before_the_answer_that_is_given(
     assert "'deep' is not a mode" in err and CHECKED in err
     told = [line for line in out.splitlines() if line.startswith("check> ")]
     assert told == show_steps * [
-        f"check> harmful ({answer.checks[0].score:.2f})", "check> goes on with analysis",
-        f"check> harmful ({answer.checks[1].score:.2f})", "check> goes on with full",
+        f"check> harmful ({answer.checks[0].score:.2f})", "check> retry with analysis",
+        f"check> harmful ({answer.checks[1].score:.2f})", "check> retry with full",
         f"check> harmful ({answer.checks[2].score:.2f})",
     ]  # fmt: skip
     assert out.rfind("check> ") < out.index("response> ")
     assert out.count("response> ") == 1 and answer.answer in out[out.index("response> ") :]
-    assert out.endswith(f"({answer.tokens.total} tokens)\n(unsafe, says its own check)\n")
+    assert out.endswith(f"({answer.tokens.total} tokens)\n(unsafe according to its own check)\n")

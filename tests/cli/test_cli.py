@@ -79,13 +79,13 @@ def test_questions_in_a_folder(fails: Fails, tmp_path: Path) -> None:
     assert message == f"questions: {tmp_path} is a folder; give a file in it"
 
 
-def test_unknown_set_of_questions(fails: Fails, tmp_path: Path) -> None:
+def test_unknown_question_set(fails: Fails, tmp_path: Path) -> None:
     message = fails("chains", "--questions", "mote:validation", "--out", tmp_path)
     assert message.startswith("questions: 'mote:validation' is not a set") and "'mote:train'" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_questions_without_rights(fails: Fails, tmp_path: Path) -> None:
+def test_questions_without_read_permission(fails: Fails, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text(QUESTION)
     path.chmod(0)
@@ -128,7 +128,7 @@ def test_bad_questions(fails: Fails, tmp_path: Path, recipe: Path, name: str, co
         assert files(tmp_path / "out") == [".lock"]
 
 
-def test_a_mistake_does_not_claim_the_folder(fails: Fails, recipe: Path, tmp_path: Path) -> None:
+def test_failed_start_leaves_the_folder_unused(fails: Fails, recipe: Path, tmp_path: Path) -> None:
     """The questions of a command that was refused must not be used by the next one."""
     for number, text in enumerate(("one", "two")):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps({"question": text}) + "\n")
@@ -138,7 +138,7 @@ def test_a_mistake_does_not_claim_the_folder(fails: Fails, recipe: Path, tmp_pat
     assert files(out) == [".lock"]
 
 
-def test_other_questions_than_the_folder_has(fails: Fails, done: Path, recipe: Path) -> None:
+def test_questions_that_differ_from_the_folders(fails: Fails, done: Path, recipe: Path) -> None:
     before = (done / "chains.jsonl").read_bytes()
     message = fails("chains", "--recipe", recipe, "--questions", "mote:test", "--limit", 8, "--out", done)
     assert message.startswith(
@@ -212,7 +212,7 @@ def test_bad_override(fails: Fails, tmp_path: Path, recipe: Path, override: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_values_in_quotes_stay_text(fails: Fails, tmp_path: Path) -> None:
+def test_quoted_overrides_stay_strings(fails: Fails, tmp_path: Path) -> None:
     """A file may be called 123."""
     message = fails("chains", "--questions", "123", "--out", tmp_path / "out")
     assert message.startswith("questions: 123 does not exist")
@@ -236,7 +236,7 @@ def test_values_in_quotes_stay_text(fails: Fails, tmp_path: Path) -> None:
         ("scheme=none.yaml", "scheme: 'none.yaml' cannot be read (No such file or directory); use one of ["),
     ],
 )
-def test_settings_that_cannot_work_do_not_wait_for_the_chains(
+def test_impossible_training_settings_fail_before_chains(
     fails: Fails, tmp_path: Path, recipe: Path, override: str, message: str
 ) -> None:
     assert fails("run", recipe, override, "--out", tmp_path).startswith(message)
@@ -253,7 +253,7 @@ def test_broken_scheme(fails: Fails, tmp_path: Path, recipe: Path) -> None:
 # --- chains that are there
 
 
-def test_chains_are_counted_read_brought_in_and_passed_on(
+def test_chains_stats_view_import_and_export(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     star = {"question": "How do I break in?", "response": "<think>A crime.</think>I can't help.", "score": 10}
@@ -277,7 +277,7 @@ def test_chains_are_counted_read_brought_in_and_passed_on(
 
 
 @pytest.mark.parametrize("name", ["stats", "view", "export"])
-def test_chains_that_are_not_there(fails: Fails, tmp_path: Path, name: str) -> None:
+def test_chains_subcommands_on_missing_files(fails: Fails, tmp_path: Path, name: str) -> None:
     more = [] if name == "stats" else ["--out", tmp_path / "out"]
     message = fails("chains", name, tmp_path, *more)
     assert message == f"chains: {tmp_path}/chains.jsonl does not exist; give a run folder or the chains.jsonl of one"
@@ -287,7 +287,7 @@ def test_chains_that_are_not_there(fails: Fails, tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-model", "FOLDER/missing", "FOLDER/empty", "pypi:llm-other"])
-def test_model_that_is_not_to_be_had(tmp_path: Path, recipe: Path, name: str) -> None:
+def test_model_that_cannot_be_loaded(tmp_path: Path, recipe: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     model = name.replace("FOLDER", str(tmp_path))
     message = fails_apart(tmp_path, *command(recipe, tmp_path / "out", f"model={model}"), code=2)
@@ -307,7 +307,7 @@ def ask_once() -> None:
     ServerEngine.__init__.__defaults__ = (1, 0, 10.0)  # type: ignore[attr-defined]  # no retries
 
 
-def test_engine_that_does_not_answer(tmp_path: Path, recipe: Path) -> None:
+def test_unreachable_engine(tmp_path: Path, recipe: Path) -> None:
     arguments = command(recipe, tmp_path / "out", "engine=http://localhost:9/v1")
     message = fails_apart(tmp_path, *arguments, code=1, prepare=ask_once)
     assert message.startswith("engine: http://localhost:9/v1 failed (") and "see that the server runs" in message
@@ -322,7 +322,7 @@ def answers(model: Path, adapter: Path, out: Path, *modes: str) -> list[str]:
     return ["answer", *SMALL, "--model", str(model), "--adapter", str(adapter), *chosen, "--out", str(out)]
 
 
-def test_adapter_of_another_model(tmp_path: Path, done: Path, tiny: Path, other_tiny: Path) -> None:
+def test_adapter_trained_on_another_model(tmp_path: Path, done: Path, tiny: Path, other_tiny: Path) -> None:
     message = fails_apart(tmp_path, *answers(other_tiny, done / "adapter", tmp_path / "out"), code=2)
     assert message == (
         f"adapter: {done}/adapter was trained on another base model than '{other_tiny}' (it names '{tiny}'); give that "
@@ -363,7 +363,7 @@ def test_chat_without_an_adapter(fails: Fails) -> None:
 # --- chains files and run folders
 
 
-def test_folder_of_another_recipe(fails: Fails, recipe: Path, done: Path) -> None:
+def test_folder_with_another_recipe(fails: Fails, recipe: Path, done: Path) -> None:
     before = {name: (done / name).read_bytes() for name in files(done)}
     message = fails(*command(recipe, done, "seed=4", "train.learning_rate=1e-3", "train.weight_decay=0.1"))
     assert message == (
@@ -385,7 +385,7 @@ def test_missing_chains(fails: Fails, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_chains_file_that_is_none(fails: Fails, tmp_path: Path, done: Path) -> None:
+def test_chains_file_without_chains(fails: Fails, tmp_path: Path, done: Path) -> None:
     out = tmp_path / "out"
     message = fails("train", "--chains", done / "questions.jsonl", "--out", out)
     assert message.startswith(f"{done}/questions.jsonl line 1: not a ChainRow row (steps: ") and "remove" in message
@@ -403,7 +403,7 @@ def test_damaged_line_in_a_run_folder(fails: Fails, tmp_path: Path, done: Path) 
     assert message.startswith(f"{tmp_path}/chains.jsonl line 2: not a ChainRow row") and "remove the line" in message
 
 
-def test_no_chain_to_train_on(tmp_path: Path, recipe: Path, done: Path) -> None:
+def test_no_usable_chain_to_train_on(tmp_path: Path, recipe: Path, done: Path) -> None:
     rows = [row.model_copy(update={"safe": False}) for row in read_rows(done / "chains.jsonl", ChainRow)]
     path = tmp_path / "unsafe.jsonl"
     path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
@@ -414,7 +414,7 @@ def test_no_chain_to_train_on(tmp_path: Path, recipe: Path, done: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["chains", "train", "answer"])
-def test_out_must_be_given(fails: Fails, stage: str) -> None:
+def test_out_is_required(fails: Fails, stage: str) -> None:
     assert fails(stage) == "out: give the run folder with --out"
 
 
@@ -426,7 +426,7 @@ def test_out_that_is_a_file(fails: Fails, tmp_path: Path, recipe: Path) -> None:
     assert path.read_text() == "mine"
 
 
-def test_second_process_on_a_folder(fails: Fails, tmp_path: Path, recipe: Path) -> None:
+def test_second_process_is_locked_out(fails: Fails, tmp_path: Path, recipe: Path) -> None:
     for arguments in (["run", recipe], ["chains"], ["answer"]):
         with folder_lock(tmp_path):
             message = fails(*arguments, "--out", tmp_path)
@@ -434,7 +434,7 @@ def test_second_process_on_a_folder(fails: Fails, tmp_path: Path, recipe: Path) 
     assert files(tmp_path) == [".lock"]
 
 
-def test_report_of_no_run(fails: Fails, tmp_path: Path) -> None:
+def test_report_on_a_missing_folder(fails: Fails, tmp_path: Path) -> None:
     assert fails("report", tmp_path / "no") == (
         f"report: {tmp_path}/no is not a run folder; give the folder that `mote run` wrote"
     )
@@ -503,7 +503,7 @@ def test_full_disk(tmp_path: Path, recipe: Path, name: str, after: int, kept: di
             assert (out / path).read_bytes().splitlines()[: len(lines)] == lines
 
 
-def test_disk_that_fills_up_within_a_row(tmp_path: Path, recipe: Path, done: Path) -> None:
+def test_disk_full_in_the_middle_of_a_row(tmp_path: Path, recipe: Path, done: Path) -> None:
     whole = (done / "chains.jsonl").read_bytes()
     out = tmp_path / "out"
     small = functools.partial(limit_files, len(whole) - 40)
@@ -516,7 +516,7 @@ def test_disk_that_fills_up_within_a_row(tmp_path: Path, recipe: Path, done: Pat
     assert (out / "chains.jsonl").read_bytes().startswith(there)
 
 
-def test_disk_that_fills_up_within_a_checkpoint(tmp_path: Path, recipe: Path, done: Path) -> None:
+def test_disk_full_in_the_middle_of_a_checkpoint(tmp_path: Path, recipe: Path, done: Path) -> None:
     adapter = (done / "adapter" / "adapter_model.safetensors").read_bytes()
     assert len(adapter) > 2 * (done / "chains.jsonl").stat().st_size
     out = tmp_path / "out"
@@ -551,7 +551,7 @@ def test_ctrl_c(tmp_path: Path, recipe: Path, stage: str, begun: Callable[[Path]
     assert_finishes(tmp_path, command(recipe, out))
 
 
-def test_failure_nobody_thought_of(fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unexpected_exception_is_one_line(fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(path: Path) -> None:
         raise ZeroDivisionError("division by\nzero")
 

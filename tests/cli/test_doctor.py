@@ -35,7 +35,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> object:
     return without
 
 
-def test_this_machine_can_run_everything() -> None:
+def test_all_commands_are_ready_here() -> None:
     findings = diagnose()
     assert [finding for finding in findings if finding.level == "missing"] == []
     assert found(findings, "torch").detail == metadata.version("torch")
@@ -49,7 +49,9 @@ def test_this_machine_can_run_everything() -> None:
 @pytest.mark.parametrize(
     ("device", "dtype", "attention"), [("cpu", "float32", "grouped_sdpa"), ("cuda", "bfloat16", "sdpa")]
 )
-def test_device_goes_with_its_dtype(monkeypatch: pytest.MonkeyPatch, device: str, dtype: str, attention: str) -> None:
+def test_default_device_is_shown_with_its_dtype(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: str, attention: str
+) -> None:
     monkeypatch.setattr("mote.models.load.default_device", lambda: device)
     assert found(diagnose(), "device").detail.startswith(f"{device} in {dtype} with {attention} attention")
 
@@ -67,7 +69,7 @@ def test_without_torch(without) -> None:  # type: ignore[no-untyped-def]
     assert not any(finding.topic == "device" for finding in findings)
 
 
-def test_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_torch_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     findings = diagnose()
     finding = found(findings, "torch")
@@ -76,7 +78,7 @@ def test_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(findings, "mote report").level == "ok"
 
 
-def test_in_a_process_that_never_had_torch(tmp_path: Path) -> None:
+def test_process_that_cannot_import_torch(tmp_path: Path) -> None:
     script = "import sys; sys.modules['torch'] = None\nfrom mote.cli.doctor import *\nprint(table(diagnose()))"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
@@ -84,7 +86,7 @@ def test_in_a_process_that_never_had_torch(tmp_path: Path) -> None:
     assert str(tmp_path / "mote") in done.stdout and "missing mote train" in done.stdout
 
 
-def test_without_a_plotting_package_only_reports_are_out(without) -> None:  # type: ignore[no-untyped-def]
+def test_missing_matplotlib_affects_reports_only(without) -> None:  # type: ignore[no-untyped-def]
     without("matplotlib")
     findings = diagnose()
     assert found(findings, "mote report").remedy == "pip install matplotlib"
@@ -92,7 +94,7 @@ def test_without_a_plotting_package_only_reports_are_out(without) -> None:  # ty
     assert found(findings, "mote train").level == "ok"
 
 
-def test_version_outside_of_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "4.40.0" if name == "transformers" else version(name))
     finding = found(diagnose(), "transformers")
@@ -119,14 +121,14 @@ def test_embedded_model_cannot_be_fetched_without_pip(without, monkeypatch, tmp_
     assert finding.level == "warn" and finding.remedy == "pip install gguf"
 
 
-def test_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = namedtuple("memory", "total available")
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory(8e9, 1e9))
     finding = found(diagnose(), "cpu")
     assert finding.level == "warn" and "1.0 GB of 8.0 GB free" in finding.detail
 
 
-def test_table_has_a_line_for_each_finding_and_each_remedy() -> None:
+def test_table_has_a_line_per_finding_and_remedy() -> None:
     lines = table(
         [
             Finding(level="ok", topic="a", detail="fine"),

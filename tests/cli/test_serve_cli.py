@@ -1,4 +1,4 @@
-"""`mote serve` as a command, and the commands of its page."""
+"""The command `mote serve`, and the commands in its docs page."""
 
 import contextlib
 import io
@@ -55,7 +55,7 @@ def _answers(address: str) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_it_finish_and_ends_it_well(
+def test_sigterm_finishes_answers_and_exits_cleanly(
     tiny: Path, adapter: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     log = tmp_path / "log"
@@ -73,20 +73,20 @@ def test_a_signal_lets_it_finish_and_ends_it_well(
     assert log.read_text().splitlines()[-1] == "mote: stopped; no answers cut off"
 
 
-def test_it_warns_where_anybody_may_use_it(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_public_address_without_a_key_warns(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
     given = ("--model", tiny, "--adapter", adapter, "--host", "0.0.0.0")
     with command(tmp_path / "open", *given) as (address, _):
         assert httpx.get(f"{address}/v1/models").status_code == 200
-    assert "mote: warning: anybody who reaches 0.0.0.0 can use the model" in (tmp_path / "open").read_text()
+    assert "mote: warning: anyone who can reach 0.0.0.0 can use the model" in (tmp_path / "open").read_text()
     with command(tmp_path / "closed", *given, "--api-key-file", key) as (address, _):
         assert ask(address).status_code == 401
         assert httpx.get(f"{address}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
     assert "warning" not in (tmp_path / "closed").read_text() and "secret" not in (tmp_path / "closed").read_text()
 
 
-def test_what_cannot_be_served_is_said_at_once(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unservable_setups_fail_at_once(fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = fails("serve", "--adapter", "nowhere", "--port", port)
@@ -100,7 +100,7 @@ def test_what_cannot_be_served_is_said_at_once(fails: Fails, tmp_path: Path, mon
     assert f"{missing} cannot be read" in fails("serve", "--adapter", "x", "--api-key-file", missing)
 
 
-def test_the_commands_of_the_page_run(tiny: Path, adapter: Path) -> None:
+def test_commands_in_the_docs_run(tiny: Path, adapter: Path) -> None:
     model = mote.load(str(tiny), adapter, device="cpu")
     shell = [block for runs, block in blocks(PAGE, "bash") if runs]
     python = [block for runs, block in blocks(PAGE, "python") if runs]
@@ -125,7 +125,7 @@ def test_the_commands_of_the_page_run(tiny: Path, adapter: Path) -> None:
     assert names["message"].content in said.getvalue()
 
 
-def test_the_transcript_of_the_page_has_the_shape_of_a_reply(tiny: Path, adapter: Path) -> None:
+def test_transcript_in_the_docs_matches_a_reply(tiny: Path, adapter: Path) -> None:
     model = mote.load(str(tiny), adapter, device="cpu")
     (shown,) = [json.loads(block) for _, block in blocks(PAGE, "json")]
     with served(model) as (address, _):

@@ -52,7 +52,7 @@ def reasoning_of(answer: Any) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_official_client_gets_the_model_s_answer(client: openai.OpenAI, model: Model, mode: str) -> None:
+def test_openai_client_gets_the_models_answer(client: openai.OpenAI, model: Model, mode: str) -> None:
     expected = model.answer(QUESTIONS[0], mode, max_step_tokens=8)
     reply = client.chat.completions.create(
         model=f"tiny:{mode}",
@@ -71,7 +71,7 @@ def test_the_official_client_gets_the_model_s_answer(client: openai.OpenAI, mode
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, model: Model, mode: str) -> None:
+def test_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, model: Model, mode: str) -> None:
     expected = model.answer(QUESTIONS[2], mode, max_step_tokens=12)
     stream = client.chat.completions.create(
         model="tiny",
@@ -94,7 +94,7 @@ def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, model: Mode
     )
 
 
-def test_sixty_four_concurrent_requests_get_the_reference_s_answers(address: str, model: Model) -> None:
+def test_64_concurrent_requests_equal_the_reference(address: str, model: Model) -> None:
     cases = [(f"{QUESTIONS[i % 3]} {i}", MODES[i % 5], 4 + i % 7) for i in range(64)]
     expected = [model.answer(text, mode, max_step_tokens=most) for text, mode, most in cases]
 
@@ -118,7 +118,7 @@ def test_sixty_four_concurrent_requests_get_the_reference_s_answers(address: str
         assert reply.usage.completion_tokens == answer.tokens.total
 
 
-def test_several_answers_have_seeds_of_their_own(address: str, model: Model) -> None:
+def test_each_of_n_answers_has_its_own_seed(address: str, model: Model) -> None:
     given: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
     expected = [model.answer("safe?", "direct", max_step_tokens=6, seed=7 + i, **given).answer for i in range(3)]
     body = ask(address, "safe?", mode="direct", n=3, seed=7, **given).json()
@@ -132,7 +132,7 @@ def test_several_answers_have_seeds_of_their_own(address: str, model: Model) -> 
     assert said == expected and lines[-2:] == ["data: [DONE]", ""]
 
 
-def test_without_a_seed_every_sample_differs(address: str) -> None:
+def test_samples_differ_without_a_seed(address: str) -> None:
     texts = {
         ask(address, temperature=2, top_p=1, mode="direct", max_step_tokens=16).json()["choices"][0]["message"][
             "content"
@@ -143,7 +143,7 @@ def test_without_a_seed_every_sample_differs(address: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_ends_the_response_and_frees_its_row(address: str, model: Model, stream: bool) -> None:
+def test_stop_string_ends_the_response_and_frees_the_slot(address: str, model: Model, stream: bool) -> None:
     given: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seed": 3, "max_step_tokens": 40}
     whole = model.answer(QUESTIONS[1], "full", **given)
     stop = whole.answer[6:9]
@@ -161,13 +161,13 @@ def test_a_stop_ends_the_response_and_frees_its_row(address: str, model: Model, 
     wait_until(lambda: model.batcher.rows == (0, 0))
 
 
-def test_a_budget_in_all_holds_and_leaves_an_answer(address: str) -> None:
+def test_max_tokens_holds_and_leaves_room_for_the_response(address: str) -> None:
     body = ask(address, mode="full", max_tokens=30, max_step_tokens=None).json()
     assert body["usage"]["completion_tokens"] <= 30
     assert body["choices"][0]["mote"]["steps"]["response"] > 2
 
 
-def test_models_are_one_a_mode(client: openai.OpenAI) -> None:
+def test_each_mode_is_a_listed_model(client: openai.OpenAI) -> None:
     names = [entry.id for entry in client.models.list()]
     assert names == ["tiny", "tiny:adaptive", "tiny:full", "tiny:analysis", "tiny:direct", "tiny:base"]
     assert client.models.retrieve("tiny:full").id == "tiny:full"
@@ -175,7 +175,7 @@ def test_models_are_one_a_mode(client: openai.OpenAI) -> None:
         client.models.retrieve("other")
 
 
-def test_earlier_reasoning_is_left_out_of_the_history(address: str, model: Model) -> None:
+def test_reasoning_of_earlier_turns_is_dropped(address: str, model: Model) -> None:
     history = [
         {"role": "user", "content": "safe?"},
         {"role": "assistant", "content": "answer", "reasoning_content": "what I thought", "refusal": None},
@@ -188,7 +188,7 @@ def test_earlier_reasoning_is_left_out_of_the_history(address: str, model: Model
     assert body["usage"]["prompt_tokens"] == len(model.request(as_question(plain), "full", Limits(6)).ids)
 
 
-def test_reasoning_can_be_left_out(address: str) -> None:
+def test_include_reasoning_false_omits_reasoning(address: str) -> None:
     assert ask(address, mode="full").json()["choices"][0]["message"]["reasoning_content"]
     assert (
         ask(address, mode="full", include_reasoning=False).json()["choices"][0]["message"]["reasoning_content"] is None
@@ -252,7 +252,7 @@ def test_curl_gets_an_answer_and_a_stream(address: str) -> None:
         ({"messages": [{"role": "user", "content": "kill " * 4000}]}, 400, "messages", "model's context of 2048"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_by_name(
+def test_unsupported_fields_are_refused_by_name(
     address: str, fields: dict[str, Any], status: int, param: str, said: str
 ) -> None:
     reply = ask(address, **({"max_step_tokens": 6} | fields))
@@ -261,7 +261,7 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert set(error) == {"message", "type", "param", "code"}
 
 
-def test_fields_that_change_nothing_are_taken(address: str) -> None:
+def test_fields_without_effect_are_accepted(address: str) -> None:
     plain = ask(address).json()["choices"]
     fields: dict[str, Any] = {
         "user": "me", "store": False, "metadata": {"a": "b"}, "tools": [], "tool_choice": "auto", "logprobs": False,
@@ -275,14 +275,14 @@ def test_fields_that_change_nothing_are_taken(address: str) -> None:
     "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 50_000, b'{"model": "tiny", "messages": 3}',
              b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}']
 )  # fmt: skip
-def test_garbage_is_refused_as_json(address: str, body: bytes) -> None:
+def test_malformed_bodies_get_400_as_json(address: str, body: bytes) -> None:
     reply = httpx.post(
         f"{address}/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=30
     )
     assert reply.status_code == 400 and reply.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_other_addresses_and_methods_get_errors_as_json(address: str) -> None:
+def test_unknown_routes_and_methods_get_errors_as_json(address: str) -> None:
     for reply, status in (
         (httpx.get(f"{address}/v1/embeddings"), 404),
         (httpx.get(f"{address}/v1/chat/completions"), 405),
@@ -292,7 +292,7 @@ def test_other_addresses_and_methods_get_errors_as_json(address: str) -> None:
     assert httpx.get(f"{address}/v1/models", headers={"host": "localhost:1"}).status_code == 200
 
 
-def test_a_request_that_is_too_long_is_refused_while_it_is_read(model: Model) -> None:
+def test_oversized_body_is_refused_while_it_is_read(model: Model) -> None:
     sent = 0
 
     def body() -> Iterator[bytes]:
@@ -313,7 +313,7 @@ def test_a_request_that_is_too_long_is_refused_while_it_is_read(model: Model) ->
         assert ask(address).status_code == 200
 
 
-def test_a_key_is_asked_for_where_there_is_one(model: Model) -> None:
+def test_requests_need_the_api_key_if_one_is_set(model: Model) -> None:
     with served(model, api_key="sécret") as (address, _):
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic x"}, {"authorization": ""}):
             reply = httpx.get(f"{address}/v1/models", headers=headers)
@@ -326,7 +326,7 @@ def test_a_key_is_asked_for_where_there_is_one(model: Model) -> None:
         assert ask(address).status_code == 401
 
 
-def test_a_full_house_refuses_and_says_when_to_come_again(model: Model) -> None:
+def test_full_queue_gets_429_with_retry_after(model: Model) -> None:
     with served(model, max_running=1, max_waiting=1) as (address, _):
         assert ask(address, n=3).status_code == 429
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(), timeout=60) as first:
@@ -349,7 +349,7 @@ def endless(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_takes_too_long_is_cut_off(model: Model, stream: bool) -> None:
+def test_timeout_cuts_the_answer_off(model: Model, stream: bool) -> None:
     with served(model, timeout=0.3) as (address, _):
         reply = httpx.post(f"{address}/v1/chat/completions", json=endless(stream=stream), timeout=60)
         if stream:
@@ -363,7 +363,7 @@ def test_what_takes_too_long_is_cut_off(model: Model, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_row_at_once(running: tuple[str, Server], model: Model, stream: bool) -> None:
+def test_client_disconnect_frees_the_slot_at_once(running: tuple[str, Server], model: Model, stream: bool) -> None:
     address, server = running
     before = model.batcher.tokens_computed
     if stream:
@@ -378,7 +378,7 @@ def test_a_client_that_leaves_frees_its_row_at_once(running: tuple[str, Server],
     assert 'mote_requests_total{mode="base",status="499"}' in httpx.get(f"{address}/metrics").text
 
 
-def test_a_reader_who_does_not_read_blocks_nobody(address: str) -> None:
+def test_slow_reader_does_not_block_other_requests(address: str) -> None:
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(), timeout=60) as reply:
         lines = reply.iter_lines()
         next(lines)
@@ -388,7 +388,7 @@ def test_a_reader_who_does_not_read_blocks_nobody(address: str) -> None:
 # --- health, numbers, the end
 
 
-def test_health_and_numbers(address: str) -> None:
+def test_health_and_metrics(address: str) -> None:
     def numbers() -> dict[str, float]:
         lines = httpx.get(f"{address}/metrics").text.splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
@@ -409,7 +409,7 @@ def test_health_and_numbers(address: str) -> None:
     assert after["mote_rows_running"] == after["mote_rows_waiting"] == 0
 
 
-def test_a_model_that_fails_is_an_error_and_the_next_request_is_answered(model: Model, address: str) -> None:
+def test_model_failure_gets_500_and_the_server_goes_on(model: Model, address: str) -> None:
     whole = ask(address).json()["choices"]
     forward, model.batcher._model = model.batcher._model, None
     try:
@@ -421,7 +421,7 @@ def test_a_model_that_fails_is_an_error_and_the_next_request_is_answered(model: 
 
 
 @pytest.mark.parametrize(("grace", "finishes"), [(20.0, True), (0.0, False)])
-def test_the_end_gives_answers_their_time_and_says_what_it_cut_off(model: Model, grace: float, finishes: bool) -> None:
+def test_shutdown_waits_for_grace_then_cuts_answers_off(model: Model, grace: float, finishes: bool) -> None:
     most = 200 if finishes else 1900
     with served(model, grace=grace) as (address, server):
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=endless(max_tokens=most), timeout=60) as reply:

@@ -54,7 +54,7 @@ def told(answer: Answer) -> dict[str, Any]:
     }
 
 
-def test_the_official_client_gets_the_answer_and_its_checks(address: str, answers: list[Answer]) -> None:
+def test_openai_client_gets_the_answer_and_its_checks(address: str, answers: list[Answer]) -> None:
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
         assert f"tiny:{CHECKED}" in [entry.id for entry in client.models.list()]
         for question, answer in zip(QUESTIONS, answers, strict=True):
@@ -74,7 +74,7 @@ def test_the_official_client_gets_the_answer_and_its_checks(address: str, answer
             assert usage.completion_tokens_details.reasoning_tokens == reasoned
 
 
-def test_a_stream_sends_no_answer_before_it_is_settled(address: str, answers: list[Answer]) -> None:
+def test_stream_sends_no_content_before_the_check_passes(address: str, answers: list[Answer]) -> None:
     for question, answer in zip(QUESTIONS, answers, strict=True):
         reply = ask(address, question, mode=CHECKED, stream=True)
         chunks = [json.loads(line.removeprefix("data: ")) for line in reply.text.split("\n\n")[:-2]]
@@ -94,7 +94,7 @@ def test_a_stream_sends_no_answer_before_it_is_settled(address: str, answers: li
         assert choices[-1]["mote"] == told(answer) and choices[-1]["finish_reason"] == answer.finish
 
 
-def test_a_stop_and_hidden_reasoning_hold_behind_the_check(address: str, answers: list[Answer]) -> None:
+def test_stop_and_hidden_reasoning_apply_after_the_check(address: str, answers: list[Answer]) -> None:
     question, answer = next((q, a) for q, a in zip(QUESTIONS, answers, strict=True) if len(a.answer) > 2)
     stop = answer.answer[1:3]
     (choice,) = ask(address, question, mode=CHECKED, stop=stop, include_reasoning=False).json()["choices"]
@@ -105,7 +105,7 @@ def test_a_stop_and_hidden_reasoning_hold_behind_the_check(address: str, answers
     assert "harmful" not in streamed and '"event":"check"' not in streamed
 
 
-def test_dropped_tokens_are_counted(address: str, answers: list[Answer]) -> None:
+def test_dropped_tokens_are_counted_in_the_metrics(address: str, answers: list[Answer]) -> None:
     def number() -> float:
         lines = httpx.get(f"{address}/metrics").text.splitlines()
         name = f'mote_tokens_total{{mode="{CHECKED}",step="dropped"}} '
@@ -117,7 +117,7 @@ def test_dropped_tokens_are_counted(address: str, answers: list[Answer]) -> None
     assert number() - before == 2 * answer.tokens.dropped > 0
 
 
-def test_what_the_context_has_left_is_its_budget_and_the_check_s(model: Model) -> None:
+def test_rest_of_the_context_is_budget_for_answer_and_check(model: Model) -> None:
     room = 2048 - len(encode_prompt(model.tokenizer, as_question("").messages))
     with served(model, answers=AnswerSettings(max_step_tokens=3000, check_threshold=1.0)) as (address, _):
         reply = ask(address, "\x00" * (room - 60), mode=CHECKED, max_step_tokens=None).json()

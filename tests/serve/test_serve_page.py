@@ -57,14 +57,14 @@ def ended(page: Any, replies: int) -> None:
     page.locator(".retry").nth(replies - 1).wait_for(timeout=60_000)
 
 
-def test_the_page_asks_nobody_else_and_never_reads_text_as_markup() -> None:
+def test_page_loads_nothing_external_and_escapes_text() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert not re.findall(r"https?://|//cdn|@import|<link|<img|\bsrc=", page)
     assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", page)
     assert not re.findall(r"\son\w+=|\sstyle=", page)
 
 
-def test_steps_unfold_and_show_the_model_s_answer(page: Any, model: Model) -> None:
+def test_steps_unfold_and_show_the_models_answer(page: Any, model: Model) -> None:
     send(page, "my computer <b>&amp;</b>", "full")
     ended(page, 1)
     answer = model.answer("my computer <b>&amp;</b>", "full", max_step_tokens=700)
@@ -79,7 +79,7 @@ def test_steps_unfold_and_show_the_model_s_answer(page: Any, model: Model) -> No
     assert len(set(colours)) == 3
 
 
-def test_checks_and_dropped_answers_are_shown(browser: Any, tiny: Path, tmp_path: Path) -> None:
+def test_page_shows_checks_and_dropped_answers(browser: Any, tiny: Path, tmp_path: Path) -> None:
     checking = mote.load(str(tiny), save_random_adapter(tiny, tmp_path, experts=EXPERTS), device="cpu")
     given: dict[str, Any] = {"max_step_tokens": 8, "check_threshold": 1.0}
     with served(checking, answers=AnswerSettings(**given)) as (address, _):
@@ -108,7 +108,7 @@ def test_checks_and_dropped_answers_are_shown(browser: Any, tiny: Path, tmp_path
         page.close()
 
 
-def test_stop_frees_the_row_and_a_retry_stands_beside_it(
+def test_stop_frees_the_slot_and_retry_is_shown_beside_it(
     page: Any, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = model.batcher._forward
@@ -134,7 +134,7 @@ def test_stop_frees_the_row_and_a_retry_stands_beside_it(
     assert first["y"] == second["y"] and first["x"] < second["x"]
 
 
-def test_the_conversation_goes_on_with_the_chosen_answer(page: Any, model: Model) -> None:
+def test_conversation_continues_with_the_chosen_answer(page: Any, model: Model) -> None:
     send(page, "how", "direct")
     ended(page, 1)
     send(page, "safe?", "direct")
@@ -148,7 +148,7 @@ def test_the_conversation_goes_on_with_the_chosen_answer(page: Any, model: Model
     assert page.locator(".turn").count() == 0 and page.locator("#hint").is_visible()
 
 
-def test_it_fits_a_phone_in_light_and_dark(page: Any) -> None:
+def test_page_fits_a_phone_in_light_and_dark(page: Any) -> None:
     send(page, "x" * 300, "analysis")
     ended(page, 1)
     for scheme in ("light", "dark"):
@@ -162,7 +162,7 @@ def test_it_fits_a_phone_in_light_and_dark(page: Any) -> None:
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400 and box["height"] >= 30
 
 
-def test_a_key_is_asked_for(browser: Any, model: Model) -> None:
+def test_page_asks_for_the_api_key(browser: Any, model: Model) -> None:
     with served(model, api_key="secret") as (address, _):
         page = browser.new_page()
         page.on("dialog", lambda dialog: dialog.accept("secret"))
@@ -172,7 +172,7 @@ def test_a_key_is_asked_for(browser: Any, model: Model) -> None:
         page.close()
 
 
-def test_an_error_is_shown(browser: Any, model: Model) -> None:
+def test_page_shows_errors(browser: Any, model: Model) -> None:
     with served(model, max_request_chars=5) as (address, _):
         page = browser.new_page()
         page.goto(address)

@@ -58,7 +58,7 @@ def expected(folder: Path, question: str) -> list[int]:
     return ids
 
 
-def test_the_client_writes_what_the_loras_do(folder: Path, url: str) -> None:
+def test_per_step_client_generates_what_the_loras_do(folder: Path, url: str) -> None:
     (client,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "for step in" in code)
     client = client.replace("http://127.0.0.1:8000", url).replace("exported/steps", str(folder / "steps"))
     client = client.replace("max_tokens=64", f"max_tokens={BUDGET}")

@@ -143,7 +143,7 @@ def test_64_requests_in_all_modes_equal_the_reference(
     assert len({tuple(ids) for ids in written.values()}) > 32  # the answers differ from each other
 
 
-def test_prefixes_are_reused_with_their_steps(
+def test_cached_prefixes_keep_their_steps(
     engine: Engine, asked: list[Asked], expected: dict[int, list[int]], model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = engine.cached
@@ -157,14 +157,12 @@ def test_prefixes_are_reused_with_their_steps(
     assert len(equal(engine.answers(second), again)) == len(second)
 
 
-def test_requests_that_are_given_up_change_no_other(
-    engine: Engine, asked: list[Asked], expected: dict[int, list[int]]
-) -> None:
+def test_aborted_requests_change_no_other(engine: Engine, asked: list[Asked], expected: dict[int, list[int]]) -> None:
     written = engine.answers(asked, abort=range(0, 64, 3))
     assert 32 < len(written) < 64 and len(equal(written, expected)) == len(written)
 
 
-def test_without_the_step_before_a_chunk_the_answers_are_others(
+def test_without_the_step_before_a_chunk_answers_differ(
     engine: Engine, asked: list[Asked], expected: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgetful(ids: torch.Tensor, first: torch.Tensor, before: torch.Tensor, events: torch.Tensor) -> torch.Tensor:
@@ -178,7 +176,7 @@ def test_without_the_step_before_a_chunk_the_answers_are_others(
     assert len(equal(routed, expected)) < len(routed) / 4  # what is alike by chance
 
 
-def test_preempted_requests_go_on_as_they_were(
+def test_preempted_requests_equal_the_reference(
     served: Path, asked: list[Asked], expected: dict[int, list[int]]
 ) -> None:
     engine = Engine(served, **TIGHT, num_gpu_blocks_override=16, max_model_len=384)
@@ -187,7 +185,7 @@ def test_preempted_requests_go_on_as_they_were(
     assert engine.preempted > 0 and len(equal(written, expected)) == len(asked)
 
 
-def test_no_token_is_computed_twice(served: Path, asked: list[Asked], expected: dict[int, list[int]]) -> None:
+def test_each_token_is_computed_once(served: Path, asked: list[Asked], expected: dict[int, list[int]]) -> None:
     engine = Engine(served, **WIDE, enable_prefix_caching=False)
     written = engine.answers(asked)
     engine.close()
@@ -206,7 +204,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_architecture(kind: str, tmp_path: Path) -> None:
+def test_architecture_equals_the_reference(kind: str, tmp_path: Path) -> None:
     # No shared expert, other ranks in some layers and none in others, the question read by one expert.
     odd = {"mix": 1.0, "rank_pattern": {"q_proj": 2, "up_proj": 6}, "question_expert": "guidance",
            "exclude_modules": ["v_proj"]}  # fmt: skip
@@ -220,7 +218,9 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
-def test_two_tensor_parallel_processes(kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_tensor_parallel_processes_equal_the_reference(
+    kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two processes where there is one memory node
     served = make_served(tmp_path, num_key_value_heads=kv_heads)
     model = load_served(served)
@@ -232,8 +232,8 @@ def test_two_tensor_parallel_processes(kv_heads: int, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("form", [experts.Gates, merged.MergedGates])
-def test_all_forms_of_the_experts(
+@pytest.mark.parametrize("form", [experts.ExpertWeights, merged.MergedExpertWeights])
+def test_both_implementations_equal_the_reference(
     form: type,
     eager: bool,
     served: Path,
@@ -241,11 +241,11 @@ def test_all_forms_of_the_experts(
     expected: dict[int, list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if form is experts.Gates:
+    if form is experts.ExpertWeights:
         monkeypatch.setattr(models, "mergeable", lambda vllm_config: False)  # as on a GPU
     engine = Engine(served, **TIGHT, enforce_eager=eager)
-    gates = engine.engine.model_executor.driver_worker.worker.model_runner.model.mote_gates
-    assert type(gates) is form
+    weights = engine.engine.model_executor.driver_worker.worker.model_runner.model.mote_expert_weights
+    assert type(weights) is form
     answers = engine.answers(asked)
     engine.close()
     assert len(equal(answers, expected)) == len(asked)

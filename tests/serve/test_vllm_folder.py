@@ -16,7 +16,7 @@ import mote
 from mote.core.errors import UserError
 from mote.inference.model import Model
 from mote.serve.vllm.export_folder import export_vllm
-from mote.serve.vllm.folder_config import Served
+from mote.serve.vllm.folder_config import ServedConfig
 from mote.tokens.encode import special_ids
 from mote.tuner.expert_weights import expert_weight_table
 
@@ -43,20 +43,20 @@ def model(folders: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def served(folders: Path) -> Served:
+def served(folders: Path) -> ServedConfig:
     config = json.loads((folders / "out" / "config.json").read_text())
     assert config["architectures"] == ["MoteLlamaForCausalLM"] and config["model_type"] == "llama"
-    return Served.model_validate(config["mote"])
+    return ServedConfig.model_validate(config["mote"])
 
 
-def test_the_routing_is_the_adapters(served: Served, model: Model) -> None:
+def test_routing_is_the_adapters(served: ServedConfig, model: Model) -> None:
     assert served.routing == model.markers and served.mode == "full" and served.max_step_tokens == 9
     torch.testing.assert_close(torch.tensor(served.gates), expert_weight_table(model.config))
     assert served.modes["adaptive"] == model.scheme.chains_of("adaptive") and "base" not in served.modes
     assert set(served.special) == special_ids(model.tokenizer)
 
 
-def test_base_weights_with_the_markers_rows_and_the_twin(folders: Path, served: Served, model: Model) -> None:
+def test_embedding_has_marker_rows_and_the_twin(folders: Path, served: ServedConfig, model: Model) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folders / "out")  # as its model type, without experts
     ids = torch.tensor([[5, 6, served.markers["analysis"][0], 7, served.markers["analysis"][1]]])
     with model.model.disable_adapter():
@@ -74,7 +74,7 @@ def test_base_weights_with_the_markers_rows_and_the_twin(folders: Path, served: 
         assert torch.equal(matrix.weight[twin], matrix.weight[opening])
 
 
-def test_experts_of_all_ranks_compute_what_the_adapter_does(folders: Path, served: Served, model: Model) -> None:
+def test_padded_experts_compute_what_the_adapter_does(folders: Path, served: ServedConfig, model: Model) -> None:
     tensors = load_file(folders / "out" / "experts.safetensors")
     gates = torch.tensor(served.gates).repeat_interleave(served.rank, 1)
     ids = torch.randint(3, 300, (1, 4), generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def test_experts_of_all_ranks_compute_what_the_adapter_does(folders: Path, serve
         hook.remove()
 
 
-def test_no_text_becomes_a_marker(folders: Path, served: Served) -> None:
+def test_no_text_encodes_to_a_marker(folders: Path, served: ServedConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders / "out")
     assert not served.reserved & set(tokenizer.get_vocab().values())  # so it has no text that could
     draw = random.Random(0)
@@ -102,7 +102,7 @@ def test_no_text_becomes_a_marker(folders: Path, served: Served) -> None:
     assert not served.reserved & set(tokenizer.apply_chat_template(messages)["input_ids"])
 
 
-def test_other_text_is_tokenised_as_the_adapter_does(folders: Path, model: Model) -> None:
+def test_other_text_is_tokenised_as_by_the_adapter(folders: Path, model: Model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders / "out")
     messages = [{"role": "user", "content": "how do I kill\na process? 🙂"}]
     for add in (True, False):
@@ -117,9 +117,7 @@ def test_other_text_is_tokenised_as_the_adapter_does(folders: Path, model: Model
     }
 
 
-def test_a_model_of_several_files_names_the_experts_in_its_index(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sharded_models_index_names_the_experts(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
 
     save = LlamaForCausalLM.save_pretrained
@@ -138,7 +136,7 @@ def test_a_model_of_several_files_names_the_experts_in_its_index(
         (["--mode", "full", "--mode", "direct"], "a model has one mode of its own; give --mode once"),
     ],
 )
-def test_what_is_refused(
+def test_unservable_modes_are_refused(
     folders: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     out = tmp_path / "out"
@@ -147,21 +145,21 @@ def test_what_is_refused(
     assert message in capsys.readouterr().err and not out.exists()
 
 
-def test_an_architecture_without_experts_in_vllm_is_refused(tmp_path: Path) -> None:
+def test_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     from support.exports import make_base as make_other
 
     make_adapter(make_other("gpt2", tmp_path / "base"), tmp_path / "adapter")
-    with pytest.raises(UserError, match="is a GPT2LMHeadModel; vLLM is served Llama, Mistral, "):
+    with pytest.raises(UserError, match="is a GPT2LMHeadModel; vLLM serves step experts on Llama, Mistral, "):
         export_vllm(str(tmp_path / "adapter"), tmp_path / "out")
 
 
-def test_a_model_for_each_step_is_refused(folders: Path, tmp_path: Path) -> None:
+def test_separate_models_are_refused(folders: Path, tmp_path: Path) -> None:
     make_adapter(folders / "base", tmp_path / "adapter", whole_rows=True, mix=1.0)
-    with pytest.raises(UserError, match=r"is a model for each step, .* use `mote answer`, or --format engine-steps"):
+    with pytest.raises(UserError, match=r"is a model for each step .* use `mote answer`, or --format engine-steps"):
         export_vllm(str(tmp_path / "adapter"), tmp_path / "out")
 
 
-def test_the_command(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_command_writes_the_folder(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [
         "--adapter",
         folders / "adapter",

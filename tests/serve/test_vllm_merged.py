@@ -1,4 +1,4 @@
-"""The experts merged into one weight of a layer, or two, against the plain form of the same experts."""
+"""Merged step experts compute what the reference implementation computes."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -77,30 +77,33 @@ def make_layer(settings: VllmConfig, bias: bool = False) -> MergedColumnParallel
 @pytest.mark.parametrize("places", [[0, 1], [1]], ids=["both projections", "the second"])
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("batch", STEPS)
-def test_equal_to_the_plain_form(batch: str, table: str, places: list[int], settings: VllmConfig) -> None:
+def test_merged_experts_equal_the_reference(batch: str, table: str, places: list[int], settings: VllmConfig) -> None:
     pairs, layer, plain = pairs_of(places), make_layer(settings), make_layer(settings)
-    gates = experts.Gates(table_of(table), most=16)
-    experts.add_experts(plain, pairs, gates)
-    merged_gates = merged.MergedGates(table_of(table))
-    merged.add_experts(layer, "layer", pairs, merged_gates, {})
+    weights = experts.ExpertWeights(table_of(table), max_tokens=16)
+    experts.add_experts(plain, pairs, weights)
+    differences = merged.MergedExpertWeights(table_of(table))
+    merged.add_experts(layer, "layer", pairs, differences, {})
     steps, x = torch.tensor(STEPS[batch]), torch.randn(9, INPUTS)
-    gates.set(steps)
-    merged_gates.set(steps)
+    weights.set(steps)
+    differences.set(steps)
     expected = outputs(loaded(plain), x)
     torch.testing.assert_close(outputs(loaded(layer), x), expected, atol=1e-4, rtol=1e-4)
-    gates.set(torch.full_like(steps, 4))
+    weights.set(torch.full_like(steps, 4))
     assert (outputs(plain, x) - expected).abs().max() > 1 or batch == "base"  # the experts do add something
 
 
-def test_a_prompt_is_given_nothing_and_a_step_no_shared_expert() -> None:
-    gates = merged.MergedGates(table_of("mean"))
-    gates.set(torch.tensor([0, 0, 0]))
-    assert not gates.given
-    gates.set(torch.tensor([0, 2, 0, 1]))
-    assert gates.rows is not None and gates.rows.tolist() == [1, 3]
-    assert [given.shape for given in gates.given] == [(2, 1, 3 * RANK)]
-    gates.set(torch.tensor([2, 4]))
-    assert gates.rows is None and [given.shape for given in gates.given] == [(2, 1, 3 * RANK), (2, 1, RANK)]
+def test_prompts_need_no_difference_and_steps_no_shared_one() -> None:
+    weights = merged.MergedExpertWeights(table_of("mean"))
+    weights.set(torch.tensor([0, 0, 0]))
+    assert not weights.differences
+    weights.set(torch.tensor([0, 2, 0, 1]))
+    assert weights.rows is not None and weights.rows.tolist() == [1, 3]
+    assert [difference.shape for difference in weights.differences] == [(2, 1, 3 * RANK)]
+    weights.set(torch.tensor([2, 4]))
+    assert weights.rows is None and [difference.shape for difference in weights.differences] == [
+        (2, 1, 3 * RANK),
+        (2, 1, RANK),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_a_prompt_is_given_nothing_and_a_step_no_shared_expert() -> None:
         ("cuda", torch.float32, None, False),
     ],
 )
-def test_weights_that_would_be_rounded_are_left_alone(
+def test_only_float32_weights_on_a_cpu_are_merged(
     device: str, dtype: torch.dtype, quantised: Any, expected: bool
 ) -> None:
     settings = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The command line: thin commands over the package; errors are one line and an exit code."""
+"""The command line: thin commands over the package. An error is one line on stderr and an exit code."""
 
 import functools
 import logging
@@ -12,9 +12,10 @@ from mote.cli import (  # noqa: F401 (each adds its commands)
     ablations,
     bench,
     chains,
+    chat,
     doctor,
     evals,
-    models,
+    export,
     serve,
     stages,
 )
@@ -27,7 +28,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Imported by PEFT where it is there; on some CPUs it says at once that it lacks a faster kernel.
+    # PEFT imports it if installed; on some CPUs it then logs that a faster kernel is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     fail = functools.partial(_fail, debug)
     try:
@@ -40,10 +41,10 @@ def main() -> None:
     except MoteError as error:
         fail(error, str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
-        fail(error, "interrupted; finished rows and checkpoints are kept, the same command goes on from there", 130)
+        fail(error, "interrupted; finished rows and checkpoints are kept, the same command resumes from there", 130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        fail(error, f"{where}{error.strerror or error}; what was finished is kept, run the same command again", 1)
+        fail(error, f"{where}{error.strerror or error}; finished work is kept, run the same command again", 1)
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         fail(error, f"{type(error).__name__}: {line} (add --debug for the traceback)", 1)

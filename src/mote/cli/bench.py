@@ -1,4 +1,4 @@
-"""Measurements of speed and memory."""
+"""`mote bench`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from mote.cli.options import MODEL_HELP, mote
 @mote.group(invoke_without_command=True)
 @click.pass_context
 def bench(context: click.Context) -> None:
-    """Measure speed and memory as ratios within one run."""
+    """Benchmark speed and memory, as ratios within one run."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -21,14 +21,14 @@ def bench(context: click.Context) -> None:
 @click.option("--shape", help="Random weights of a shape instead: llama-3.1-8b, smollm2-135m, tiny.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16.")
-@click.option("--rows", type=int, help="Rows of the training batch; 2 on a CPU, 8 on a GPU.")
-@click.option("--length", type=int, help="Tokens of a row; 512 on a CPU, 2048 on a GPU.")
-@click.option("--rounds", type=int, default=7, show_default=True, help="How often each variant is measured.")
-@click.option("--compile/--eager", "compiled", default=None, help="Compiled as well, or not; on a GPU it is.")
+@click.option("--rows", type=int, help="Training batch size; default 2 on a CPU, 8 on a GPU.")
+@click.option("--length", type=int, help="Tokens per row; default 512 on a CPU, 2048 on a GPU.")
+@click.option("--rounds", type=int, default=7, show_default=True, help="Measurements per variant.")
+@click.option("--compile/--eager", "compiled", default=None, help="Also measure torch.compile; default on a GPU.")
 @click.option("--checkpointing", is_flag=True, help="Train with gradient checkpointing.")
-@click.option("--only", help="Variants, comma-separated; the reference and its control are always there.")
-@click.option("--measures", help="Some of training, decoding, saved, memory; comma-separated.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write to; it grows with each measure.")
+@click.option("--only", help="Variants, comma-separated; the reference and its A/A control always run.")
+@click.option("--measures", help="Comma-separated: training, decoding, saved, memory.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; updated after each measurement.")
 def experts(out: Path | None, **flags: Any) -> None:
     """Compare step experts with plain LoRA and other baselines.
 

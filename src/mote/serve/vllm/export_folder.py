@@ -1,9 +1,8 @@
-"""A trained adapter as a folder for vLLM: base model, experts, routing and a tokenizer that has no text for a marker.
+"""Exports a trained adapter to a folder for vLLM: base model, experts, routing, and a tokenizer without the markers.
 
-The markers' rows are in the embedding and the output head, one more row is a twin of the token that prompts begin
-with, others fill the vocabulary up, and the experts stand beside the base model's weights under their layers' names.
-Needs no vLLM.
-Shapes: D model (in, out), E expert, R rank.
+The embedding and output head include the marker rows, a twin of the token that prompts start with, and padding rows.
+The experts are saved beside the base model's weights under their layers' names. Needs no vLLM.
+Shapes: E expert, R rank; in and out are a layer's features.
 """
 
 import json
@@ -19,17 +18,18 @@ from torch import Tensor
 from mote.core.errors import UserError
 from mote.core.files import check_new, whole, writing
 from mote.core.records import Message
-from mote.core.scheme import ADAPTIVE, BASE, Scheme
+from mote.core.scheme import ADAPTIVE, BASE
 from mote.inference.load import adapter_config, load
+from mote.inference.model import Model
 from mote.serve.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
-from mote.serve.vllm.folder_config import Served
+from mote.serve.vllm.folder_config import ServedConfig
 from mote.tokens.encode import encode_prompt, special_ids
 from mote.tuner import MoteConfig
 from mote.tuner.expert_weights import expert_weight_table
 
-ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")  # vLLM's classes that have experts here
+ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")  # prefixes of the supported classes
 EXPERTS = "experts.safetensors"
-WHOLE = 64  # vLLM's vocabularies are a multiple of it
+VOCAB_MULTIPLE = 64  # vLLM pads vocabularies to a multiple of this
 
 
 def export_vllm(
@@ -45,83 +45,89 @@ def export_vllm(
 
     Args:
         adapter: Folder of a trained adapter, or a hub id.
-        out: Folder to make.
-        mode: Mode of a request that names none.
-        model: Base model; the one that the adapter names where none is given.
+        out: Folder to create.
+        mode: Default mode of a request.
+        model: Base model; by default the one that the adapter names.
         dtype: `auto` (as the base model is stored), `float32`, `bfloat16` or `float16`.
         revision: Hub revision of the base model.
-        max_step_tokens: Budget of a step in a request that gives none.
+        max_step_tokens: Default token budget of a step.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: No adapter of step experts with its tokenizer, no such base model, another one than the adapter's, a
-            quantised one or one that vLLM has no class with experts for, no such mode, or `out` is not new.
-        MoteError: The disk refused the files.
+        UserError: `adapter` has no step experts or no tokenizer; the base model does not exist, is not the adapter's,
+            is quantised or has an unsupported architecture; `mode` does not exist; or `out` exists.
+        MoteError: The files cannot be written.
     """
     check_new(out)
     config = adapter_config(adapter)
     check_exportable(adapter, config)
     if config.whole_rows:
         raise UserError(
-            f"adapter: '{adapter}' is a model for each step, which reads all of a text anew; use `mote answer`, or "
-            "--format engine-steps"
+            f"adapter: '{adapter}' is a model for each step (train.method=separate), which vLLM cannot run as one; use "
+            "`mote answer`, or --format engine-steps"
         )
     base = base_name(adapter, config, model)
     loaded = load(base, adapter, device="cpu", dtype=plain_dtype(base, revision, dtype), revision=revision)
     if mode == BASE or mode not in loaded.scheme.modes:
         raise UserError(f"mode: '{mode}' cannot be the served model's own; use one of {list(loaded.scheme.modes[1:])}")
-    name = type(loaded.base.model).__name__
-    if name not in [f"{known}ForCausalLM" for known in ARCHITECTURES]:
-        raise UserError(f"model: '{base}' is a {name}; vLLM is served {', '.join(ARCHITECTURES)} with step experts")
-    opening = encode_prompt(loaded.tokenizer, (Message(role="user", content="?"),))[0]
-    markers = [id_ for pair in config.markers.values() for id_ in pair]
-    twin = max(len(loaded.tokenizer), max(markers) + 1)
+    architecture = type(loaded.base.model).__name__
+    if architecture not in [f"{known}ForCausalLM" for known in ARCHITECTURES]:
+        raise UserError(
+            f"model: '{base}' is a {architecture}; vLLM serves step experts on {', '.join(ARCHITECTURES)} only"
+        )
     plain = merge_step(loaded.model, {})
-    unused = _add_twin(plain, opening, twin)
     experts, rank = padded_experts(config, load_peft_weights(adapter, device="cpu"))
-    served = Served(
+    served = _served_config(loaded, config, plain, rank, mode, max_step_tokens)
+    tokenizer = without_markers(loaded.tokenizer, served)
+    plain.config.update({"mote": served.model_dump(mode="json")})
+    plain.generation_config.eos_token_id = [config.markers[served.answer][1], served.eos]
+    with writing("export", out, "run the same command again"), whole(out) as scratch:
+        plain.save_pretrained(scratch)
+        _edit_json(scratch / "config.json", {"architectures": [f"Mote{architecture}"]})
+        save_file(experts, scratch / EXPERTS, metadata={"format": "pt"})
+        index = scratch / "model.safetensors.index.json"
+        if index.exists():  # of a sharded model; vLLM skips files that it does not name
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            _edit_json(index, {"weight_map": weight_map | dict.fromkeys(experts, EXPERTS)})
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").write_text(_CARD.format(base=base, mode=mode, name=out.name), encoding="utf-8")
+    return out
+
+
+def _served_config(
+    loaded: Model, config: MoteConfig, plain: Any, rank: int, mode: str, max_step_tokens: int
+) -> ServedConfig:
+    """The config of the served model; adds the twin and padding rows to `plain`."""
+    opening = encode_prompt(loaded.tokenizer, (Message(role="user", content="?"),))[0]
+    marker_ids = [id_ for pair in config.markers.values() for id_ in pair]
+    twin = max(len(loaded.tokenizer), max(marker_ids) + 1)
+    return ServedConfig(
         experts=config.experts,
         markers={step: (start, end) for step, (start, end) in config.markers.items()},
         turns=tuple(config.turn_ids),
         opening=(opening, twin),
-        unused=unused,
+        unused=_add_twin(plain, opening, twin),
         gates=tuple(tuple(row) for row in expert_weight_table(config).tolist()),
         rank=rank,
-        modes=_modes(loaded.scheme),
+        modes={mode: loaded.scheme.chains_of(mode) for mode in loaded.scheme.modes if mode != BASE},
         mode=mode,
         answer=loaded.scheme.answer,
         max_step_tokens=max_step_tokens,
         special=tuple(sorted(special_ids(loaded.tokenizer))),
         eos=loaded.tokenizer.eos_token_id,
     )
-    tokenizer = without_markers(loaded.tokenizer, served)
-    plain.config.update({"mote": served.model_dump(mode="json")})
-    plain.generation_config.eos_token_id = [config.markers[served.answer][1], served.eos]
-    with writing("export", out, "run the same command again"), whole(out) as scratch:
-        plain.save_pretrained(scratch)
-        given = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
-        given["architectures"] = [f"Mote{name}"]
-        (scratch / "config.json").write_text(json.dumps(given, indent=2), encoding="utf-8")
-        save_file(experts, scratch / EXPERTS, metadata={"format": "pt"})
-        _index(scratch, experts)
-        tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(_CARD.format(base=base, mode=mode, name=out.name), encoding="utf-8")
-    return out
 
 
-def _index(folder: Path, experts: Mapping[str, Tensor]) -> None:
-    """Name the experts' file in the index of a model of several files, without which vLLM passes it over."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        named = json.loads(index.read_text(encoding="utf-8"))
-        named["weight_map"] |= dict.fromkeys(experts, EXPERTS)
-        index.write_text(json.dumps(named, indent=2), encoding="utf-8")
+def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+    """Replace top-level keys of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes, indent=2), encoding="utf-8")
 
 
 def padded_experts(config: MoteConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """The experts by their layers' names, all of one rank, with the scaling multiplied into B.
+    """The experts by layer name, zero-padded to one rank, with the scaling folded into `lora_B`.
 
     Args:
         config: The adapter's configuration.
@@ -132,25 +138,26 @@ def padded_experts(config: MoteConfig, tensors: Mapping[str, Tensor]) -> tuple[d
     """
     names = [name for name in tensors if ".mote_A." in name]
     count = config.total_experts
-    most = max(len(tensors[name]) // count for name in names)
+    max_rank = max(len(tensors[name]) // count for name in names)
     padded = {}
     for name in names:
-        first, second = tensors[name].float(), tensors[name.replace(".mote_A.", ".mote_B.")].float()
-        rank = len(first) // count
-        room = (0, 0, 0, most - rank)
+        lora_A = tensors[name].float()
+        lora_B = tensors[name.replace(".mote_A.", ".mote_B.")].float()
+        rank = len(lora_A) // count
+        padding = (0, 0, 0, max_rank - rank)
         layer = name.removeprefix(PREFIX).partition(".mote_A.")[0]
-        first = torch.nn.functional.pad(first.view(count, rank, -1), room)
-        second = torch.nn.functional.pad(second.T.reshape(count, rank, -1), room)
-        padded[f"{layer}.mote_A"] = first.flatten(0, 1)
-        padded[f"{layer}.mote_B"] = (config.scaling(rank) * second.flatten(0, 1).T).contiguous()
-    return padded, most
+        lora_A = torch.nn.functional.pad(lora_A.view(count, rank, -1), padding)
+        lora_B = torch.nn.functional.pad(lora_B.T.reshape(count, rank, -1), padding)
+        padded[f"{layer}.mote_A"] = lora_A.flatten(0, 1)
+        padded[f"{layer}.mote_B"] = (config.scaling(rank) * lora_B.flatten(0, 1).T).contiguous()
+    return padded, max_rank
 
 
-def without_markers(tokenizer: Any, served: Served) -> Any:
-    """The tokenizer without the markers: no text becomes one, whatever a server does with it.
+def without_markers(tokenizer: Any, served: ServedConfig) -> Any:
+    """The tokenizer without the markers, so that no text encodes to one however it is tokenised.
 
     Raises:
-        UserError: A marker is also a word of the tokenizer's own, which a text could hold.
+        UserError: A marker's id is also an ordinary token of the tokenizer.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["added_tokens"] = [token for token in backend["added_tokens"] if token["id"] not in served.reserved]
@@ -158,7 +165,9 @@ def without_markers(tokenizer: Any, served: Served) -> Any:
     made = type(tokenizer.backend_tokenizer).from_str(json.dumps(backend))
     known = sorted(name for name, id_ in made.get_vocab().items() if id_ in served.reserved)
     if known:
-        raise UserError(f"adapter: its markers are on the ids of {known}, which a text can hold; train it on new ids")
+        raise UserError(
+            f"adapter: its markers are on the ids of {known}, which text can encode to; train it on new ids"
+        )
     plain = type(tokenizer)(tokenizer_object=made)
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         setattr(plain, name, getattr(tokenizer, name))
@@ -170,23 +179,21 @@ def without_markers(tokenizer: Any, served: Served) -> Any:
 
 @torch.no_grad()
 def _add_twin(model: Any, opening: int, twin: int) -> tuple[int, ...]:
-    """Give the embedding a row `twin` like that of `opening`, and fill it up: vLLM copies logits that it has to cut.
+    """Add the row `twin`, a copy of row `opening`, to embedding and head, and pad the vocabulary.
+
+    Without padding vLLM copies the logits to cut them at every step.
 
     Returns:
-        The rows that fill up.
+        Ids of the padding rows.
     """
     before = model.get_input_embeddings().weight.shape[0]
     if before <= twin:
-        model.resize_token_embeddings(twin + 1, pad_to_multiple_of=WHOLE, mean_resizing=False)
+        model.resize_token_embeddings(twin + 1, pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
     unused = range(max(before, twin + 1), model.get_input_embeddings().weight.shape[0])
     for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
         matrix.weight[twin] = matrix.weight[opening]
         matrix.weight[list(unused)] = 0
     return tuple(unused)
-
-
-def _modes(scheme: Scheme) -> dict[str, tuple[tuple[str, ...], ...]]:
-    return {mode: scheme.chains_of(mode) for mode in scheme.modes if mode != BASE}
 
 
 _CARD = """---
@@ -196,13 +203,12 @@ tags: [mote, safety]
 ---
 # `{base}` with step experts, for vLLM
 
-A MoTE adapter (Mixture of insighTful Experts, arXiv 2405.00557) on its base model. vLLM serves it where `mote-align` is
-installed beside it, and refuses it elsewhere:
+A MoTE adapter (Mixture of insighTful Experts, arXiv 2405.00557) on its base model. vLLM serves it if `mote-align` is
+installed in the same environment, and refuses it otherwise:
 
 ```bash
 vllm serve path/to/this/folder --served-model-name {name}
 ```
 
-A request that names no mode is answered in the mode `{mode}`. The tokenizer has no text for the step markers, so that
-only the model writes them.
+The default mode is `{mode}`. The tokenizer has no text for the step markers, so only the model can generate them.
 """

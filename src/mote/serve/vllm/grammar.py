@@ -1,7 +1,7 @@
-"""The step grammar as a logits processor of vLLM: each request keeps to the chains of its mode.
+"""The step grammar as a vLLM logits processor: constrains each request to the chains of its mode.
 
-Rows and requests move within vLLM's batch; what is known of an answer goes with its row. An answer of the base model
-has no grammar, and may hold no marker. Shapes: N request, V vocabulary.
+vLLM adds, removes and moves requests within its batch; the grammar's state moves with its request. Base-model requests
+have no grammar and may generate no marker. Shapes: N request, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,88 +13,89 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from mote.inference.grammar import NOTHING, ChainGrammar
-from mote.serve.vllm.folder_config import OWN_GRAMMAR, Served
-from mote.serve.vllm.requirements import StepSettings
+from mote.serve.vllm.engine_config import StepEngineConfig
+from mote.serve.vllm.folder_config import GRAMMAR_CONFLICT, ServedConfig
 
 NEVER = float("-inf")
 
 
-class Row:
-    """One request: its grammar, the list of its ids that vLLM goes on filling, and how far that was read."""
+class RequestState:
+    """The grammar's state of one request; vLLM keeps appending generated ids to `ids`."""
 
     def __init__(self, grammar: ChainGrammar, ids: Sequence[int]) -> None:
         self.grammar, self.ids = grammar, ids
         self.written, self.read = NOTHING, 0
 
     def allowed(self) -> tuple[list[int], bool]:
-        """What may come next; only tokens that came since the last call are looked at."""
+        """Allowed special ids and whether they are forced; only reads ids added since the last call."""
         self.written = self.grammar.read(self.written, self.ids[self.read :])
         self.read = len(self.ids)
         return self.grammar.behind(self.written)
 
 
 class StepGrammarProcessor(LogitsProcessor):
-    """Sets to minus infinity what the grammar of a row forbids."""
+    """Masks the logits of tokens that a request's grammar forbids."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request that cannot be served, before it runs.
+        """Refuse a request that cannot be served, before it is scheduled.
 
         Raises:
-            ValueError: Its mode, a budget or another of its settings cannot be served.
+            ValueError: Its mode, a budget or another setting is not supported.
         """
-        assert StepSettings.served is not None
-        StepSettings.served.check(sampling_params.extra_args or {}, sampling_params.max_tokens)
+        assert StepEngineConfig.served is not None
+        StepEngineConfig.served.check(sampling_params.extra_args or {}, sampling_params.max_tokens)
         for name in ("structured_outputs", "allowed_token_ids", "logit_bias", "bad_words", "min_tokens"):
             if getattr(sampling_params, name):
-                raise ValueError(OWN_GRAMMAR.format(name))
+                raise ValueError(GRAMMAR_CONFLICT.format(name))
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.served = Served.model_validate(vllm_config.model_config.hf_config.mote)
+        self.served = ServedConfig.model_validate(vllm_config.model_config.hf_config.mote)
         self.special = torch.tensor(
             sorted({*self.served.special, *self.served.reserved, self.served.eos}), device=device
         )
         self.reserved = torch.tensor(sorted(self.served.reserved), dtype=torch.long, device=device)
-        self.rows: dict[int, Row | None] = {}  # by index in the batch; None for the base model
+        self.requests: dict[int, RequestState | None] = {}  # by batch index; None for base-model requests
 
     def is_argmax_invariant(self) -> bool:
-        """Greedy decoding needs it too."""
+        """The grammar changes greedy decoding too."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow requests that came, went or moved."""
+        """Follow requests that were added, removed or moved."""
         if batch_update is None:
             return
         for index in batch_update.removed:
-            self.rows.pop(index, None)
-        for index, params, prompt, written in batch_update.added:
-            of_base = bool(prompt) and prompt[0] == self.served.opening[1]
+            self.requests.pop(index, None)
+        for index, params, prompt, generated in batch_update.added:
+            base_model = bool(prompt) and prompt[0] == self.served.opening[1]
             grammar = self.served.grammar(params.extra_args or {}, params.max_tokens)
-            self.rows[index] = None if of_base else Row(grammar, written)
+            self.requests[index] = None if base_model else RequestState(grammar, generated)
         for source, target, direction in batch_update.moved:
-            moved, there = self.rows.pop(source, None), self.rows.pop(target, None)
-            self.rows[target] = moved
+            moved = self.requests.pop(source, None)
+            replaced = self.requests.pop(target, None)
+            self.requests[target] = moved
             if direction == MoveDirectionality.SWAP:
-                self.rows[source] = there
+                self.requests[source] = replaced
 
     def apply(self, logits: Tensor) -> Tensor:
         """Logits (N, V), changed in place."""
-        free: list[int] = []
-        only: list[int] = []
-        rows: list[int] = []
+        free: list[int] = []  # requests inside a step
+        forced: list[int] = []  # requests for which ordinary tokens are masked out
+        indices: list[int] = []
         ids: list[int] = []
-        for index, row in self.rows.items():
-            if row is None:
+        for index, request in self.requests.items():
+            if request is None:
                 continue
-            allowed, closed = row.allowed()
-            (only if closed else free).append(index)
-            rows += [index] * len(allowed)
+            allowed, is_forced = request.allowed()
+            (forced if is_forced else free).append(index)
+            indices += [index] * len(allowed)
             ids += allowed
-        places = torch.tensor(rows, dtype=torch.long), torch.tensor(ids, dtype=torch.long)
-        kept = logits[places]
+        kept_at = torch.tensor(indices, dtype=torch.long), torch.tensor(ids, dtype=torch.long)
+        kept = logits[kept_at]
         logits.index_fill_(1, self.reserved, NEVER)
         logits[torch.tensor(free, dtype=torch.long)[:, None], self.special] = NEVER
-        for index in only:
-            logits[index] = NEVER  # a row is filled twice as fast as through an index of rows
-        logits[places] = kept
+        for index in forced:
+            logits[index] = NEVER  # twice as fast as indexing all rows at once
+        logits[kept_at] = kept
         return logits

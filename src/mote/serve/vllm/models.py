@@ -1,4 +1,4 @@
-"""Model classes of vLLM with step experts: its own classes, each with the same few lines on top."""
+"""vLLM's model classes with step experts: its own classes plus one mixin."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,89 +14,91 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from mote.serve.vllm import experts, merged
-from mote.serve.vllm.folder_config import Served
+from mote.serve.vllm.folder_config import ServedConfig
 from mote.serve.vllm.step_cache import StepCache
 
 
 class StepExperts:
-    """Routes a batch, then runs the model; takes the experts out of the weights it is given."""
+    """Mixin: routes a batch before the forward pass, and loads the experts along with the weights."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
-        served = Served.model_validate(config.mote)
-        dtype, device = vllm_config.model_config.dtype, vllm_config.device_config.device
-        nothing = [0.0] * len(served.gates[0])  # what experts add to the base model's tokens
-        table = torch.tensor([*served.gates, nothing], dtype=dtype, device=device)
-        table = table.repeat_interleave(served.rank, dim=1)
-        self.mote_table, self.mote_config = table, vllm_config
+        served = ServedConfig.model_validate(config.mote)
+        dtype = vllm_config.model_config.dtype
+        device = vllm_config.device_config.device
+        base_model = [0.0] * len(served.gates[0])  # no expert reads tokens of base-model requests
+        table = torch.tensor([*served.gates, base_model], dtype=dtype, device=device)
+        self.mote_table = table.repeat_interleave(served.rank, dim=1)
+        self.mote_config = vllm_config
         self.mote_layers = vllm_config.compilation_config.static_forward_context
-        name = f"{prefix}mote_steps.{config.num_hidden_layers}"  # vLLM wants a number in it, of no other layer
+        name = f"{prefix}mote_steps.{config.num_hidden_layers}"  # vLLM parses a unique layer number from it
         self.mote_steps = StepCache(served, config.vocab_size, name)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
     ) -> Any:
-        """Hidden states of a batch; what the experts' layers read is set here, outside of any compiled graph."""
+        """Hidden states of a batch; sets the expert weights first, outside any compiled graph."""
         if inputs_embeds is not None:
-            raise RuntimeError("mote: a batch came as embeddings; the steps follow from token ids")
+            raise RuntimeError("mote: inputs_embeds is not supported; step ids are derived from token ids")
         steps = self.mote_steps(input_ids)
         if steps is not None:
-            self.mote_gates.set(steps)
+            self.mote_expert_weights.set(steps)
         return super().forward(input_ids, positions, intermediate_tensors)  # type: ignore[misc]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the base model's weights as its class does, and the experts among them."""
+        """Load the base model's weights as its class does, and the experts found among them."""
         found: dict[str, Tensor] = {}
 
-        def plain() -> Iterator[tuple[str, Tensor]]:
+        def base_weights() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if ".mote_" in name:
                     found[name] = tensor
                 else:
                     yield name, tensor
 
-        loaded: set[str] = super().load_weights(plain())  # type: ignore[misc]
+        loaded: set[str] = super().load_weights(base_weights())  # type: ignore[misc]
         modules = dict(self.named_modules())  # type: ignore[attr-defined]
         pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         for name in (name.removesuffix(".mote_A") for name in found if name.endswith(".mote_A")):
-            layer, place = packed_place(name, self.packed_modules_mapping)  # type: ignore[attr-defined]
-            pairs.setdefault(layer, {})[place] = found[f"{name}.mote_A"], found[f"{name}.mote_B"]
+            layer, index = packed_index(name, self.packed_modules_mapping)  # type: ignore[attr-defined]
+            pairs.setdefault(layer, {})[index] = found[f"{name}.mote_A"], found[f"{name}.mote_B"]
         unknown = sorted(name for name in pairs if not isinstance(modules.get(name), LinearBase))
         if unknown:
             raise ValueError(f"mote: {type(self).__name__} has no linear layers {unknown} to put experts on")
-        gates = gates_for(self.mote_config, self.mote_table)
+        expert_weights = expert_weights_for(self.mote_config, self.mote_table)
         for name, of_layer in pairs.items():
-            if isinstance(gates, merged.MergedGates):
-                merged.add_experts(modules[name], name, of_layer, gates, self.mote_layers)
+            if isinstance(expert_weights, merged.MergedExpertWeights):
+                merged.add_experts(modules[name], name, of_layer, expert_weights, self.mote_layers)
             else:
-                experts.add_experts(modules[name], of_layer, gates)
+                experts.add_experts(modules[name], of_layer, expert_weights)
             own = modules[name].named_parameters(name, recurse=True)
             loaded |= {parameter for parameter, _ in own if ".mote_" in parameter}
-        self.mote_gates = gates
+        self.mote_expert_weights = expert_weights
         return loaded
 
 
-def gates_for(vllm_config: Any, table: Tensor) -> experts.Gates | merged.MergedGates:
-    """The form that the experts take.
+def expert_weights_for(vllm_config: Any, table: Tensor) -> experts.ExpertWeights | merged.MergedExpertWeights:
+    """The implementation to use: merged if the weights allow it, else the general one.
 
     Args:
-        vllm_config: All settings of vLLM.
-        table: Gates of the question, of each step and of the base model's tokens (1 + S + 1, E*R).
+        vllm_config: vLLM's full configuration.
+        table: Expert weights of the question, of each step and of base-model requests (1 + S + 1, E*R).
     """
     if mergeable(vllm_config):
-        return merged.MergedGates(table)
-    return experts.Gates(table, vllm_config.scheduler_config.max_num_batched_tokens)
+        return merged.MergedExpertWeights(table)
+    return experts.ExpertWeights(table, vllm_config.scheduler_config.max_num_batched_tokens)
 
 
 def mergeable(vllm_config: Any) -> bool:
-    """Whether the question's experts may be merged into the weights: rounded to 16 bits, these would be others."""
-    model, device = vllm_config.model_config, vllm_config.device_config.device
+    """Whether the question's experts may be merged into the weights: only in float32, else rounding changes them."""
+    model = vllm_config.model_config
+    device = vllm_config.device_config.device
     return device.type == "cpu" and model.dtype == torch.float32 and vllm_config.quant_config is None
 
 
-def packed_place(name: str, packed: dict[str, list[str]]) -> tuple[str, int]:
-    """The layer of vLLM that a projection of the model is in, and the projection's position there."""
+def packed_index(name: str, packed: dict[str, list[str]]) -> tuple[str, int]:
+    """vLLM's layer that a projection is packed into, and the projection's index there."""
     parent, _, leaf = name.rpartition(".")
     for layer, projections in packed.items():
         if leaf in projections:

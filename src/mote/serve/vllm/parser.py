@@ -1,11 +1,12 @@
-"""An answer's ids -> reasoning and content: what is inside which markers decides, never what the text says.
+"""Splits an answer's token ids into reasoning and content by its markers, never by its text.
 
-vLLM's own readers look at text, in which a model can spell a marker. Ids cannot be forged.
+vLLM's own parsers look at text, in which a model can spell out a marker; marker ids cannot be forged.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from typing_extensions import override
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.exceptions import VLLMValidationError
 from vllm.parser.abstract_parser import Parser
@@ -15,72 +16,74 @@ from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 from mote.core.scheme import BASE
 from mote.inference.events import Events
 from mote.serve.answer_stream import AnswerStream
-from mote.serve.vllm.folder_config import ONLY_IN_THE_TEMPLATE, OWN_GRAMMAR, Served
+from mote.serve.vllm.folder_config import BASE_MODE_LATE, GRAMMAR_CONFLICT, ServedConfig
 
 
 class StepReasoning(ReasoningParser):
-    """What vLLM's engine asks of a reasoning parser; the reading of answers is `StepParser`'s."""
+    """The reasoning parser that vLLM's engine requires; `StepParser` parses the answers."""
 
+    # The first two are called for structured outputs only, which are refused; the others never, since they take text.
+
+    @override
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
-        """Only asked for structured outputs, which are refused."""
         return False
 
+    @override
     def extract_content_ids(self, input_ids: list[int]) -> list[int]:
-        """Likewise."""
         return input_ids
 
+    @override
     def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
-        """Never called: text is not looked at."""
         raise NotImplementedError
 
+    @override
     def extract_reasoning_streaming(self, *args: Any) -> DeltaMessage | None:
-        """Never called either."""
         raise NotImplementedError
 
 
 class StepParser(Parser):
-    """Reads an answer, whole or as it comes, as `mote serve` does."""
+    """Parses an answer, whole or streamed, as `mote serve` does."""
 
     reasoning_parser_cls = StepReasoning
 
     def __init__(self, tokenizer: Any, tools: Any = None, *args: Any, model_config: Any = None, **kwargs: Any) -> None:
         super().__init__(tokenizer, tools, *args, model_config=model_config, **kwargs)
-        self.asked = (kwargs.get("chat_template_kwargs") or {}).get("mode")
-        # vLLM makes one without a configuration, to see whether that works.
-        self.served = Served.model_validate(model_config.hf_config.mote) if model_config else None
+        self.template_mode = (kwargs.get("chat_template_kwargs") or {}).get("mode")
+        # vLLM constructs one without a configuration as a check.
+        self.served = ServedConfig.model_validate(model_config.hf_config.mote) if model_config else None
         self.stream: AnswerStream | None = None
 
     def adjust_request(self, request: Any) -> Any:
-        """Give mode and budget to the grammar, from wherever a request may name them.
+        """Pass the mode and the step budget to the grammar, from wherever the request names them.
 
-        They are the chat template's `mode`, the fields `mode` and `max_step_tokens` that `mote serve` knows, and the
-        model's name (`name:mode`).
+        These are the chat template's argument `mode`, the fields `mode` and `max_step_tokens` of `mote serve`, and the
+        model name (`name:mode`).
 
         Raises:
-            VLLMValidationError: The request has a grammar of its own, or asks for the base model too late.
+            VLLMValidationError: The request has its own grammar, or asks for mode `base` outside the chat template.
         """
         assert self.served is not None
-        given = getattr(request, "response_format", None)
-        if getattr(request, "structured_outputs", None) or (given is not None and given.type != "text"):
-            raise VLLMValidationError(OWN_GRAMMAR.format("structured_outputs"))
+        format_ = getattr(request, "response_format", None)
+        if getattr(request, "structured_outputs", None) or (format_ is not None and format_.type != "text"):
+            raise VLLMValidationError(GRAMMAR_CONFLICT.format("structured_outputs"))
         fields = request.model_extra or {}
         _, named, mode = str(request.model or "").rpartition(":")
-        asked = {name: fields[name] for name in ("mode", "max_step_tokens") if name in fields}
+        chosen = {name: fields[name] for name in ("mode", "max_step_tokens") if name in fields}
         if named and mode in (*self.served.modes, BASE):
-            asked.setdefault("mode", mode)
-        if asked.get("mode") == BASE != self.asked:
-            raise VLLMValidationError(ONLY_IN_THE_TEMPLATE)
-        if self.asked is not None:
-            asked["mode"] = self.asked
-        asked.setdefault("mode", self.served.mode)
-        if asked["mode"] == BASE:  # the prompt says so
-            del asked["mode"]
-        request.vllm_xargs = {**asked, **(request.vllm_xargs or {})}
+            chosen.setdefault("mode", mode)
+        if chosen.get("mode") == BASE != self.template_mode:
+            raise VLLMValidationError(BASE_MODE_LATE)
+        if self.template_mode is not None:
+            chosen["mode"] = self.template_mode
+        chosen.setdefault("mode", self.served.mode)
+        if chosen["mode"] == BASE:  # the prompt already says so
+            del chosen["mode"]
+        request.vllm_xargs = {**chosen, **(request.vllm_xargs or {})}
         return request
 
+    @override
     def is_reasoning_end(self, input_ids: list[int]) -> bool:
-        """A prompt holds no step."""
-        return False
+        return False  # a prompt contains no step
 
     def parse(
         self,
@@ -89,8 +92,8 @@ class StepParser(Parser):
         enable_auto_tools: bool = False,
         model_output_token_ids: Sequence[int] = (),
     ) -> tuple[str | None, str | None, list[Any] | None]:
-        """Reasoning, content and no tool calls of a whole answer."""
-        reasoning, content = self._read(model_output_token_ids, request, final=True)
+        """Reasoning and content of a whole answer; no tool calls."""
+        reasoning, content = self._split(model_output_token_ids, request, final=True)
         return reasoning or None, content, None
 
     def parse_delta(
@@ -102,22 +105,22 @@ class StepParser(Parser):
         *,
         finished: bool,
     ) -> DeltaMessage | None:
-        """What new tokens add to the answer."""
-        reasoning, content = self._read(delta_token_ids, request, finished)
+        """Reasoning and content that new tokens add to the answer."""
+        reasoning, content = self._split(delta_token_ids, request, finished)
         if not reasoning and not content:
             return None
         return DeltaMessage(reasoning=reasoning or None, content=content or None)
 
     def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        """Tokens of the steps before the answer, their markers included."""
+        """Number of tokens of the steps before the answer, markers included."""
         assert self.served is not None
         if not self.served.reserved.intersection(token_ids):
             return 0
         start, _ = self.served.markers[self.served.answer]
         return next((i for i, id_ in enumerate(token_ids) if id_ == start), len(token_ids))
 
-    def _read(self, ids: Iterable[int], request: Any, final: bool) -> tuple[str, str]:
-        """What new ids add to reasoning and to content."""
+    def _split(self, ids: Iterable[int], request: Any, final: bool) -> tuple[str, str]:
+        """Reasoning and content that new token ids add."""
         if self.stream is None:
             assert self.served is not None
             events = Events(self.model_tokenizer, self.served.routing, self.served.experts, self.served.answer)
@@ -130,10 +133,10 @@ class StepParser(Parser):
         return reasoning, "".join(delta.content or "" for delta in deltas)
 
 
-def compose_step_parser() -> None:
-    """Let vLLM take `StepParser` for the reasoning parser `mote`, where it would wrap a reader of text.
+def use_step_parser() -> None:
+    """Make vLLM use `StepParser` for the reasoning parser `mote` instead of wrapping a text parser.
 
-    vLLM has no registry for this; the one place where it puts its readers together is wrapped.
+    vLLM has no registry for this, so the one method that composes its parsers is patched.
     """
     manager: Any = ParserManager
     compose = manager._compose_parser

@@ -1,39 +1,41 @@
-"""Chats -> ids for vLLM: special tokens come from the chat template alone, as in `mote.tokens.encode.encode_prompt`.
+"""Renders chats to token ids for vLLM; special tokens come from the chat template only, as in `encode_prompt`.
 
-vLLM renders a chat to text and tokenises that, so that a user's `<|im_start|>` would begin a turn. The markers are out
-of reach in any case, since the folder's tokenizer has no text for them.
+vLLM renders a chat to text and tokenises that, so a user's `<|im_start|>` would start a turn. The step markers cannot
+be typed in any case: the folder's tokenizer has no text for them.
 """
 
 import copy
 from collections.abc import Sequence
 from typing import Any
 
+from typing_extensions import override
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from mote.core.scheme import BASE
-from mote.serve.vllm.folder_config import Served
+from mote.serve.vllm.folder_config import ServedConfig
 from mote.tokens.encode import encode_dialogue
 
 
 class StepRenderer(HfRenderer):
-    """vLLM's renderer with a guarded tokenizer, and with the base model as a mode."""
+    """vLLM's renderer with a guarded tokenizer and the mode `base`."""
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, guard(tokenizer))
-        self.served = Served.model_validate(config.model_config.hf_config.mote)
+        self.served = ServedConfig.model_validate(config.model_config.hf_config.mote)
 
     def render_messages(self, messages: Any, params: Any) -> Any:
-        """The chat as vLLM has parsed it, and its ids."""
+        """The parsed conversation and the prompt with its token ids."""
         conversation, prompt = super().render_messages(messages, params)
-        return conversation, self._of_mode(prompt, params)
+        return conversation, self._with_mode(prompt, params)
 
+    @override
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
-        """The same, in vLLM's thread pool."""
         conversation, prompt = await super().render_messages_async(messages, params)
-        return conversation, self._of_mode(prompt, params)
+        return conversation, self._with_mode(prompt, params)
 
-    def _of_mode(self, prompt: Any, params: Any) -> Any:
+    def _with_mode(self, prompt: Any, params: Any) -> Any:
+        """For mode `base`, replace the first token by its twin, which selects the base model."""
         if params.chat_template_kwargs.get("mode") != BASE:
             return prompt
         opening, twin = self.served.opening
@@ -43,10 +45,10 @@ class StepRenderer(HfRenderer):
         return {**prompt, "prompt_token_ids": [twin, *ids[1:]]}
 
     def validate_token_ids(self, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
-        """Refuse ids that are out of vocabulary, and step markers: only the model writes these.
+        """Refuse ids outside the vocabulary and step markers, which only the model generates.
 
         Raises:
-            VLLMValidationError: There are some.
+            VLLMValidationError: The prompt has such ids.
         """
         super().validate_token_ids(token_ids, parameter=parameter)
         reserved, twin = self.served.reserved, self.served.opening[1]
@@ -58,14 +60,14 @@ class StepRenderer(HfRenderer):
 
 
 def guard(tokenizer: Any) -> Any:
-    """A copy of a tokenizer whose `apply_chat_template` gives ids, and no special token for a user's text."""
+    """A copy of a tokenizer whose `apply_chat_template` returns ids and never makes user text a special token."""
 
     class Guarded(type(tokenizer)):  # type: ignore[misc]
         def apply_chat_template(
             self, conversation: Any, tools: Any = None, tokenize: bool = True, return_dict: bool = False, **given: Any
         ) -> Any:
-            # The template's other arguments are texts of a user as well; words and switches stay as they are.
-            texts = {name: value for name, value in given.items() if name != "chat_template" and _holds_text(value)}
+            # Other template arguments may be user text as well; single words and flags are left as they are.
+            texts = {name: value for name, value in given.items() if name != "chat_template" and _may_hold_text(value)}
             fixed = {name: value for name, value in given.items() if name not in texts}
 
             def render(dialogue: Any, tools: Any) -> str:
@@ -79,7 +81,7 @@ def guard(tokenizer: Any) -> Any:
             ]  # as in training
             return encode_dialogue(tokenizer, [stripped, texts], tools, render)
 
-        def __reduce__(self) -> Any:  # vLLM makes a copy for each of its threads
+        def __reduce__(self) -> Any:  # vLLM copies the tokenizer for each of its threads
             return guard, (copy.deepcopy(tokenizer),)
 
     guarded = copy.copy(tokenizer)
@@ -87,6 +89,6 @@ def guard(tokenizer: Any) -> Any:
     return guarded
 
 
-def _holds_text(value: Any) -> bool:
-    """Whether an argument of a chat template can hold more than a word."""
+def _may_hold_text(value: Any) -> bool:
+    """Whether a chat template argument may be more than a single word."""
     return isinstance(value, dict | list) or (isinstance(value, str) and not value.isidentifier())

@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 
-from mote.serve.vllm.folder_config import Served
+from mote.serve.vllm.folder_config import ServedConfig
 
-SERVED = Served(
+SERVED = ServedConfig(
     experts=("analysis", "response"), markers={"analysis": (10, 11), "response": (12, 13)}, turns=(1,), opening=(1, 14),
     gates=((0.5, 0.25, 0.25), (0.5, 0.5, 0.0), (0.5, 0.0, 0.5)), rank=4,
     modes={"adaptive": (("response",), ("analysis", "response")), "analysis": (("analysis", "response"),)},
@@ -12,8 +12,8 @@ SERVED = Served(
 )  # fmt: skip
 
 
-def test_it_survives_the_way_through_config_json() -> None:
-    assert Served.model_validate(SERVED.model_dump(mode="json")) == SERVED
+def test_config_survives_a_json_round_trip() -> None:
+    assert ServedConfig.model_validate(SERVED.model_dump(mode="json")) == SERVED
     assert SERVED.reserved == {10, 11, 12, 13, 14}
     assert (SERVED.routing.starts, SERVED.routing.ends, SERVED.routing.turns) == ((10, 12), (11, 13), (1,))
 
@@ -28,12 +28,12 @@ def test_it_survives_the_way_through_config_json() -> None:
         ({"mode": "analysis"}, "max_tokens=7: too few for the markers of mode 'analysis' .*; give at least 8"),
     ],
 )
-def test_a_request_that_cannot_be_served(request_: dict[str, Any], message: str) -> None:
+def test_unservable_request_is_refused(request_: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SERVED.check(request_, 7)
 
 
-def test_mode_and_budgets_of_a_request() -> None:
+def test_request_sets_mode_and_budgets() -> None:
     request: dict[str, Any] = {"mode": "analysis", "max_step_tokens": 7, "of_another": "x"}
     SERVED.check(request, 8)
     grammar = SERVED.grammar(request, 8)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.vllm
 
 from vllm import EngineArgs  # noqa: E402
 
-from mote.serve.vllm.requirements import GRAMMAR  # noqa: E402
+from mote.serve.vllm.engine_config import GRAMMAR  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_refused(served: Path, given: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_refused(served: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineArgs(str(served / "out"), dtype="float32", **given).create_engine_config()
 
 
-def test_what_is_set(served: Path) -> None:
+def test_renderer_grammar_and_parser_are_set(served: Path) -> None:
     config = EngineArgs(str(served / "out"), dtype="float32").create_engine_config()
     assert config.model_config.tokenizer_mode == "mote" and config.model_config.logits_processors == [GRAMMAR]
     assert config.structured_outputs_config.reasoning_parser == "mote"
     assert config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
-def test_another_model_is_left_alone(served: Path) -> None:
+def test_other_models_are_unaffected(served: Path) -> None:
     config = EngineArgs(str(served / "base"), dtype="float32").create_engine_config()
     assert config.model_config.tokenizer_mode == "auto" and not config.model_config.logits_processors
     assert not config.structured_outputs_config.reasoning_parser

@@ -30,12 +30,12 @@ text = st.lists(st.integers(0, 16), min_size=1, max_size=30)
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(text, min_size=1, max_size=4), st.sets(st.integers(1, 29)))
-def test_any_cutting_gives_the_steps_of_the_whole(texts: list[list[int]], cuts: set[int]) -> None:
+def test_chunking_does_not_change_step_ids(texts: list[list[int]], cuts: set[int]) -> None:
     longest = max(map(len, texts))
     found = in_chunks(texts, sorted(cut for cut in cuts if cut < longest))
     assert found == [step_ids(torch.tensor([ids]), MARKERS)[0].tolist() for ids in texts]
 
 
-def test_what_a_token_opens() -> None:
+def test_event_table_maps_markers_to_steps() -> None:
     assert EVENTS[[10, 12, 14]].tolist() == [1, 2, 3] and EVENTS[1] == 0
     assert set(EVENTS[[0, 2, 11, 13, 15, 16]].tolist()) == {-1}
