@@ -21,7 +21,9 @@ VLLM_NEEDS = cloudpickle psutil cbor2 pyzmq aiohttp 'requests>=2.33' oss-harmony
   'llguidance>=1.7,<1.8' einops compressed-tensors==0.17.0 setuptools==78.1.1 uvicorn watchfiles \
   'prometheus-fastapi-instrumentator>=8' 'model-hosting-container-standards<1' numba==0.65.0 pytest hypothesis
 
-.PHONY: quickstart test test-vllm check format install clean
+CODE = src tests benchmarks examples
+
+.PHONY: quickstart test test-fast test-vllm check format install clean
 
 install: $(VENV)/.installed
 
@@ -35,13 +37,16 @@ quickstart: install  ## questions -> chains -> step experts -> answers -> report
 	$(BIN)/mote run recipes/quickstart.yaml --out $(RUN)
 
 check: install  ## lint, types, order of imports
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples examples
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 test: check  ## all of the above and the tests
 	$(BIN)/python -m pytest
+
+test-fast: install  ## tests without processes, servers, browsers or the embedded model
+	$(BIN)/python -m pytest -m 'not slow'
 
 .venv-vllm/.installed: pyproject.toml
 	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
@@ -55,8 +60,8 @@ test-vllm: .venv-vllm/.installed  ## the vLLM plugin in vLLM's CPU build, agains
 	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m vllm $(wildcard tests/serve/test_vllm_*.py) tests/inference/test_engines_vllm.py
 
 format: install
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -20,6 +20,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+SLOW_MODULES = ("support.processes", "support.servers", "support.fake_server", "support.hub_server", "support.vllm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark as slow whatever uses processes, servers, a browser, vLLM or the embedded model (see `make test-fast`)."""
+    for item in items:
+        names = vars(item.module).values()
+        imported = {getattr(name, "__module__", None) or getattr(name, "__name__", None) for name in names}
+        if (
+            item.path.parent.name == "end_to_end"
+            or {"browser", "hub"} & set(item.fixturenames)
+            or any(item.get_closest_marker(name) for name in ("model", "vllm"))
+            or imported.intersection(SLOW_MODULES)
+        ):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama."""

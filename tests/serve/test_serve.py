@@ -1,4 +1,4 @@
-"""The server as its clients see it: the official client, curl, limits, errors, disconnects, its end."""
+"""The HTTP server seen by its clients: the openai client, curl, limits, errors, disconnects, shutdown."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ def reasoning_of(answer: Any) -> str:
     return "\n\n".join(step.text for step in answer.steps if step.name != "response" and step.text)
 
 
-# --- the official client
+# --- the openai client
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -218,7 +218,7 @@ def test_curl_gets_an_answer_and_a_stream(address: str) -> None:
     assert curl("-d", body, f"{address}/v1/chat/completions")[0] == 415
 
 
-# --- what is refused
+# --- refused requests
 
 
 @pytest.mark.parametrize(
@@ -306,8 +306,10 @@ def test_oversized_body_is_refused_while_it_is_read(model: Model) -> None:
         url = f"{address}/v1/chat/completions"
         refused = httpx.post(url, content=b" " * (1 << 20), headers=headers, timeout=30)
         assert refused.status_code == 413 and "bytes" in refused.json()["error"]["message"]
-        with suppress(httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):  # it may hang up before
-            # No Content-Length: the server counts.
+        with suppress(
+            httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError
+        ):  # the server may close the connection early
+            # Without Content-Length the server has to count.
             assert httpx.post(url, content=body(), headers=headers, timeout=30).status_code == 413
         assert sent < 100 << 20
         assert ask(address).status_code == 200
@@ -343,7 +345,7 @@ def test_full_queue_gets_429_with_retry_after(model: Model) -> None:
 
 
 def endless(**fields: Any) -> dict[str, Any]:
-    """A request that takes seconds."""
+    """A request that runs for seconds."""
     body = {"model": "tiny:base", "messages": [{"role": "user", "content": "kill"}], "max_tokens": 1900, "stream": True}
     return body | fields
 
@@ -385,7 +387,7 @@ def test_slow_reader_does_not_block_other_requests(address: str) -> None:
         assert [ask(address).status_code for _ in range(3)] == [200] * 3
 
 
-# --- health, numbers, the end
+# --- health, metrics, shutdown
 
 
 def test_health_and_metrics(address: str) -> None:

@@ -1,4 +1,4 @@
-"""Answers that check themselves over HTTP: what is content, what is reasoning, what is counted."""
+"""Mode adaptive+check over HTTP: content, reasoning, token counts."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def answers(model: Model) -> list[Answer]:
 
 
 def told(answer: Answer) -> dict[str, Any]:
-    """What `mote` says of a whole answer."""
+    """The field `mote` of a whole answer."""
     return {
         "mode": CHECKED,
         "steps": answer.tokens.steps,

@@ -97,7 +97,7 @@ def test_page_shows_checks_and_dropped_answers(browser: Any, tiny: Path, tmp_pat
         assert names == ["response", "check", "analysis", "response", "check", "guidance", "response", "check"]
         scores = [f"harmful ({check.score:.2f})" for check in answer.checks]
         assert [t for n, t in zip(names, texts, strict=True) if n == "check"] == [
-            f"{scores[0]}, goes on with analysis", f"{scores[1]}, goes on with full", scores[2]
+            f"{scores[0]}, retry with analysis", f"{scores[1]}, retry with full", scores[2]
         ]  # fmt: skip
         dropped = "dropped by the check"
         assert [t for n, t in zip(names, texts, strict=True) if n == "response"] == [dropped, dropped, answer.answer]

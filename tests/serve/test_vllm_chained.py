@@ -1,4 +1,4 @@
-"""The client of docs/vllm.md that sends one request a step, to a stock vLLM server with a LoRA for each step."""
+"""The per-step client of docs/vllm.md against a stock vLLM server with one LoRA per step."""
 
 import re
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def url(folder: Path) -> Iterator[str]:
 
 @torch.no_grad()
 def expected(folder: Path, question: str) -> list[int]:
-    """What PEFT writes with the LoRAs, without a cache."""
+    """Greedy ids from uncached PEFT forward passes with the LoRAs."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "steps" / "base")
     ids = encode_prompt(tokenizer, (Message(role="user", content=question),))
     for step in STEPS:

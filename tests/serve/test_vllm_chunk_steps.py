@@ -1,3 +1,5 @@
+"""Step ids computed chunk by chunk."""
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ EVENTS = event_table(MARKERS, 17)
 
 
 def in_chunks(texts: list[list[int]], cuts: list[int]) -> list[list[int]]:
-    """Steps of several texts, all of them cut at these places, one chunk of each in a batch."""
+    """Step ids of several texts, each cut at `cuts`; a batch holds one chunk of each."""
     written: list[list[int]] = [[] for _ in texts]
     for begin, end in zip([0, *cuts], [*cuts, max(map(len, texts))], strict=True):
         rows = [row for row, text in enumerate(texts) if text[begin:end]]

@@ -1,4 +1,4 @@
-"""What vLLM writes with step experts, token for token the plain uncached reference's."""
+"""vLLM with step experts generates the uncached reference's tokens."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ from support.vllm import load_served, make_served, reference
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.vllm
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where it can be looked into
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, so that tests can inspect it
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
@@ -35,12 +35,12 @@ USUAL: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_l
                          "distributed_executor_backend": "uni"}  # fmt: skip
 Asked = tuple[list[int], str]  # ids of a prompt, mode
 
-TIGHT = {"max_num_seqs": 16, "max_num_batched_tokens": 24}  # prompts are read in pieces, among tokens of others
+TIGHT = {"max_num_seqs": 16, "max_num_batched_tokens": 24}  # forces chunked prefill beside decoding requests
 WIDE = {"max_num_seqs": 64, "max_num_batched_tokens": 96}
 
 
 def prompts(model: Model, count: int, shared: int = 12) -> list[Asked]:
-    """Dialogues of one and three turns that begin alike, in all modes."""
+    """Dialogues of one and three turns with a shared prefix, in all modes."""
     made = []
     for number, mode in zip(range(count), itertools.cycle(MODES), strict=False):
         words = " ".join(WORDS[(number * 5 + i) % len(WORDS)] for i in range(3 + number % 23))
@@ -62,7 +62,7 @@ def as_prompt(asked: Asked, twin: int) -> dict[str, list[int]]:
 
 
 class Engine:
-    """vLLM in this process, whose scheduled tokens are counted."""
+    """vLLM in this process; counts scheduled, preempted and cached tokens."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.engine = LLMEngine.from_engine_args(EngineArgs(str(folder / "out"), **{**USUAL, **settings}))
@@ -83,7 +83,7 @@ class Engine:
         self.scheduler.schedule, self.scheduler._preempt_request = counted, preempted
 
     def answers(self, asked: Sequence[Asked], abort: Sequence[int] = ()) -> dict[int, list[int]]:
-        """Ids of each answer, all of them asked at once; those of `abort` are given up after some tokens."""
+        """Ids of each answer to concurrent requests; those in `abort` are aborted after some tokens."""
         for number, request in enumerate(asked):
             self.engine.add_request(str(number), as_prompt(request, self.twin), sampling(request[1]))
         written: dict[int, list[int]] = {}
@@ -140,7 +140,7 @@ def test_64_requests_in_all_modes_equal_the_reference(
 ) -> None:
     written = engine.answers(asked)
     assert len(equal(written, expected)) == len(asked) == len(written)
-    assert len({tuple(ids) for ids in written.values()}) > 32  # the answers differ from each other
+    assert len({tuple(ids) for ids in written.values()}) > 32  # the answers are diverse
 
 
 def test_cached_prefixes_keep_their_steps(
@@ -149,8 +149,8 @@ def test_cached_prefixes_keep_their_steps(
     before = engine.cached
     assert len(equal(engine.answers(asked), expected)) == len(asked)
     assert engine.cached > before + 32 * len(asked)
-    monkeypatch.delattr(StepRenderer, "validate_token_ids")  # which lets nobody else put markers into a prompt
-    # What the model wrote in its steps, markers and all, is the beginning of the next prompt.
+    monkeypatch.delattr(StepRenderer, "validate_token_ids")  # it would refuse markers in a prompt
+    # The next prompt starts with the model's whole output, markers included.
     turn = model.tokenizer("<|im_end|>\n<|im_start|>user\nsafe<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     second = [([*ids, *expected[n], *turn], mode) for n, (ids, mode) in enumerate(asked[:20]) if mode != BASE]
     again = {number: reference(model, *request, BUDGET) for number, request in enumerate(second)}
@@ -173,7 +173,7 @@ def test_without_the_step_before_a_chunk_answers_differ(
     written = engine.answers(asked[:20])
     engine.engine.reset_prefix_cache()
     routed = {number: ids for number, ids in written.items() if asked[number][1] != BASE}
-    assert len(equal(routed, expected)) < len(routed) / 4  # what is alike by chance
+    assert len(equal(routed, expected)) < len(routed) / 4  # equal by chance
 
 
 def test_preempted_requests_equal_the_reference(
@@ -190,7 +190,7 @@ def test_each_token_is_computed_once(served: Path, asked: list[Asked], expected:
     written = engine.answers(asked)
     engine.close()
     assert len(equal(written, expected)) == len(asked) and engine.preempted == 0
-    # Each token of a prompt and each written one but the last is read once, at a change of the step too.
+    # Every prompt token and every generated one but the last is computed once, also where the step changes.
     assert engine.scheduled == sum(len(ids) + len(written[number]) - 1 for number, (ids, _) in enumerate(asked))
 
 
@@ -205,7 +205,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_architecture_equals_the_reference(kind: str, tmp_path: Path) -> None:
-    # No shared expert, other ranks in some layers and none in others, the question read by one expert.
+    # No shared expert, mixed ranks, layers without experts, one expert for the question.
     odd = {"mix": 1.0, "rank_pattern": {"q_proj": 2, "up_proj": 6}, "question_expert": "guidance",
            "exclude_modules": ["v_proj"]}  # fmt: skip
     served = make_served(tmp_path, kind, odd if kind == "Qwen2" else {}, **KINDS[kind])
@@ -221,7 +221,7 @@ def test_architecture_equals_the_reference(kind: str, tmp_path: Path) -> None:
 def test_two_tensor_parallel_processes_equal_the_reference(
     kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two processes where there is one memory node
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two processes on one NUMA node
     served = make_served(tmp_path, num_key_value_heads=kv_heads)
     model = load_served(served)
     asked = prompts(model, 16)

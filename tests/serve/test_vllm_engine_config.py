@@ -1,4 +1,4 @@
-"""Settings of vLLM that are refused, before anything is loaded."""
+"""vLLM settings that are refused or changed before anything is loaded."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What vLLM is served, looked at without vLLM."""
+"""The exported vLLM folder, checked without vLLM."""
 
 import json
 import random
@@ -57,7 +57,7 @@ def test_routing_is_the_adapters(served: ServedConfig, model: Model) -> None:
 
 
 def test_embedding_has_marker_rows_and_the_twin(folders: Path, served: ServedConfig, model: Model) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(folders / "out")  # as its model type, without experts
+    plain = AutoModelForCausalLM.from_pretrained(folders / "out")  # as a plain Llama, without experts
     ids = torch.tensor([[5, 6, served.markers["analysis"][0], 7, served.markers["analysis"][1]]])
     with model.model.disable_adapter():
         inside = [5, 6, 7]
@@ -68,7 +68,9 @@ def test_embedding_has_marker_rows_and_the_twin(folders: Path, served: ServedCon
     torch.testing.assert_close(rows, model.model.get_input_embeddings()(ids))
     opening, twin = served.opening
     assert twin == len(model.tokenizer)
-    assert served.unused == tuple(range(twin + 1, plain.config.vocab_size))  # vLLM copies logits that it has to cut
+    assert served.unused == tuple(
+        range(twin + 1, plain.config.vocab_size)
+    )  # vLLM would copy logits of an unpadded vocabulary
     assert plain.config.vocab_size % 64 == 0 and served.reserved.issuperset(served.unused)
     for matrix in (plain.get_input_embeddings(), plain.get_output_embeddings()):
         assert torch.equal(matrix.weight[twin], matrix.weight[opening])
@@ -94,7 +96,7 @@ def test_padded_experts_compute_what_the_adapter_does(folders: Path, served: Ser
 
 def test_no_text_encodes_to_a_marker(folders: Path, served: ServedConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders / "out")
-    assert not served.reserved & set(tokenizer.get_vocab().values())  # so it has no text that could
+    assert not served.reserved & set(tokenizer.get_vocab().values())  # so no text can encode to one
     draw = random.Random(0)
     texts = ["".join(draw.choice(PIECES) for _ in range(draw.randint(1, 8))) for _ in range(10_000)]
     assert all(not served.reserved.intersection(ids) for ids in tokenizer(texts)["input_ids"])

@@ -1,3 +1,5 @@
+"""The entry `mote` of a served folder's config.json."""
+
 from typing import Any
 
 import pytest
@@ -39,6 +41,6 @@ def test_request_sets_mode_and_budgets() -> None:
     grammar = SERVED.grammar(request, 8)
     assert (grammar.chains, grammar.max_step_tokens, grammar.max_tokens, grammar.eos_id) == (((0, 1),), 7, 8, 2)
     assert grammar.allowed([]) == ([10], True)
-    SERVED.check({}, 7)  # it may be one of the base model
-    usual = SERVED.grammar({}, None)
-    assert (usual.max_step_tokens, usual.allowed([])) == (5, ([10, 12], True))
+    SERVED.check({}, 7)  # may be a base-model request
+    default = SERVED.grammar({}, None)
+    assert (default.max_step_tokens, default.allowed([])) == (5, ([10, 12], True))

@@ -56,7 +56,7 @@ def outputs(layer: MergedColumnParallelLinear, x: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
-    """vLLM's layers want a group of processes, be it of one."""
+    """vLLM's layers need a process group, here of one process."""
     made, meeting = VllmConfig(), tmp_path_factory.mktemp("group") / "meeting"
     with set_current_vllm_config(made):
         init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
@@ -66,7 +66,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
 
 
 def make_layer(settings: VllmConfig, bias: bool = False) -> MergedColumnParallelLinear:
-    """The same layer each time."""
+    """A layer with fixed random weights."""
     with set_current_vllm_config(settings):
         made = MergedColumnParallelLinear(INPUTS, WIDTHS, bias=bias, params_dtype=torch.float32)
     for parameter in made.parameters():
@@ -89,7 +89,7 @@ def test_merged_experts_equal_the_reference(batch: str, table: str, places: list
     expected = outputs(loaded(plain), x)
     torch.testing.assert_close(outputs(loaded(layer), x), expected, atol=1e-4, rtol=1e-4)
     weights.set(torch.full_like(steps, 4))
-    assert (outputs(plain, x) - expected).abs().max() > 1 or batch == "base"  # the experts do add something
+    assert (outputs(plain, x) - expected).abs().max() > 1 or batch == "base"  # the experts have an effect
 
 
 def test_prompts_need_no_difference_and_steps_no_shared_one() -> None:

@@ -1,4 +1,4 @@
-"""Chats as vLLM renders them: no text of a user becomes a special token, and the ids are those of `mote answer`."""
+"""Chats rendered by vLLM: user text never becomes a special token, and prompts equal those of `mote answer`."""
 
 import asyncio
 import random
@@ -62,7 +62,7 @@ def test_10000_hostile_dialogues_render_as_in_mote(renderer: StepRenderer, model
         assert [id_ for id_ in ids if id_ in special] == [id_ for id_ in plain if id_ in special], rows
         asked += 1
         found += any("<|im_start|>" in row["content"] for row in rows)
-    assert asked > 4000 and found > 500  # which would have begun a turn
+    assert asked > 4000 and found > 500  # these would have started a turn
 
 
 def test_async_rendering_is_the_same(renderer: StepRenderer) -> None:

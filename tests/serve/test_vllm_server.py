@@ -1,4 +1,4 @@
-"""A stock vLLM server on a served folder, asked through the openai client."""
+"""A stock vLLM server on an exported folder, through the openai client."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def expected(model: Model, messages: Any, mode: str) -> tuple[list[int], list[in
 
 
 def texts(model: Model, ids: list[int]) -> tuple[str, str]:
-    """Reasoning and answer of written ids."""
+    """Reasoning and answer of generated ids."""
     *steps, answer = decode_steps(model.tokenizer, ids, model.markers, model.experts)
     return "\n\n".join(step.text for step in steps if step.text), answer.text
 

@@ -1,6 +1,6 @@
-"""An OpenAI-compatible server that answers at once, and is hostile on demand; real HTTP over a real socket.
+"""A fake OpenAI-compatible server with scripted failures, over real HTTP.
 
-python tests/support/fake_server.py PORT        # answers at once, until it is killed: for benchmarks/server.py
+python tests/support/fake_server.py PORT        # answers every request until it is killed: for benchmarks/server.py
 """
 
 import asyncio
@@ -17,21 +17,20 @@ TOP = [{"token": "safe", "logprob": -0.1, "bytes": None}, {"token": " uns", "log
 
 
 class FakeServer:
-    """One server in a thread of its own.
+    """A server that runs in its own thread.
 
-    Each chat request takes the next behaviour of `plan`, and `usual` where that is empty. Behaviours:
-    `ok`; `length` (an answer that was cut); `wait` (answers once `release` is called); a status such as `503`, or
-    `429 0.1` with Retry-After; `reset` (half the body, then a connection reset); `truncated` (half the body, then the
-    end); `garbage` (no HTTP); `not json`; `html`; `text` (JSON under another content type); `no choices`; `no usage`;
-    `no logprobs`; `null` (no content).
+    Each chat request gets the next behaviour in `plan`, or `usual` when that is empty. Behaviours: `ok`; `length` (a
+    truncated answer); `wait` (answers after `release`); a status such as `503`, or `429 0.1` with Retry-After; `reset`
+    (half the body, then a connection reset); `truncated` (half the body, then EOF); `garbage` (not HTTP); `not json`;
+    `html`; `text` (JSON with another content type); `no choices`; `no usage`; `no logprobs`; `null` (content null).
 
     Attributes:
-        longest: Characters of a chat that it takes; longer ones get 400. None where it takes any.
-        remembers: Whether it keeps what it was asked; not in long runs.
-        refused: How many were longer.
-        seen: Bodies of the chat requests that were taken, in the order of their arrival.
+        longest: Maximum characters of a chat, longer ones get 400; None for no limit.
+        remembers: Whether request bodies are kept in `seen`; off for long runs.
+        refused: Number of requests that were too long.
+        seen: Bodies of the accepted chat requests in order of arrival.
         keys: Their Authorization headers.
-        most_in_flight: Most chat requests that were worked on together.
+        most_in_flight: Maximum number of concurrent chat requests.
     """
 
     def __init__(self, usual: str = "ok", port: int = 0, models: tuple[str, ...] | None = ("some-model",)) -> None:
@@ -62,7 +61,7 @@ class FakeServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def start(self) -> None:
-        """Listen; on the same port as before where it died."""
+        """Listen; after `die`, on the same port as before."""
 
         async def listen() -> None:
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
@@ -82,7 +81,7 @@ class FakeServer:
         asyncio.run_coroutine_threadsafe(close(), self._loop).result()
 
     def release(self) -> None:
-        """Answer those that wait, and all that come."""
+        """Answer the waiting requests, and later ones at once."""
         self._loop.call_soon_threadsafe(self._released.set)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -148,7 +147,7 @@ class FakeServer:
 
 
 def completion(asked: dict[str, Any], how: str = "ok") -> dict[str, Any]:
-    """What a server answers: the last message again, of five tokens."""
+    """Response body that echoes the last message as five tokens."""
     content = [{**TOP[0], "top_logprobs": TOP}]
     choice = {
         "index": 0,
@@ -182,7 +181,7 @@ def _http(status: int, body: Any, kind: str = "application/json", **headers: str
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with RST: what is not sent yet is thrown away."""
+    """Close with RST; unsent data is discarded."""
     if writer.transport.is_closing():
         return
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

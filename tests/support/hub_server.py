@@ -1,4 +1,4 @@
-"""A server that speaks as much of the Hugging Face hub's protocol as an upload and a download need."""
+"""A fake Hugging Face hub: the part of its protocol that uploads and downloads need."""
 
 import base64
 import hashlib
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository after the other's commit: git files and LFS objects in memory.
+    """Repositories in memory: git files and LFS objects.
 
     Attributes:
         files: `user/name/path` -> content.
-        large: Those of them that came as LFS objects.
-        refused: Requests that it does not know.
+        large: Paths that were uploaded as LFS objects.
+        refused: Unknown requests.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """Of a process that takes it for the hub."""
+    """Environment of a process that uses this server as the hub."""
     return {
         **os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1",

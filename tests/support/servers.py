@@ -1,4 +1,4 @@
-"""A real server in a thread, for the tests of the server and of its pages."""
+"""A real `mote serve` server in a thread."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from mote.serve.server_settings import ServeSettings
 
 @contextmanager
 def served(model: Model, **settings: Any) -> Iterator[tuple[str, Server]]:
-    """The address of a running server, and the server; it is stopped at the end."""
+    """Address of a running server, and the server; it is stopped on exit."""
     chosen = ServeSettings(**{"name": "tiny", "port": 0, "grace": 5.0, **settings})
     with listen(chosen) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -34,7 +34,7 @@ def served(model: Model, **settings: Any) -> Iterator[tuple[str, Server]]:
 def wait_until(true: Any, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "timed out waiting for a condition"
         time.sleep(0.01)
 
 

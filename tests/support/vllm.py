@@ -1,4 +1,4 @@
-"""What the tests of the vLLM plugin share: a served folder of a tiny random model, and the plain uncached reference."""
+"""For tests of the vLLM plugin: served folders of tiny random models, and the uncached reference."""
 
 import os
 import socket
@@ -23,12 +23,12 @@ from mote.tokens.encode import special_ids
 from support.exports import make_adapter
 from support.tiny import make_tiny_model
 
-# Attention in vLLM's CPU build has heads of 32 or more.
+# vLLM's CPU attention needs heads of 32 or more.
 SMALL = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
 
 
 def make_base(folder: Path, kind: str = "Llama", **changes: Any) -> Path:
-    """A random model of a kind, with the tokenizer of the tests."""
+    """A random model of an architecture, with the tests' tokenizer."""
     import transformers
 
     make_tiny_model(folder)
@@ -54,7 +54,7 @@ def make_base(folder: Path, kind: str = "Llama", **changes: Any) -> Path:
 
 
 def make_served(folder: Path, kind: str = "Llama", adapter: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A folder with `base`, `adapter` and what vLLM serves, `out`."""
+    """A folder with `base`, `adapter` and `out`, which vLLM serves."""
     base = make_base(folder / "base", kind, **changes)
     make_adapter(base, folder / "adapter", **(adapter or {}))
     export_vllm(str(folder / "adapter"), folder / "out")
@@ -63,7 +63,7 @@ def make_served(folder: Path, kind: str = "Llama", adapter: dict[str, Any] | Non
 
 @torch.no_grad()
 def reference(model: Model, prompt: Sequence[int], mode: str, budget: int, most: int | None = None) -> list[int]:
-    """Greedy ids of an answer: the whole text through PEFT's forward pass for every token, without a cache."""
+    """Greedy ids of an answer from uncached forward passes of the PEFT model over the whole text."""
     written: list[int] = []
     markers, eos = model.markers, model.tokenizer.eos_token_id
     if mode == BASE:
@@ -85,7 +85,7 @@ def load_served(folder: Path) -> Model:
 
 @contextmanager
 def vllm_server(model: Path, log: Path, *arguments: str) -> Iterator[str]:
-    """The address of a stock vLLM server, while it runs in a process of its own."""
+    """Address of a stock vLLM server that runs in another process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
