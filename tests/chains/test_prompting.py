@@ -80,8 +80,8 @@ def test_user_and_assistant_alternate_behind_one_system_message(name: str, asked
     scheme = load_scheme(name)
     for examples in (0, 3, 99):
         made = [
-            stage(scheme, name, asked, dict.fromkeys(scheme.written[:place], "t"), examples)
-            for place, name in enumerate(scheme.written)
+            stage(scheme, name, asked, dict.fromkeys(scheme.all_stages[:place], "t"), examples)
+            for place, name in enumerate(scheme.all_stages)
         ]
         if scheme.checked:
             made.append(check(scheme, asked, "answer", examples))

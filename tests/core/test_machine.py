@@ -1,4 +1,4 @@
-"""What is recorded of a machine tells versions and hardware, and not whose it is."""
+"""The record of a machine has versions and hardware and no names."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from mote.core import machine
 from mote.core.machine import INTEL, cpu_model, cpu_vendor, environment
 
 
-def test_versions_and_hardware_are_told_and_no_names() -> None:
+def test_versions_and_hardware_are_recorded_without_names() -> None:
     found = environment()
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["versions"]["python"] == platform.python_version()
@@ -22,7 +22,7 @@ def test_versions_and_hardware_are_told_and_no_names() -> None:
     assert found["machine"]["cores"] >= 1 and found["machine"]["memory_gb"] > 0
 
 
-def test_what_the_allocator_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocator_settings_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*filter(lambda name: name.startswith("MALLOC_"), os.environ), "GLIBC_TUNABLES"]:
         monkeypatch.delenv(name, raising=False)
     assert "malloc" not in environment()["machine"]
@@ -31,9 +31,9 @@ def test_what_the_allocator_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment()["machine"]["malloc"] == {"MALLOC_MMAP_MAX_": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def test_who_made_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_vendor() in (INTEL, "AuthenticAMD") or platform.machine() not in ("x86_64", "AMD64")
-    for system, processor, told, wanted in (
+    for system, processor, vendor, wanted in (
         ("linux", "x86_64", "AuthenticAMD", "AuthenticAMD"),
         ("win32", "Intel64 Family 6 Model 142 Stepping 12, GenuineIntel", "", INTEL),
         ("darwin", "i386", "", INTEL),
@@ -41,5 +41,5 @@ def test_who_made_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "platform", system)
         monkeypatch.setattr(platform, "machine", lambda: "x86_64")
         monkeypatch.setattr(platform, "processor", lambda processor=processor: processor)
-        monkeypatch.setattr(machine, "_cpu", lambda _, told=told: told)
+        monkeypatch.setattr(machine, "_cpu", lambda _, vendor=vendor: vendor)
         assert cpu_vendor() == wanted

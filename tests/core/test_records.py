@@ -12,7 +12,7 @@ def question(name: str, text: str = "how?") -> Question:
     return Question(id=name, messages=(Message(role="user", content=text),), kind="benign", source="here")
 
 
-def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
+def test_rows_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.jsonl"
     rows = [question("1"), question("2", 'two\nlines, "quotes", \u2028 and 🙂')]
     append_rows(path, rows[:1])
@@ -23,7 +23,7 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [b"{", b'{"id": "2", "mess', b"x" * 200_000])
-def test_a_torn_last_line_is_passed_over_and_cut(tmp_path: Path, torn: bytes) -> None:
+def test_a_torn_last_line_is_skipped_and_cut_off(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     append_rows(path, [question("1")])
     with open(path, "ab") as sink:
@@ -40,7 +40,7 @@ def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-def test_a_broken_row_is_named_with_its_line(tmp_path: Path) -> None:
+def test_an_invalid_row_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_rows(path, [question("1")])
     with open(path, "ab") as sink:
@@ -49,7 +49,7 @@ def test_a_broken_row_is_named_with_its_line(tmp_path: Path) -> None:
         read_rows(path, Question)
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs Linux's /dev/full")
     (tmp_path / "rows.jsonl").symlink_to("/dev/full")
@@ -64,7 +64,7 @@ def test_rewriting_replaces_all_rows(tmp_path: Path) -> None:
     assert read_rows(path, Question) == [question("3")]
 
 
-def test_a_folder_is_held_by_one_process_and_freed_when_it_is_killed(tmp_path: Path) -> None:
+def test_a_folder_lock_excludes_others_and_dies_with_its_process(tmp_path: Path) -> None:
     with folder_lock(tmp_path), pytest.raises(UserError, match="in use by another mote process"), folder_lock(tmp_path):
         pass
     hold = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mote.core.errors import UserError
-from mote.core.files import check_new, whole
+from mote.core.files import atomic_folder, check_new
 from mote.core.records import ChainRow, ChainTokens, Frozen, StepText, append_rows
 from mote.questions.files import rows_of
 from mote.questions.formats import Row, hh_turns, question_of
@@ -57,7 +57,7 @@ def import_chains(
     check_new(out)
     counts: Counter[str] = Counter()
     seen: set[int] = set()
-    with whole(out) as folder:
+    with atomic_folder(out) as folder:
         batch: list[ChainRow] = []
         for number, (where, row) in enumerate(rows_of(file)):
             if number == limit:

@@ -34,7 +34,7 @@ def stage_prompt(
         category: Show examples of this category only.
     """
     turns: list[Message] = []
-    for example in scheme.shown(settings.examples, category):
+    for example in scheme.first_examples(settings.examples, category):
         turns += _asked(scheme, stage, _dialogue(example), {name: example.steps[name] for name in known})
         turns.append(Message(role="assistant", content=example.steps[stage]))
     lead, own = _system(scheme, stage, question), _asked(scheme, stage, question, known)
@@ -58,7 +58,7 @@ def check_prompt(
     the next, so that the words do not simply alternate.
     """
     turns: list[Message] = []
-    for number, example in enumerate(scheme.shown(settings.examples)):
+    for number, example in enumerate(scheme.first_examples(settings.examples)):
         shown = [(example.steps[scheme.answer], scheme.verdicts[0])]
         if example.unsafe_answer is not None:
             shown.append((example.unsafe_answer, scheme.verdicts[1]))
@@ -71,7 +71,7 @@ def check_prompt(
 
 def category_prompt(scheme: Scheme, category: str) -> Prompt:
     """The prompt that scores a question for a category: its heading, its example questions, "Write another one."."""
-    listed = "\n".join(f"- {example.question}" for example in scheme.shown(len(scheme.examples), category))
+    listed = "\n".join(f"- {example.question}" for example in scheme.first_examples(len(scheme.examples), category))
     about = scheme.categories[category].about
     turn = Message(role="user", content=f"{about}\n{listed}\n\nWrite another one.")
     return Prompt((turn,), max_tokens=1, shared=1)
@@ -88,13 +88,13 @@ def _asked(scheme: Scheme, stage: str, messages: Sequence[Message], known: Mappi
     """The user turn that asks for a stage, behind the dialogue's earlier turns where the stage goes on with it."""
     last = messages[-1].content
     turn = Message(role="user", content=scheme.render(stage, question=as_text(messages), last=last, **known))
-    earlier = [m for m in messages[:-1] if m.role != "system"] if scheme.goes_on(stage) else []
+    earlier = [m for m in messages[:-1] if m.role != "system"] if scheme.continues_dialogue(stage) else []
     return [*earlier, turn]
 
 
 def _system(scheme: Scheme, stage: str, question: Sequence[Message]) -> tuple[Message, ...]:
     """The scheme's system prompt, and the question's own where the stage goes on with it, as one message."""
-    own = [m.content for m in question if m.role == "system"] if scheme.goes_on(stage) else []
+    own = [m.content for m in question if m.role == "system"] if scheme.continues_dialogue(stage) else []
     text = "\n\n".join(part for part in [scheme.system, *own] if part)
     return (Message(role="system", content=text),) if text else ()
 

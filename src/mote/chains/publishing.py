@@ -8,7 +8,7 @@ import yaml
 
 from mote.chains.stats import ChainStats, chain_stats, chains_file, table
 from mote.core.errors import MoteError, UserError
-from mote.core.files import check_new, whole, write_atomic
+from mote.core.files import atomic_folder, check_new, write_atomic
 from mote.core.records import ChainRow, iter_rows
 
 _BATCH = 1000  # rows of a row group
@@ -73,7 +73,7 @@ def export_dataset(path: Path, out: Path, licence: str = "unknown", name: str | 
     if not stats.accepted:
         raise UserError(f"chains: none of the {stats.total} chains of {stats.path} is accepted; nothing to export")
     rows = (_row(row) for row in iter_rows(chains_file(path), ChainRow) if row.accepted)
-    with whole(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "data").mkdir()
         schema = _schema(pyarrow)
         with pyarrow.parquet.ParquetWriter(folder / "data" / "train-00000-of-00001.parquet", schema) as sink:

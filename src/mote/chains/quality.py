@@ -11,7 +11,7 @@ from typing import Any
 
 from mote.chains.engine import Completion
 from mote.core.recipe import Rule
-from mote.core.words import runs_of, without_code, words_of
+from mote.core.words import ngrams_of, without_code, words_of
 
 _ENOUGH, _ENOUGH_ASKED = 20, 12  # letters from which on the language of a step and of a question can be told
 _ENOUGH_NONSENSE = 40  # letters from which on nonsense can be told from names and codes
@@ -205,8 +205,10 @@ def _echoes(text: str, words: list[str], prompt: Iterable[str], question: Sequen
         line = words_of(text[turn.end() :].lstrip().partition("\n")[0])
         if line and any(line == own[: len(line)] or line[: len(own)] == own for own in asked if own):
             return True
-    shared = runs_of(words, _SHARED_WORDS) & {run for part in prompt for run in runs_of(words_of(part), _SHARED_WORDS)}
-    return bool(shared - {run for turn in asked for run in runs_of(turn, _SHARED_WORDS)})
+    shared = ngrams_of(words, _SHARED_WORDS) & {
+        run for part in prompt for run in ngrams_of(words_of(part), _SHARED_WORDS)
+    }
+    return bool(shared - {run for turn in asked for run in ngrams_of(turn, _SHARED_WORDS)})
 
 
 def _copies(words: list[str], question: Sequence[str], earlier: Iterable[str]) -> bool:
@@ -223,7 +225,7 @@ def _copies(words: list[str], question: Sequence[str], earlier: Iterable[str]) -
 
 def _covered(words: list[str], other: list[str]) -> float:
     """Share of the words that stand in a run which the other text has too."""
-    there = runs_of(other, _COPIED_RUN)
+    there = ngrams_of(other, _COPIED_RUN)
     covered: set[int] = set()
     for i in range(len(words) - _COPIED_RUN + 1):
         if tuple(words[i : i + _COPIED_RUN]) in there:

@@ -1,1 +1,1 @@
-"""What every part shares: errors, files, typed rows, the scheme, the recipe, the machine."""
+"""Shared by all folders: errors, files, typed rows, the scheme, the recipe, methods, the machine."""

@@ -1,23 +1,25 @@
-"""The two errors a user sees as one line: theirs (exit 2) and ours or the machine's (exit 1)."""
+"""The errors a user sees as one line: their own (exit code 2) and those of a run or the machine (exit code 1)."""
 
 
 class MoteError(Exception):
-    """Something failed while running; the command line prints it as one line and exits with 1."""
+    """Something failed while running; the command line prints it as one line and exits with code 1."""
 
     exit_code = 1
 
 
 class UserError(MoteError):
-    """The user gave something that cannot work; the text names the setting, the value and the remedy; exit 2."""
+    """Invalid input; the message names the setting, the value and the remedy; exit code 2."""
 
     exit_code = 2
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error as one line; of a pydantic error, its first complaint with the setting's path."""
-    # By its shape: `mote bench` runs where pydantic is not installed.
-    if isinstance(error, ValueError) and callable(complaints := getattr(error, "errors", None)):
-        first = complaints()[0]
+    """The first line of an error's message; for a pydantic error, its first entry with the field's path."""
+    # Not by its type: `mote bench` runs where pydantic is not installed.
+    entries = getattr(error, "errors", None)
+    if isinstance(error, ValueError) and callable(entries):
+        first = entries()[0]
         where = ".".join(str(part) for part in first["loc"])
         return f"{where}: {first['msg']}" if where else str(first["msg"])
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

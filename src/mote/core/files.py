@@ -1,4 +1,4 @@
-"""Text files written whole or not at all; content hashes."""
+"""Files and folders that are written atomically, errors of a full disk, and content hashes."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from safetensors import SafetensorError
 
 from mote.core.errors import MoteError, UserError, first_line
 
-# What torch and tokenizers say of a disk that takes no more, in exceptions of no kind of their own.
+# torch and tokenizers report a full disk in exceptions without a type of their own.
 _DISK = re.compile(r"PytorchStreamWriter|inline_container|iostream|file write|\(os error \d+\)")
 
 
 @contextmanager
-def writing(stage: str, folder: Path, remedy: str) -> Iterator[None]:
-    """Turns what the four writers (Python, safetensors, torch, tokenizers) say of a full disk into one line.
+def disk_errors(stage: str, folder: Path, remedy: str) -> Iterator[None]:
+    """Turn write errors of Python, safetensors, torch and tokenizers into one line with a remedy.
 
     Raises:
-        MoteError: The disk refused what was written inside.
+        MoteError: A write inside the context failed.
     """
     try:
         yield
@@ -35,18 +35,18 @@ def writing(stage: str, folder: Path, remedy: str) -> Iterator[None]:
 
 
 def check_new(folder: Path) -> None:
-    """Make sure that a folder can be made without losing what is there.
+    """Check that a folder can be created without overwriting anything.
 
     Raises:
-        UserError: Something is there already.
+        UserError: It exists and is not an empty folder.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"out: {folder} exists and is not empty; give another folder with --out, or remove that one")
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, beside the one it becomes at the end; where that is not reached, nothing is left."""
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `folder` at the end of the context; after an error nothing remains."""
     folder = folder.absolute()
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -59,10 +59,10 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
-    """Write a whole text file, given at once or in parts, so that readers see the old one or the new one, never less.
+    """Write a text file, given as one text or in parts, atomically: readers see the old content or the new.
 
     Raises:
-        MoteError: The disk refused it.
+        MoteError: It cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -84,7 +84,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256_of(path: Path) -> str | None:
-    """Content hash of a file, None where there is none."""
+    """Hex sha256 of a file's content; None if the file does not exist."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:

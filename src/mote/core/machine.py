@@ -1,4 +1,4 @@
-"""Versions and machine, for the record (no host name and no path), and which of several processes this is."""
+"""Versions and hardware for the run's record (no host name, no path), and the rank of this process."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def peak_memory_mb() -> int:
-    """Peak memory so far in MB: of the GPU where one is used, else of the process."""
+    """Peak memory so far in MB: allocated on the GPU if one is used, else resident memory of the process."""
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated() / 2**20)
     return int(resident_peak_mb())
@@ -19,7 +19,7 @@ def peak_memory_mb() -> int:
 def resident_peak_mb() -> float:
     """Peak resident memory of this process in MB.
 
-    Linux's `ru_maxrss` begins at what the parent had when it started us, hence `VmHWM` where there is one.
+    On Linux `ru_maxrss` starts at the parent's value at fork, hence `VmHWM`.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -39,17 +39,17 @@ _PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "trl",
 
 
 def is_first_process() -> bool:
-    """Whether this process writes the files and says what happens: alone, or the first that a launcher started."""
+    """Whether this process has rank 0: it writes the files and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def process_count() -> int:
-    """How many processes a launcher (accelerate, torchrun) has started for this command; 1 without one."""
+    """World size: processes that a launcher (accelerate, torchrun) started for this command; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def environment() -> dict[str, Any]:
-    """Versions of what matters, processor, cores, memory, GPU, and how the C library was told to allocate."""
+    """Versions of the packages that matter, processor, cores, memory, GPU, and the allocator's settings."""
     import psutil
 
     versions = {"python": platform.python_version()}
@@ -66,29 +66,31 @@ def environment() -> dict[str, Any]:
     }
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    told = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"}
-    if told:
-        machine["malloc"] = told
+    allocator = {
+        name: value for name, value in os.environ.items() if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"
+    }
+    if allocator:
+        machine["malloc"] = allocator
     return {"versions": versions, "machine": machine}
 
 
 def cpu_model() -> str:
-    """The processor's name, where the system tells it, else its kind."""
+    """The processor's name if the system reports it, else its architecture."""
     return _cpu("model name") or platform.processor() or platform.machine()
 
 
 def cpu_vendor() -> str:
-    """Who made an x86 processor, as it says itself (`GenuineIntel`, `AuthenticAMD`); empty where nothing tells it."""
+    """Vendor id of an x86 processor (`GenuineIntel`, `AuthenticAMD`); empty if unknown."""
     if sys.platform == "darwin" and platform.machine() == "x86_64":
         return INTEL
-    # Windows calls it "Intel64 Family 6 Model 142 Stepping 12, GenuineIntel".
+    # On Windows: "Intel64 Family 6 Model 142 Stepping 12, GenuineIntel".
     return _cpu("vendor_id") or platform.processor().rpartition(", ")[2]
 
 
 def _cpu(name: str) -> str:
-    """What Linux says of the first processor."""
+    """A field of the first processor in Linux's `/proc/cpuinfo`; empty if there is none."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return ""
-    with path.open(encoding="utf-8") as lines:  # of many processors it is long, and the first one says it
+    with path.open(encoding="utf-8") as lines:  # long on many cores; the first entry is enough
         return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

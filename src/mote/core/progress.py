@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere; both with rate and time left, on stderr."""
+"""Progress of long work on stderr, with rate and time left: a bar on a terminal, else plain lines."""
 
 import sys
 import time
@@ -9,28 +9,31 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Shows how far a stage is.
+    """Progress of one stage.
 
     Args:
         stage: Name of the stage.
-        unit: What is counted, in the plural.
+        unit: Plural noun of the items that are counted.
     """
 
     def __init__(self, stage: str, unit: str) -> None:
-        self.stage, self.unit = stage, unit
-        self.began = time.monotonic()
-        self.first: int | None = None
+        self.stage = stage
+        self.unit = unit
+        self.started = time.monotonic()
+        self.first: int | None = None  # items that were done before
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
 
     def __call__(self, done: int, total: int) -> None:
-        """Say that `done` of `total` are there; the first call tells how many were there before."""
+        """Report that `done` of `total` items are done; the first call gives the items of an earlier run."""
         if self.first is None:
             self.first = done
         if sys.stderr.isatty():
@@ -38,6 +41,7 @@ class Progress:
                 self.bar = tqdm(total=total, initial=done, desc=self.stage, unit=f" {self.unit}")
             self.bar.update(done - self.bar.n)
             return
-        made, seconds = done - self.first, time.monotonic() - self.began
-        rest = f", {made / seconds * 60:.1f}/min, {seconds / made * (total - done):.0f} s left" if made else ""
-        print(f"{self.stage}: {done}/{total} {self.unit}{rest}", file=sys.stderr)
+        new = done - self.first
+        seconds = time.monotonic() - self.started
+        speed = f", {new / seconds * 60:.1f}/min, {seconds / new * (total - done):.0f} s left" if new else ""
+        print(f"{self.stage}: {done}/{total} {self.unit}{speed}", file=sys.stderr)

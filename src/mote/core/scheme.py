@@ -1,7 +1,7 @@
-"""The reasoning scheme: which steps there are, in which order, and which chains of them are allowed.
+"""The reasoning scheme: the steps, their order, and the chains of steps that are allowed.
 
-A scheme is data: a YAML file with its steps, its prompt templates and its examples. A new domain is a new file. This
-module knows nothing of models or tokenizers.
+A scheme is data, a YAML file with steps, prompt templates and worked examples; a new domain is a new file
+(docs/schemes.md). This module knows nothing about models or tokenizers.
 """
 
 import hashlib
@@ -26,21 +26,21 @@ from mote.core.records import Strict
 Chain = tuple[str, ...]  # the names of a chain's steps, in order
 BASE = "base"
 ADAPTIVE = "adaptive"
-CHECKED = "adaptive+check"  # adaptive, and the trained check judges the answer
+CHECKED = "adaptive+check"  # adaptive decoding in which the trained check judges the answer
 CHECK = "check"  # the stage of Safety Checking
-_QUESTION, _LAST, _ANSWER = "question", "last", "answer"  # what templates may show beside the steps so far
+_QUESTION, _LAST, _ANSWER = "question", "last", "answer"  # variables of templates besides the earlier stages
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined)
 
 
 class Example(Strict):
-    """One worked example of a scheme: a question and what each stage writes for it.
+    """One worked example of a scheme: a question and the text of each stage.
 
     Attributes:
         question: The last user turn.
-        earlier: The turns before it, the user's and the assistant's by turns.
-        steps: What is written in each stage.
-        unsafe_answer: An answer that the check must not let through, for the check's own examples.
+        earlier: The turns before it, user and assistant alternating.
+        steps: Stage -> its text.
+        unsafe_answer: An answer that the check must not pass, shown in the check's prompt.
         category: Which of the scheme's `categories` the question belongs to; None if the scheme has none.
     """
 
@@ -70,18 +70,18 @@ class Category(Strict):
 
 
 class Scheme(Strict):
-    """Steps in order, the chains that may be made of them, and the prompts that make them.
+    """The steps, the chains that they form, and the prompts of each stage.
 
     Attributes:
         name: Name of the scheme.
-        depths: Mode name -> steps of a chain, from the shortest chain to the deepest. With several, a chain is as long
-            as its question needs (section 3.1); with one, every chain is that one. Every chain ends with `answer`.
-        stages: Mode name -> what is written for this depth, where that is more than its chain: for instance a draft and
-            its critique, which later stages read and nobody is trained on.
+        depths: Mode -> steps of its chain, from the shortest chain to the deepest. With several depths a chain is as
+            long as its question needs (section 3.1). Every chain ends with `answer`.
+        stages: Mode -> stages generated for this depth, if more than its chain: for instance a draft and its critique,
+            which later stages read and which are not trained on.
         answer: The step that the user reads.
-        system: System prompt of the stages, empty for none.
-        templates: Stage -> prompt template; `check` is Safety Checking, without which every answer is taken.
-        verdicts: The words the check chooses between, for an answer that passes and one that does not.
+        system: System prompt of all stages; empty for none.
+        templates: Stage -> jinja2 prompt template; `check` is Safety Checking, without which every answer is accepted.
+        verdicts: The two words the check chooses between: the passing one, then the failing one.
         categories: Categories that questions are sorted into before anything is generated; empty for no sorting.
         examples: Worked examples for few-shot prompts.
     """
@@ -102,54 +102,65 @@ class Scheme(Strict):
         self._check_templates()
         self._check_categories()
         for number, example in enumerate(self.examples, 1):
-            if set(example.steps) != set(self.written):
-                raise ValueError(f"examples: number {number} has the steps {list(example.steps)}, "
-                                 f"and not those of the scheme, {list(self.written)}")  # fmt: skip
+            if set(example.steps) != set(self.all_stages):
+                raise ValueError(
+                    f"examples: number {number} has the steps {list(example.steps)}, "
+                    f"and not those of the scheme, {list(self.all_stages)}"
+                )
             if len(example.earlier) % 2:
-                raise ValueError(f"examples: number {number} has {len(example.earlier)} earlier turns; "
-                                 "give each user turn its reply")  # fmt: skip
+                raise ValueError(
+                    f"examples: number {number} has {len(example.earlier)} earlier turns; give each user turn its reply"
+                )
         return self
 
     def _check_depths(self) -> None:
         for mode, chain in self.depths.items():
             if mode in (BASE, ADAPTIVE, CHECKED):
-                raise ValueError(f"depths.{mode}: this name has a meaning of its own; use another one")
+                raise ValueError(f"depths.{mode}: this name is reserved for a mode of every scheme; use another one")
             if not chain or chain[-1] != self.answer:
                 raise ValueError(f"depths.{mode}: a chain ends with '{self.answer}', this one is {list(chain)}")
-            if not _in_order(chain, self.steps):
-                raise ValueError(f"depths.{mode}: steps keep the order {list(self.steps)}, these are {list(chain)}")
+            if not _is_subsequence(chain, self.steps):
+                raise ValueError(f"depths.{mode}: steps must keep the order {list(self.steps)}, not {list(chain)}")
         for mode, stages in self.stages.items():
             if mode not in self.depths:
                 raise ValueError(f"stages.{mode}: there is no such depth; use one of {list(self.depths)}")
-            if not _in_order(stages, self.written) or not _in_order(self.depths[mode], stages):
-                raise ValueError(f"stages.{mode}: {list(stages)} must keep the order {list(self.written)} and hold the "
-                                 f"depth's chain {list(self.depths[mode])}")  # fmt: skip
-        for stage in self.written:
+            if not _is_subsequence(stages, self.all_stages) or not _is_subsequence(self.depths[mode], stages):
+                raise ValueError(
+                    f"stages.{mode}: {list(stages)} must keep the order {list(self.all_stages)} and hold the depth's "
+                    f"chain {list(self.depths[mode])}"
+                )
+        for stage in self.all_stages:
             if not _NAME.fullmatch(stage) or stage in (CHECK, _QUESTION, _LAST):
-                raise ValueError(f"depths: '{stage}' cannot name a step; use lower-case letters, digits and '_', and "
-                                 f"none of {[CHECK, _QUESTION, _LAST]}")  # fmt: skip
+                raise ValueError(
+                    f"depths: '{stage}' cannot name a step; use lower-case letters, digits and '_', and none of "
+                    f"{[CHECK, _QUESTION, _LAST]}"
+                )
 
     def _check_templates(self) -> None:
-        if missing := [stage for stage in self.written if stage not in self.templates]:
+        if missing := [stage for stage in self.all_stages if stage not in self.templates]:
             raise ValueError(f"templates: no template for {missing}")
-        if strange := [stage for stage in self.templates if stage not in (*self.written, CHECK)]:
-            raise ValueError(f"templates: {strange} are no steps of the scheme; remove them or name them in depths")
+        if unknown_stages := [stage for stage in self.templates if stage not in (*self.all_stages, CHECK)]:
+            raise ValueError(
+                f"templates: {unknown_stages} are no steps of the scheme; remove them or name them in depths"
+            )
         if len(self.depths) > 1 and not self.checked:
-            raise ValueError(f"templates: without a '{CHECK}' nothing chooses among {len(self.depths)} depths; add one "
-                             "or keep one depth")  # fmt: skip
+            raise ValueError(
+                f"templates: without a '{CHECK}' nothing chooses among {len(self.depths)} depths; add one or keep one "
+                "depth"
+            )
         if self.verdicts[0] == self.verdicts[1] or not all(map(_NAME.fullmatch, self.verdicts)):
             raise ValueError(f"verdicts: {list(self.verdicts)} are not two different words in lower case")
         for stage in self.templates:
-            known = (_ANSWER,) if stage == CHECK else self.written[: self.written.index(stage)]
+            known = (_ANSWER,) if stage == CHECK else self.all_stages[: self.all_stages.index(stage)]
             try:
-                shown = self._shown(stage)
+                variables = self._variables(stage)
             except TemplateError as error:
                 raise ValueError(f"templates.{stage}: not a jinja2 template ({first_line(error)})") from error
-            if unknown := sorted(shown - {_QUESTION, _LAST, *known}):
+            if unknown := sorted(variables - {_QUESTION, _LAST, *known}):
                 raise ValueError(f"templates.{stage}: knows no {unknown}; use {[_QUESTION, _LAST, *known]}")
-            if not shown & {_QUESTION, _LAST}:
+            if not variables & {_QUESTION, _LAST}:
                 raise ValueError(f"templates.{stage}: shows neither {{{{ question }}}} nor {{{{ last }}}}; add one")
-        if self.checked and _ANSWER not in self._shown(CHECK):
+        if self.checked and _ANSWER not in self._variables(CHECK):
             raise ValueError(f"templates.{CHECK}: does not show {{{{ answer }}}}; add it")
 
     def _check_categories(self) -> None:
@@ -162,8 +173,8 @@ class Scheme(Strict):
         for name, category in self.categories.items():
             if not any(example.category == name for example in self.examples):
                 raise ValueError(f"categories.{name}: no example has this category; add one")
-            if unknown := [stage for stage in (*category.forms, *category.closed) if stage not in self.written]:
-                raise ValueError(f"categories.{name}: {unknown} are no stages of the scheme; use {list(self.written)}")
+            if unknown := [stage for stage in (*category.forms, *category.closed) if stage not in self.all_stages]:
+                raise ValueError(f"categories.{name}: {unknown} are no stages; use {list(self.all_stages)}")
             patterns = {f"forms.{stage}": pattern for stage, pattern in category.forms.items()}
             for where, pattern in {"asks": category.asks or "", **patterns}.items():
                 try:
@@ -177,8 +188,8 @@ class Scheme(Strict):
         return max(self.depths.values(), key=len)
 
     @cached_property
-    def written(self) -> Chain:
-        """All stages in order: the steps, and what is written on the way to them and not kept."""
+    def all_stages(self) -> Chain:
+        """All generated stages in order: the steps, and drafts that are not kept."""
         return max((self.stages_of(mode) for mode in self.depths), key=len)
 
     @property
@@ -187,24 +198,24 @@ class Scheme(Strict):
         return CHECK in self.templates
 
     def stages_of(self, mode: str) -> Chain:
-        """What is written for a depth, in order."""
+        """The stages generated for a depth, in order."""
         return self.stages.get(mode, self.depths[mode])
 
-    def goes_on(self, stage: str) -> bool:
-        """Whether a stage is the next turn of the dialogue itself (its template shows `last`) or reads it as text."""
-        return stage in self._going_on
+    def continues_dialogue(self, stage: str) -> bool:
+        """Whether a stage is the dialogue's next turn (its template uses `last`) instead of reading it as text."""
+        return stage in self._continuing
 
     def render(self, stage: str, **values: str) -> str:
-        """The user turn that asks for a stage.
+        """The user turn that asks the model for a stage.
 
         Args:
-            stage: A step, or `check`.
-            values: `question` (the dialogue as text), `last` (its last turn), and the steps so far or the answer. Steps
-                that are not given are empty.
+            stage: A stage, or `check`.
+            values: `question` (the dialogue as text), `last` (its last turn), and the earlier stages or the answer.
+                Stages that are not given are empty.
         """
-        return self._compiled[stage].render(dict.fromkeys(self.written, "") | values)
+        return self._compiled[stage].render(dict.fromkeys(self.all_stages, "") | values)
 
-    def shown(self, count: int, category: str | None = None) -> tuple[Example, ...]:
+    def first_examples(self, count: int, category: str | None = None) -> tuple[Example, ...]:
         """The first `count` worked examples, of one category if it is given."""
         return tuple(example for example in self.examples if category in (None, example.category))[:count]
 
@@ -226,54 +237,57 @@ class Scheme(Strict):
         return {stage: _TEMPLATES.from_string(text) for stage, text in self.templates.items()}
 
     @cached_property
-    def _going_on(self) -> frozenset[str]:
-        return frozenset(stage for stage in self.templates if _LAST in self._shown(stage))
+    def _continuing(self) -> frozenset[str]:
+        return frozenset(stage for stage in self.templates if _LAST in self._variables(stage))
 
-    def _shown(self, stage: str) -> set[str]:
-        """The variables that a stage's template shows."""
-        _TEMPLATES.from_string(self.templates[stage])  # finds unknown filters, which parsing alone does not
+    def _variables(self, stage: str) -> set[str]:
+        """The variables that a stage's template uses."""
+        _TEMPLATES.from_string(self.templates[stage])  # raises on unknown filters; parsing alone does not
         return find_undeclared_variables(_TEMPLATES.parse(self.templates[stage]))
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes that every trained model can answer in."""
+        """The modes of every trained model."""
         return (BASE, *self.depths, ADAPTIVE)
 
     def modes_of(self, experts: Chain) -> tuple[str, ...]:
-        """The modes of a model with these experts: with a trained check it can also judge its own answers."""
+        """The modes of a model with these experts; a trained check adds `adaptive+check`."""
         return (*self.modes, CHECKED) if CHECK in experts else self.modes
 
     def only(self, steps: Chain) -> "Scheme":
-        """The scheme with the chains that need no other steps than these.
+        """The scheme with only the chains that consist of these steps.
 
         Raises:
-            UserError: No chain is left.
+            UserError: There is no such chain.
         """
         depths = {mode: chain for mode, chain in self.depths.items() if set(chain) <= set(steps)}
         if not depths:
             raise UserError(f"scheme: '{self.name}' has no chain of the steps {list(steps)} alone")
         stages = {mode: chain for mode, chain in self.stages.items() if mode in depths}
-        kept = {name: getattr(self, name) for name in type(self).model_fields}
-        return Scheme.model_construct(**{**kept, "depths": depths, "stages": stages})  # its examples write all steps
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        # Not validated: the examples still have all steps.
+        return Scheme.model_construct(**{**fields, "depths": depths, "stages": stages})
 
     def check_mode(self, mode: str, experts: Chain) -> None:
-        """Make sure that a model with these experts has a mode.
+        """Check that a model with these experts has a mode.
 
         Raises:
-            UserError: It has not.
+            UserError: It does not.
         """
         known = self.modes_of(experts)
         if mode == CHECKED and mode not in known:
-            raise UserError(f"mode: '{mode}' needs an adapter with a trained check, this one has the experts "
-                            f"{list(experts)}; train with train.method=four-experts, or use '{ADAPTIVE}'")  # fmt: skip
+            raise UserError(
+                f"mode: '{mode}' needs an adapter with a trained check, this one has the experts {list(experts)}; "
+                f"train with train.method=four-experts, or use '{ADAPTIVE}'"
+            )
         if mode not in known:
             raise UserError(f"mode: '{mode}' is not a mode of the scheme '{self.name}'; use one of {list(known)}")
 
     def chains_of(self, mode: str) -> tuple[Chain, ...]:
-        """The chains a mode allows: one where the mode forces it, all of them in the adaptive ones.
+        """The chains a mode allows: all in the adaptive modes, else the one of that name.
 
         Raises:
-            UserError: The mode is not one of the scheme's, or it is `base`, which has no steps.
+            UserError: The scheme has no such mode, or it is `base`, which has no steps.
         """
         if mode in (ADAPTIVE, CHECKED):
             return tuple(self.depths.values())
@@ -282,8 +296,8 @@ class Scheme(Strict):
         return (self.depths[mode],)
 
 
-def _in_order(part: Chain, whole: Chain) -> bool:
-    """Whether the names are some of the whole's, each once and in its order."""
+def _is_subsequence(part: Chain, whole: Chain) -> bool:
+    """Whether `part` is a subsequence of `whole` without repetition."""
     return len(set(part)) == len(part) and list(part) == [name for name in whole if name in part]
 
 
@@ -298,12 +312,12 @@ def end_marker(step: str) -> str:
 
 
 def markers(steps: Iterable[str]) -> list[str]:
-    """Start and end markers of the steps, in the order in which they get their token ids."""
+    """Start and end markers of the steps, in the order of their token ids."""
     return [marker for step in steps for marker in (start_marker(step), end_marker(step))]
 
 
 def _with_categories(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A scheme file with the names of today: `kinds` and an example's `kind` are earlier names of categories."""
+    """A scheme file in which earlier names, `kinds` and an example's `kind`, are replaced by today's."""
     if "kinds" not in content:
         return content
     if content["kinds"]:  # adapters of earlier versions carry an empty one
@@ -318,7 +332,7 @@ def _with_categories(content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def load_scheme(name: str) -> Scheme:
-    """Read a scheme that ships with the package by its name, or any other from a path to a YAML file.
+    """Read a scheme of the package by its name, or another one from the path of a YAML file.
 
     Raises:
         UserError: No such scheme, or the file is not a valid one.

@@ -1,8 +1,8 @@
-"""Text -> words, as rules, counts and comparisons of texts take them."""
+"""Text -> words, for quality rules, counts and comparisons."""
 
 import re
 
-# A word may have an apostrophe inside. Scripts that put no spaces between words give one word a character.
+# A word may have an apostrophe inside. In scripts without spaces each character is a word.
 _UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:'[^\W{_UNSPACED}]+)*")
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
@@ -14,10 +14,10 @@ def words_of(text: str) -> list[str]:
 
 
 def without_code(text: str) -> str:
-    """The text with a space for each block or span of code in backticks (Markdown)."""
+    """The text with each Markdown code block or code span replaced by a space."""
     return _CODE.sub(" ", text)
 
 
-def runs_of(words: list[str], length: int) -> set[tuple[str, ...]]:
-    """Every run of `length` words that stand one after the other."""
+def ngrams_of(words: list[str], length: int) -> set[tuple[str, ...]]:
+    """All n-grams of `length` consecutive words."""
     return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}

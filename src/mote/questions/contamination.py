@@ -8,7 +8,7 @@ lengths in words, 8 at least and 13 at most. Rows that are shorter are compared 
 from collections.abc import Iterable
 
 from mote.core.records import Question
-from mote.core.words import runs_of, words_of
+from mote.core.words import ngrams_of, words_of
 
 SHORTEST_RUN, LONGEST_RUN = 8, 13  # words
 _PERCENTILE = 0.05
@@ -44,7 +44,7 @@ class Evaluation:
         return self._short.get(turns) or self._short.get(turns[-1:])
 
     def _hashed(self, turns: tuple[_Turn, ...]) -> set[int]:
-        return {hash(run) for turn in turns for run in runs_of(list(turn), self.run)}
+        return {hash(run) for turn in turns for run in ngrams_of(list(turn), self.run)}
 
 
 def split_contaminated(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from mote.core.errors import UserError
-from mote.core.files import check_new, whole, writing
+from mote.core.files import atomic_folder, check_new, disk_errors
 from mote.core.scheme import BASE, Scheme, start_marker
 from mote.inference.load import adapter_config, adapter_scheme, adapter_tokenizer, load
 from mote.models.load import load_config, model_folder
@@ -54,7 +54,7 @@ def export_steps(adapter: str, out: Path, model: str | None = None, revision: st
     base = model_folder(base_name(adapter, config, model))
     tokenizer, tensors = adapter_tokenizer(adapter, config), load_peft_weights(adapter, device="cpu")
     rows = {name: tensor for name, tensor in tensors.items() if ".mote_" not in name}
-    with writing("export", out, _AGAIN), whole(out) as scratch:
+    with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         for step in config.experts:
             _save_step(scratch / step, config, tensors, step, base, revision, rows)
             tokenizer.save_pretrained(scratch / step)
@@ -90,7 +90,7 @@ def export_engine_steps(
     name = base_name(adapter, config, model)
     loaded = load(name, adapter, device="cpu", dtype=plain_dtype(name, revision, dtype), revision=revision)
     tensors, plain = load_peft_weights(adapter, device="cpu"), merge_step(loaded.model, {})
-    with writing("export", out, _AGAIN), whole(out) as scratch:
+    with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         plain.save_pretrained(scratch / "base")
         loaded.tokenizer.save_pretrained(scratch / "base")
         for step in config.experts:
@@ -212,7 +212,7 @@ def export_merged(
     # As the grammar of `mote answer` has it, no step holds a special token.
     plain.generation_config.suppress_tokens = sorted(special_ids(tokenizer) - set(ends))
     tokenizer.chat_template = opening_template(tokenizer.get_chat_template(), start_marker(step))
-    with writing("export", out, _AGAIN), whole(out) as scratch:
+    with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         plain.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         card = _MERGED_CARD.format(base=base, mode=mode, step=step, marker=start_marker(step))

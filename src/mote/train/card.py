@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from mote.core.errors import MoteError, first_line
-from mote.core.files import whole, writing
+from mote.core.files import atomic_folder, disk_errors
 from mote.core.machine import environment
 from mote.core.methods import METHODS
 from mote.core.recipe import Recipe
@@ -95,7 +95,7 @@ def save_adapter(
         card: Its README.
         state_dict: The model's whole weights, where those in the model are only a part.
     """
-    with writing("train", folder, GO_ON), whole(folder) as scratch:
+    with disk_errors("train", folder, GO_ON), atomic_folder(folder) as scratch:
         model.save_pretrained(scratch, **({} if state_dict is None else {"state_dict": state_dict}))
         tokenizer.save_pretrained(scratch)
         own = yaml.safe_dump(scheme.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

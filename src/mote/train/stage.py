@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from mote.core.errors import UserError, first_line
-from mote.core.files import writing
+from mote.core.files import disk_errors
 from mote.core.machine import is_first_process
 from mote.core.methods import METHODS, apply_method, steps_of
 from mote.core.recipe import Recipe
@@ -126,7 +126,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     elif base.model.config._attn_implementation == GROUPED_SDPA and not arguments.torch_compile:
         trainer.make_mask = document_mask
     checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
-    with writing("train", folder, GO_ON):
+    with disk_errors("train", folder, GO_ON):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if is_first_process():

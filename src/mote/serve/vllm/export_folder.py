@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mote.core.errors import UserError
-from mote.core.files import check_new, whole, writing
+from mote.core.files import atomic_folder, check_new, disk_errors
 from mote.core.records import Message
 from mote.core.scheme import ADAPTIVE, BASE
 from mote.inference.load import adapter_config, load
@@ -83,7 +83,7 @@ def export_vllm(
     tokenizer = without_markers(loaded.tokenizer, served)
     plain.config.update({"mote": served.model_dump(mode="json")})
     plain.generation_config.eos_token_id = [config.markers[served.answer][1], served.eos]
-    with writing("export", out, "run the same command again"), whole(out) as scratch:
+    with disk_errors("export", out, "run the same command again"), atomic_folder(out) as scratch:
         plain.save_pretrained(scratch)
         _edit_json(scratch / "config.json", {"architectures": [f"Mote{architecture}"]})
         save_file(experts, scratch / EXPERTS, metadata={"format": "pt"})

@@ -34,9 +34,9 @@ def scheme_of(tmp_path: Path):  # type: ignore[no-untyped-def]
 # --- the schemes of the package
 
 
-def test_the_papers_scheme() -> None:
+def test_the_scheme_of_the_paper() -> None:
     scheme = load_scheme("safety")
-    assert scheme.steps == scheme.written == ("analysis", "guidance", "response")
+    assert scheme.steps == scheme.all_stages == ("analysis", "guidance", "response")
     assert scheme.modes == ("base", "direct", "analysis", "full", "adaptive")
     assert scheme.chains_of("adaptive") == (
         ("response",), ("analysis", "response"), ("analysis", "guidance", "response")
@@ -45,7 +45,7 @@ def test_the_papers_scheme() -> None:
     assert markers(scheme.steps)[:3] == ["<|analysis|>", "<|/analysis|>", "<|guidance|>"]
 
 
-def test_only_a_model_with_a_trained_check_can_check_itself() -> None:
+def test_self_checking_needs_a_trained_check() -> None:
     scheme = load_scheme("safety")
     assert scheme.modes_of((*scheme.steps, "check")) == (*scheme.modes, "adaptive+check")
     assert scheme.modes_of(scheme.steps) == scheme.modes
@@ -58,7 +58,7 @@ def test_only_a_model_with_a_trained_check_can_check_itself() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_scheme_renders_with_what_the_loop_gives(name: str) -> None:
+def test_a_shipped_scheme_renders_with_the_loops_values(name: str) -> None:
     scheme = load_scheme(name)
     assert scheme.name == name and len(scheme.examples) >= 3
     for mode in scheme.depths:
@@ -66,7 +66,7 @@ def test_shipped_scheme_renders_with_what_the_loop_gives(name: str) -> None:
         for place, stage in enumerate(stages):
             known = {before: f"<{before}>" for before in stages[:place]}
             text = scheme.render(stage, question="<question>", last="<last>", **known)
-            assert ("<last>" if scheme.goes_on(stage) else "<question>") in text
+            assert ("<last>" if scheme.continues_dialogue(stage) else "<question>") in text
             assert all(f"<{before}>" in text for before in stages[max(0, place - 1) : place])
             assert text == text.strip() and "{{" not in text and "\n\n\n" not in text
     if scheme.checked:
@@ -75,7 +75,7 @@ def test_shipped_scheme_renders_with_what_the_loop_gives(name: str) -> None:
         assert all(example.unsafe_answer for example in scheme.examples)
 
 
-def test_table_3_compares_chains_and_not_wordings() -> None:
+def test_schemes_of_table_3_differ_in_steps_only() -> None:
     safety = load_scheme("safety")
     rows = {name: load_scheme(name) for name in ("analysis-guidance", "analysis-only", "guidance-only", "direct")}
     assert {name: row.chains_of("adaptive") for name, row in rows.items()} == {
@@ -90,21 +90,21 @@ def test_table_3_compares_chains_and_not_wordings() -> None:
             assert its_twin.steps == {step: example.steps[step] for step in row.steps}
 
 
-def test_drafts_are_written_and_not_kept() -> None:
+def test_drafts_are_generated_and_not_kept() -> None:
     scheme = load_scheme("critique-revise")
-    assert scheme.stages_of("direct") == scheme.written == ("draft", "critique", "response")
+    assert scheme.stages_of("direct") == scheme.all_stages == ("draft", "critique", "response")
     assert scheme.steps == ("response",) and scheme.depths == {"direct": ("response",)}
 
 
-def test_a_scheme_may_have_no_check_and_words_of_its_own() -> None:
+def test_a_scheme_may_have_no_check_or_other_verdicts() -> None:
     assert [name for name in SHIPPED if not load_scheme(name).checked] == ["critique-revise", "direct", "zero-shot-cot"]
     assert load_scheme("plan-solve-verify").verdicts == ("right", "wrong")
 
 
-# --- schemes of one's own
+# --- schemes of the user
 
 
-def test_the_page_tells_of_every_field_and_scheme_and_its_example_is_one(scheme_of) -> None:  # type: ignore[no-untyped-def]
+def test_the_page_lists_every_field_and_scheme(scheme_of) -> None:  # type: ignore[no-untyped-def]
     page = (ROOT / "docs" / "schemes.md").read_text(encoding="utf-8")
     parts = {part.split("\n")[0]: re.findall(r"^\| `(.*?)` \|", part, re.MULTILINE) for part in page.split("\n## ")}
     assert sorted(parts["The schemes here"]) == SHIPPED
@@ -115,19 +115,19 @@ def test_the_page_tells_of_every_field_and_scheme_and_its_example_is_one(scheme_
     assert scheme.render("response", question="q", last="l", allergies="a") == "Mind this: a\n\nl"
 
 
-def test_a_new_domain_is_a_file(scheme_of) -> None:  # type: ignore[no-untyped-def]
+def test_a_new_domain_is_one_file(scheme_of) -> None:  # type: ignore[no-untyped-def]
     scheme = scheme_of(GOOD)
     assert scheme.steps == ("plan", "response")
 
 
-def test_what_is_not_known_yet_is_empty(scheme_of) -> None:  # type: ignore[no-untyped-def]
+def test_stages_that_are_not_given_render_empty(scheme_of) -> None:  # type: ignore[no-untyped-def]
     scheme = scheme_of(GOOD)
     assert scheme.render("response", question="q", last="l") == "l "
     assert scheme.render("response", question="q", last="l", plan="{{ p }}") == "l {{ p }}"
-    assert (scheme.goes_on("plan"), scheme.goes_on("response")) == (False, True)
+    assert (scheme.continues_dialogue("plan"), scheme.continues_dialogue("response")) == (False, True)
 
 
-def test_the_prompts_hash_is_of_what_prompts_show(scheme_of) -> None:  # type: ignore[no-untyped-def]
+def test_the_prompts_hash_covers_what_prompts_contain(scheme_of) -> None:  # type: ignore[no-untyped-def]
     hashes = {scheme_of(GOOD).prompts_hash(count) for count in (0, 1)}
     assert len(hashes) == 2
     assert scheme_of(GOOD).prompts_hash(5) == scheme_of(GOOD + "# a comment\n").prompts_hash(1) in hashes
@@ -143,7 +143,7 @@ def test_the_prompts_hash_is_of_what_prompts_show(scheme_of) -> None:  # type: i
     [
         (("depths: {direct: [response]", "depths: {direct: [plan]"), "depths.direct: a chain ends with 'response'"),
         (("full: [plan, response]", "full: [plan, plan, response]"), "keep the order"),
-        (("full: [plan, response]", "adaptive: [plan, response]"), "depths.adaptive: this name has a meaning"),
+        (("full: [plan, response]", "adaptive: [plan, response]"), "depths.adaptive: this name is reserved"),
         (("direct: [response]", "other: [solve, response]"), "keep the order"),
         (("depths: {direct: [response], full: [plan, response]}", "depths: {}"), "depths: Dictionary should have at"),
         (("plan", "Plan it"), "'Plan it' cannot name a step"),
@@ -171,13 +171,13 @@ def test_the_prompts_hash_is_of_what_prompts_show(scheme_of) -> None:  # type: i
         ((GOOD, "a: [b"), "line 1"),
     ],
 )  # fmt: skip
-def test_wrong_schemes_get_one_clear_line(change: tuple[str, str], complaint: str, scheme_of) -> None:  # type: ignore[no-untyped-def]
+def test_an_invalid_scheme_gets_one_clear_line(change: tuple[str, str], complaint: str, scheme_of) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UserError, match=complaint) as error:
         scheme_of(GOOD.replace(*change))
     assert "\n" not in str(error.value) and str(error.value).startswith("scheme: '")
 
 
-def test_unknown_names_list_what_there_is() -> None:
+def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"scheme: 'nothing' .* use one of \['analysis-guidance', .*'safety'"):
         load_scheme("nothing")
     with pytest.raises(UserError, match="mode: 'deep' is not a mode"):
