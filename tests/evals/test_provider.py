@@ -22,7 +22,8 @@ from support.adapters import QUESTIONS, save_random_adapter
 
 import mote
 from mote.core.errors import UserError
-from mote.evals.provider import _MODELS, MoteAPI, dialogue, fingerprint
+from mote.evals.provider import _MODELS, MoteAPI, dialogue
+from mote.evals.systems import fingerprint
 from mote.inference.model import as_question
 from mote.tokens.encode import encode_prompt
 
@@ -100,14 +101,14 @@ def test_the_base_model_needs_no_adapter(tiny: Path, tmp_path: Path) -> None:
 def test_modes_share_a_model_and_read_a_prompt_once(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     def computed(*modes: str) -> int:
         models = [provider(tiny, adapter, mode=mode) for mode in modes]
-        assert len({id(model.api.answering()) for model in models}) == 1
+        assert len({id(model.api.shared_model()) for model in models}) == 1
         task = Task(dataset=[Sample(input=question) for question in QUESTIONS])
         logs = inspect_eval(task, model=models, log_dir=str(tmp_path), display="none", log_level="error", max_tasks=4)
         wanted = mote.load(str(tiny), adapter, device="cpu")
         for log, mode in zip(logs, modes, strict=True):
             answers = wanted.answer(QUESTIONS, mode, max_step_tokens=6)
             assert [s.output.completion for s in log.samples or []] == [answer.answer for answer in answers]
-        tokens: int = models[0].api.answering().tokens_computed
+        tokens: int = models[0].api.shared_model().tokens_computed
         models[0].api.close()
         return tokens
 
@@ -127,9 +128,9 @@ def test_an_adapter_that_was_trained_again_in_place_gives_fresh_answers(tiny: Pa
         return [sample.output.completion for sample in log.samples or []]
 
     first, before = ask(), fingerprint(str(folder))
-    tokens = provider(tiny, folder, mode="direct").api.answering().tokens_computed
+    tokens = provider(tiny, folder, mode="direct").api.shared_model().tokens_computed
     assert ask() == first  # from the cache: nothing is generated
-    assert provider(tiny, folder, mode="direct").api.answering().tokens_computed == tokens > 0
+    assert provider(tiny, folder, mode="direct").api.shared_model().tokens_computed == tokens > 0
     other = tmp_path / "other"
     save_random_adapter(tiny, other, seed=9)
     shutil.copy(other / "adapter_model.safetensors", folder)

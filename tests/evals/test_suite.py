@@ -22,7 +22,8 @@ from mote.core.errors import UserError
 from mote.core.records import read_rows
 from mote.evals.attacks import load_techniques
 from mote.evals.results import EvalRow, Summary
-from mote.evals.suite_config import TaskSettings, load_suite, systems_of, task_args
+from mote.evals.suite_config import SuiteTask, load_suite, task_args
+from mote.evals.systems import systems_of
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +117,9 @@ def test_a_task_that_fails_ends_with_one_line_and_goes_on_once_mended(run: Any, 
         (["--modes", "full"], "mode: 'full' needs a trained adapter"),
         (
             ["--modes", "base,full@x"],
-            "mode: 'full@x' has no budget behind the @; write tokens of a step, such as full@64",
+            "mode: 'full@x' has no budget after the @; write tokens per step, such as full@64",
         ),
-        (["--modes", "full@0"], "mode: 'full@0' has no budget behind the @"),
+        (["--modes", "full@0"], "mode: 'full@0' has no budget after the @"),
         (["--adapter", "nowhere"], "adapter: 'nowhere' holds no adapter"),
         (["--system", "peer"], "system: 'peer' is not NAME=MODEL"),
         (["--system", "base=mockllm/model"], "system: two systems are named 'base'"),
@@ -147,7 +148,7 @@ def test_a_task_without_a_judge_is_refused() -> None:
 
 def test_the_lower_limit_holds() -> None:
     suite = load_suite("smoke")
-    task = TaskSettings(task="xstest", file="mote:test", judge="rule", limit=4)
+    task = SuiteTask(task="xstest", file="mote:test", judge="rule", limit=4)
     assert [task_args(task, suite, None, limit, None)["limit"] for limit in (None, 2, 9)] == [4, 2, 4]
 
 

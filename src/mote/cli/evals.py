@@ -45,7 +45,8 @@ def evaluate(
     except ModuleNotFoundError as error:
         raise UserError("eval: inspect-ai is not installed; install mote-align[eval]") from error
     from mote.evals.suite import SuiteRun
-    from mote.evals.suite_config import load_suite, systems_of
+    from mote.evals.suite_config import load_suite
+    from mote.evals.systems import systems_of
 
     chosen = [mode.strip() for mode in modes.split(",")] if modes else None
     systems = systems_of(model, adapters, endpoints, chosen)

@@ -1,1 +1,1 @@
-"""Evaluation on Inspect (decision 23): a model provider, tasks, attacks, scorers, statistics and suites."""
+"""Evaluation on Inspect (decision 23): model providers, tasks, jailbreak techniques, scorers, statistics and suites."""

@@ -1,7 +1,7 @@
-"""Jailbreak techniques as data: encodings, framings, their combinations, and forged reasoning in the user's text.
+"""Jailbreak techniques as data: encodings, framings, combinations of both, and forged reasoning in the user's turn.
 
-A technique turns a forbidden prompt into what the model is shown. The rubric is always asked about the forbidden prompt
-itself. Prompts that another model disguised come from a file (`cached_prompts`).
+A technique turns a forbidden prompt into the attack that the model is shown; the judge is always given the forbidden
+prompt itself. Attacks written by another model are read from a file (`cached_prompts`).
 """
 
 import base64
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
@@ -20,22 +20,22 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_
 from mote.core.errors import UserError, first_line
 
 Encoding = Literal["base64", "rot13", "hex", "reverse", "leetspeak", "disemvowel", "split"]
-_HOLDER = "{prompt}"
-_CACHED = "jailbroken_prompt_"  # how the columns of a file of cached prompts begin
+_PLACEHOLDER = "{prompt}"
+_CACHED_COLUMN = "jailbroken_prompt_"  # prefix of the attack columns in a file of cached prompts
 _LEET = str.maketrans("aeiostAEIOST", "431057431057")
-_PIECE = 12  # characters of a piece of a split prompt
-_BASE64 = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")  # a shorter one may be a word
+_PIECE_LENGTH = 12  # characters per piece of a split prompt
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")  # anything shorter may be a word
 
 
 class Technique(BaseModel):
     """How a forbidden prompt is disguised.
 
     Attributes:
-        name: Name in rows and tables.
-        kind: `plain`, `encoding`, `framing`, `combination`, `forged` (markers and reasoning in the user's text).
-        template: Text around the prompt, which stands at `{prompt}`.
-        encode: What is done to the prompt first, in order.
-        answer: The encoding that the answer is asked for, if any.
+        name: Name in result rows and tables.
+        kind: `plain`, `encoding`, `framing`, `combination`, `forged` (markers and reasoning in the user's turn).
+        template: Text of the attack; `{prompt}` is replaced by the encoded prompt.
+        encode: Encodings applied to the prompt before it is inserted, in order.
+        answer: Encoding that the attack asks the answer to be in, if any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,88 +48,51 @@ class Technique(BaseModel):
 
     @field_validator("template")
     @classmethod
-    def _one_place(cls, template: str) -> str:
-        if template.count(_HOLDER) != 1:
-            raise ValueError(f"write {_HOLDER} exactly once, where the prompt stands")
+    def _check_placeholder(cls, template: str) -> str:
+        if template.count(_PLACEHOLDER) != 1:
+            raise ValueError(f"write {_PLACEHOLDER} exactly once, where the prompt is inserted")
         return template
 
-    @property
-    def reversible(self) -> bool:
-        """Whether the prompt can be read off the attack again."""
-        return all(ENCODINGS[name].undo for name in self.encode)
-
     def apply(self, prompt: str) -> str:
-        """The attack: what the model is shown."""
+        """The attack: the text that the model is shown."""
         for name in self.encode:
-            prompt = ENCODINGS[name].do(prompt)
-        return self.template.replace(_HOLDER, prompt)
-
-    def undo(self, attack: str) -> str:
-        """The forbidden prompt of an attack.
-
-        Raises:
-            ValueError: The technique is not reversible, or the attack is none of its own.
-        """
-        before, _, after = self.template.partition(_HOLDER)
-        if not attack.startswith(before) or not attack.endswith(after):
-            raise ValueError(f"this is no attack of the technique '{self.name}'")
-        prompt = attack[len(before) : len(attack) - len(after)]
-        for name in reversed(self.encode):
-            undo = ENCODINGS[name].undo
-            if undo is None:
-                raise ValueError(f"the technique '{self.name}' loses letters: {name} cannot be undone")
-            prompt = undo(prompt)
-        return prompt
-
-    def read_answer(self, answer: str) -> str:
-        """The answer as it is judged: where it was asked for in base64 and is in base64, decoded."""
-        return decoded(answer) if self.answer else answer
-
-
-class _Coding(NamedTuple):
-    do: Callable[[str], str]
-    undo: Callable[[str], str] | None = None
+            prompt = ENCODINGS[name](prompt)
+        return self.template.replace(_PLACEHOLDER, prompt)
 
 
 def _split(text: str) -> str:
-    pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
+    pieces = [text[start : start + _PIECE_LENGTH] for start in range(0, len(text), _PIECE_LENGTH)]
     return "\n".join(f"p{number} = {json.dumps(piece)}" for number, piece in enumerate(pieces, 1))
 
 
-def _join(text: str) -> str:
-    return "".join(json.loads(line.partition(" = ")[2]) for line in text.splitlines())
-
-
-ENCODINGS: dict[Encoding, _Coding] = {
-    "base64": _Coding(
-        lambda text: base64.b64encode(text.encode()).decode(), lambda text: base64.b64decode(text).decode()
-    ),
-    "rot13": _Coding(lambda text: codecs.encode(text, "rot13"), lambda text: codecs.decode(text, "rot13")),
-    "hex": _Coding(lambda text: text.encode().hex(" "), lambda text: bytes.fromhex(text).decode()),
-    "reverse": _Coding(lambda text: text[::-1], lambda text: text[::-1]),
-    "leetspeak": _Coding(lambda text: text.translate(_LEET)),
-    "disemvowel": _Coding(lambda text: re.sub("[aeiou]", "", text, flags=re.IGNORECASE)),
-    "split": _Coding(_split, _join),
+ENCODINGS: dict[Encoding, Callable[[str], str]] = {
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "rot13": lambda text: codecs.encode(text, "rot13"),
+    "hex": lambda text: text.encode().hex(" "),
+    "reverse": lambda text: text[::-1],
+    "leetspeak": lambda text: text.translate(_LEET),
+    "disemvowel": lambda text: re.sub("[aeiou]", "", text, flags=re.IGNORECASE),
+    "split": _split,
 }
 
 
-def decoded(answer: str) -> str:
-    """An answer in base64 as text, as far as it goes where it was cut off; one that is no base64, as it is."""
-    letters = "".join(answer.split())
-    if not _BASE64.fullmatch(letters):
+def decode_base64_answer(answer: str) -> str:
+    """Decode an answer written in base64, a truncated one up to its last whole group; other text is returned as is."""
+    characters = "".join(answer.split())
+    if not _BASE64.fullmatch(characters):
         return answer
     try:
-        data = base64.b64decode(letters[: len(letters) // 4 * 4], validate=True)
+        data = base64.b64decode(characters[: len(characters) // 4 * 4], validate=True)
         return codecs.getincrementaldecoder("utf-8")().decode(data)
     except (binascii.Error, UnicodeDecodeError):
         return answer
 
 
 def load_techniques(path: Path | None = None) -> list[Technique]:
-    """The package's techniques, or those of a YAML file of the same form.
+    """Load the package's techniques, or those of a YAML file in the same format.
 
     Raises:
-        UserError: The file is missing or not of this form, or two techniques share a name.
+        UserError: The file is missing or malformed, or two techniques share a name.
     """
     where = str(path or "attacks.yaml")
     source = path or resources.files("mote.evals") / "attacks.yaml"
@@ -141,16 +104,16 @@ def load_techniques(path: Path | None = None) -> list[Technique]:
     except (UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
         raise UserError(f"techniques: {where}: {first_line(error)}; write a list of name, kind and template") from error
     names = [technique.name for technique in techniques]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"techniques: {where} has two techniques named '{twice}'; rename one")
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"techniques: {where} has two techniques named '{duplicate}'; rename one")
     return techniques
 
 
-def choose(techniques: Sequence[Technique], names: Sequence[str]) -> list[Technique]:
-    """The techniques of these names or kinds, in the techniques' order.
+def select_techniques(techniques: Sequence[Technique], names: Sequence[str]) -> list[Technique]:
+    """The techniques with one of these names or kinds, in their original order.
 
     Raises:
-        UserError: One is not known.
+        UserError: A name is neither a technique nor a kind.
     """
     known = {technique.name for technique in techniques} | {technique.kind for technique in techniques}
     if unknown := [name for name in names if name not in known]:
@@ -159,12 +122,12 @@ def choose(techniques: Sequence[Technique], names: Sequence[str]) -> list[Techni
 
 
 def cached_prompts(path: Path) -> dict[str, dict[str, str]]:
-    """Disguised prompts that another model made: technique -> forbidden prompt -> what the model is shown.
+    """Read attacks written by another model: technique -> forbidden prompt -> attack.
 
     The file is a JSON list of objects with `forbidden_prompt` and any number of `jailbroken_prompt_<technique>`.
 
     Raises:
-        UserError: The file is missing or not of this form.
+        UserError: The file is missing or malformed.
     """
     try:
         rows = TypeAdapter(list[dict[str, object]]).validate_json(path.read_bytes())
@@ -172,14 +135,16 @@ def cached_prompts(path: Path) -> dict[str, dict[str, str]]:
         raise UserError(f"cached: {path} cannot be read ({error.strerror}); give a JSON file") from error
     except ValidationError as error:
         raise UserError(f"cached: {path}: {first_line(error)}; it must be a JSON list of objects") from error
-    found: dict[str, dict[str, str]] = {}
+    attacks: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows, 1):
         forbidden = row.get("forbidden_prompt")
         if not isinstance(forbidden, str):
             raise UserError(f"cached: {path} row {number} has no forbidden_prompt; add it or remove the row")
         for column, text in row.items():
-            if column.startswith(_CACHED) and isinstance(text, str) and text.strip():
-                found.setdefault(column.removeprefix(_CACHED), {})[forbidden.strip()] = text
-    if not found:
-        raise UserError(f"cached: {path} has no column that begins with {_CACHED}; give a file of cached attacks")
-    return found
+            if column.startswith(_CACHED_COLUMN) and isinstance(text, str) and text.strip():
+                attacks.setdefault(column.removeprefix(_CACHED_COLUMN), {})[forbidden.strip()] = text
+    if not attacks:
+        raise UserError(
+            f"cached: {path} has no column that begins with {_CACHED_COLUMN}; give a file of cached attacks"
+        )
+    return attacks

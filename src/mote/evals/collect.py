@@ -1,4 +1,4 @@
-"""Inspect's logs -> `results.jsonl` and `summary.json`."""
+"""Inspect logs -> `results.jsonl` and `summary.json`."""
 
 import math
 import sys
@@ -29,7 +29,21 @@ def collect(
     command: str,
     environment: dict[str, Any],
 ) -> Path:
-    """Write `results.jsonl` and `summary.json` of finished logs, each with its system; returns the summary's path."""
+    """Write `results.jsonl` and `summary.json` from finished logs.
+
+    Args:
+        logs: (name of the system, header of its log), one per task and mode.
+        suite: The suite that was run.
+        systems: The systems that were evaluated.
+        folder: Output folder.
+        limit: Maximum number of questions per task, None for all.
+        seed: Seed of sampling and resampling.
+        command: Command line, recorded in the summary.
+        environment: Versions and machine, recorded in the summary.
+
+    Returns:
+        Path of `summary.json`.
+    """
     rows: list[EvalRow] = []
     cards: dict[str, JudgeCard] = {}
     for system, header in logs:
@@ -40,7 +54,6 @@ def collect(
             cards[f"{card.name}/{card.measures}"] = card
     rows.sort(key=lambda row: (row.task, row.system, row.mode, row.id, row.technique))
     rewrite_rows(folder / "results.jsonl", rows)
-    numbers = numbers_of(rows, suite.k, seed)
     summary = Summary(
         suite=suite.name,
         command=command,
@@ -49,62 +62,69 @@ def collect(
         k=suite.k,
         systems=list(systems),
         judges=[cards[key] for key in sorted(cards)],
-        numbers=numbers,
+        numbers=numbers_of(rows, suite.k, seed),
         comparisons=comparisons_of(rows, suite.k, seed),
         costs=costs_of(rows),
         environment=environment,
     )
     write_json(folder / "summary.json", summary.model_dump(mode="json"))
-    _say_unparsed(rows)
+    _report_unparsed(rows)
     return folder / "summary.json"
 
 
-def _say_unparsed(rows: Sequence[EvalRow]) -> None:
-    """Say on stderr how many verdicts of which judge could not be read: no number holds them."""
-    asked = Counter((row.task, row.judge) for row in rows)
-    lost = Counter((row.task, row.judge) for row in rows if row.label == UNPARSED)
-    for (task, judge), count in sorted(lost.items()):
-        print(f"eval: {task}: {count} of {asked[task, judge]} verdicts of {judge} cannot be read", file=sys.stderr)
+def _report_unparsed(rows: Sequence[EvalRow]) -> None:
+    """Print to stderr how many verdicts of each judge could not be parsed; all metrics leave them out."""
+    total = Counter((row.task, row.judge) for row in rows)
+    unparsed = Counter((row.task, row.judge) for row in rows if row.label == UNPARSED)
+    for (task, judge), count in sorted(unparsed.items()):
+        print(f"eval: {task}: {count} of {total[task, judge]} verdicts of {judge} cannot be read", file=sys.stderr)
 
 
 def row_of(system: str, log: EvalLog, sample: EvalSample) -> tuple[JudgeCard, EvalRow]:
-    """The row of a scored sample, and the card of its judge."""
+    """Convert a scored sample to its judge's card and a result row."""
     score = next(iter((sample.scores or {}).values()))
-    said, about = score.metadata or {}, sample.metadata
-    card = JudgeCard.model_validate(said["judge"])
+    verdict = score.metadata or {}
+    question = sample.metadata
+    output = sample.output
+    details = output.metadata or {}
+    card = JudgeCard.model_validate(verdict["judge"])
     value = score.as_float()
-    message = sample.output.message
-    reasoning = (
-        [] if isinstance(message.content, str) else [p for p in message.content if isinstance(p, ContentReasoning)]
-    )
-    shown = next(m.text for m in reversed(sample.messages) if m.role == "user")
-    usage = sample.output.usage
+    prompt = next(m.text for m in reversed(sample.messages) if m.role == "user")
     row = EvalRow(
         system=system,
         mode=str(log.eval.model_args.get("mode", BASE)),
         task=log.eval.task.rpartition("/")[2].replace("_", "-"),
-        id=about["question_id"],
-        technique=about.get("technique", ""),
-        type=about["type"],
-        kind=about["kind"],
-        question=about.get("question") or shown,
-        prompt=shown,
-        label=said["label"],
-        score=said.get("score"),
+        id=question["question_id"],
+        technique=question.get("technique", ""),
+        type=question["type"],
+        kind=question["kind"],
+        question=question.get("question") or prompt,
+        prompt=prompt,
+        label=verdict["label"],
+        score=verdict.get("score"),
         value=None if math.isnan(value) else value,
-        refusal=said.get("refusal"),
+        refusal=verdict.get("refusal"),
         judge=card.name,
         measures=card.measures,
-        parsed=said["label"] not in (UNPARSED, ABSENT),
-        answer=said.get("judged") or sample.output.completion,
-        steps=tuple(StepText(name=_name(part), text=part.reasoning) for part in reasoning),
-        tokens=(sample.output.metadata or {}).get("tokens") or {"response": usage.output_tokens if usage else 0},
-        finish=sample.output.stop_reason,
-        self_check=(sample.output.metadata or {}).get("safe"),
+        parsed=verdict["label"] not in (UNPARSED, ABSENT),
+        answer=verdict.get("judged") or output.completion,
+        steps=_reasoning_steps(sample),
+        tokens=details.get("tokens") or {"response": output.usage.output_tokens if output.usage else 0},
+        finish=output.stop_reason,
+        self_check=details.get("safe"),
     )
     return card, row
 
 
-def _name(part: ContentReasoning) -> str:
-    """The step's name; of another model's reasoning, `reasoning`."""
+def _reasoning_steps(sample: EvalSample) -> tuple[StepText, ...]:
+    """The reasoning before the answer, step by step; reasoning of other models is one step named `reasoning`."""
+    content = sample.output.message.content
+    if isinstance(content, str):
+        return ()
+    return tuple(
+        StepText(name=_step_name(part), text=part.reasoning) for part in content if isinstance(part, ContentReasoning)
+    )
+
+
+def _step_name(part: ContentReasoning) -> str:
     return str(part.internal["step"]) if isinstance(part.internal, dict) and "step" in part.internal else "reasoning"

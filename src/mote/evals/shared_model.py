@@ -1,7 +1,7 @@
-"""One loaded model that answers any number of requests at once, in any of its modes, in one running batch.
+"""A loaded model shared by all modes of a system: their requests are generated in one continuous batch.
 
-Rows of several modes stand side by side, and a prompt that several modes are asked is read once. The event loop stays
-free meanwhile, so judging goes on beside it. This file knows nothing of Inspect.
+The batch mixes modes; a prompt that several modes receive is prefilled once. Generation runs outside the event loop, so
+judging overlaps with it. Independent of Inspect.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from mote.inference.model import Model
 
 
-class Settings(NamedTuple):
-    """How one answer is written."""
+class GenerationSettings(NamedTuple):
+    """How one answer is generated."""
 
     max_step_tokens: int
     max_tokens: int | None
@@ -29,40 +29,41 @@ class Settings(NamedTuple):
     check_threshold: float
 
 
-class Written(NamedTuple):
-    """An answer, the step of it that the user reads, and the tokens of the prompt it was written for."""
+class GeneratedAnswer(NamedTuple):
+    """An answer, the name of its response step, and the number of prompt tokens."""
 
     answer: Answer
-    step: str
+    response_step: str
     prompt_tokens: int
 
 
-class Answering:
-    """A model that is loaded when it is first asked.
+class SharedModel:
+    """A model that is loaded on the first request.
 
     Args:
         load: Loads it.
     """
 
     def __init__(self, load: Callable[[], "Model"]) -> None:
-        self.modes: set[str] = set()  # that will be asked
+        self.modes: set[str] = set()  # modes that will send requests
         self._load = load
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="mote-load")
         self._model: Model | None = None
 
-    async def answer(self, messages: Sequence[Message], mode: str, settings: Settings) -> Written:
+    async def answer(self, messages: Sequence[Message], mode: str, settings: GenerationSettings) -> GeneratedAnswer:
         """Answer a dialogue in a mode.
 
         Raises:
-            UserError: The model cannot be loaded, has no such mode, or the dialogue does not end with the user.
+            UserError: The model cannot be loaded, does not have the mode, or the last turn is not the user's.
         """
         model = self._model
-        if model is None:  # one thread: whoever asks first loads it, the others find it loaded
-            model = await asyncio.get_running_loop().run_in_executor(self._loader, self._loaded)
+        if model is None:  # a single loader thread, so concurrent first requests load the model once
+            model = await asyncio.get_running_loop().run_in_executor(self._loader, self._load_once)
         from mote.inference.model import Limits, as_question
 
         question = as_question([message.model_dump() for message in messages])
-        limits, began = Limits(settings.max_step_tokens, settings.max_tokens), time.monotonic()
+        limits = Limits(settings.max_step_tokens, settings.max_tokens)
+        started = time.monotonic()
         future = model.submit(
             question,
             mode,
@@ -73,9 +74,9 @@ class Answering:
             check_threshold=settings.check_threshold,
             shared=mode != BASE and len(self.modes - {BASE}) > 1,
         )
-        written = await asyncio.wrap_future(future)
-        answer = model.read(question, written, mode, limits, seconds=round(time.monotonic() - began, 3))
-        return Written(answer, model.scheme.answer, len(encode_prompt(model.tokenizer, question.messages)))
+        generated = await asyncio.wrap_future(future)
+        answer = model.read(question, generated, mode, limits, seconds=round(time.monotonic() - started, 3))
+        return GeneratedAnswer(answer, model.scheme.answer, len(encode_prompt(model.tokenizer, question.messages)))
 
     @property
     def tokens_computed(self) -> int:
@@ -83,10 +84,10 @@ class Answering:
         return self._model.batcher.tokens_computed if self._model else 0
 
     def close(self) -> None:
-        """Let go of the model; the thread of its batch ends when nothing is left to write."""
+        """Release the model; its batching thread ends once nothing is in flight."""
         self._loader.shutdown(wait=True)
         self._model = None
 
-    def _loaded(self) -> "Model":
+    def _load_once(self) -> "Model":
         self._model = self._model or self._load()
         return self._model

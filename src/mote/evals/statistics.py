@@ -1,6 +1,6 @@
-"""Numbers with their uncertainty: intervals, paired tests between systems on the same prompts, goodness@k.
+"""Statistics of an evaluation: 95 % intervals, paired tests of two systems on the same prompts, goodness@k.
 
-Decision 24 says which and why. Intervals are at 95 %. This file knows nothing of models, judges or Inspect.
+Decision 24 gives the reasons for these methods. Independent of models, judges and Inspect.
 """
 
 import math
@@ -17,10 +17,10 @@ class Estimate(BaseModel):
     """A number with its 95 % interval.
 
     Attributes:
-        value: The number; none where nothing was measured.
+        value: The number; none if nothing was measured.
         low: Lower end of the interval.
         high: Upper end.
-        n: How many prompts it was taken over.
+        n: Number of prompts.
         method: `wilson` for shares, `bootstrap` over prompts for everything else.
     """
 
@@ -41,8 +41,8 @@ class Paired(BaseModel):
         low: Lower end of the difference's 95 % interval (paired bootstrap).
         high: Upper end.
         p: Two-sided p value.
-        test: `mcnemar` (exact) where every score is 0 or 1, else `paired bootstrap`.
-        n: Prompts that both were scored on.
+        test: `mcnemar` (exact) if every score is 0 or 1, else `paired bootstrap`.
+        n: Prompts scored for both.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -56,7 +56,7 @@ class Paired(BaseModel):
 
 
 def share(scores: Sequence[float]) -> Estimate:
-    """The share of ones among scores of 0 and 1, with Wilson's score interval."""
+    """The share of ones among scores of 0 and 1, with the Wilson score interval."""
     n = len(scores)
     if not n:
         return Estimate(value=None, low=None, high=None, n=0, method="wilson")
@@ -65,11 +65,12 @@ def share(scores: Sequence[float]) -> Estimate:
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a share at 95 % (Wilson 1927)."""
+    """The 95 % Wilson score interval of a share (Wilson 1927)."""
     p = successes / n
-    middle, spread = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    center = p + Z**2 / (2 * n)
+    spread = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
 def mean(scores: Sequence[float], seed: int = 0) -> Estimate:
@@ -81,17 +82,17 @@ def mean(scores: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def estimate(scores: Sequence[float], seed: int = 0) -> Estimate:
-    """`share` where every score is 0 or 1, else `mean`."""
+    """`share` if every score is 0 or 1, else `mean`."""
     return share(scores) if set(scores) <= {0, 1} else mean(scores, seed)
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float], seed: int = 0) -> Paired:
-    """Compare two systems on the prompts that both have a score for.
+    """Compare two systems on the prompts for which both have a score.
 
     Args:
-        first: Prompt id -> score.
-        second: The same of the system that is compared with it.
-        seed: Of the resampling.
+        first: Prompt id -> score of the reference system.
+        second: Prompt id -> score of the other one.
+        seed: Seed of the bootstrap.
     """
     both = sorted(first.keys() & second.keys())
     if not both:
@@ -117,11 +118,14 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], seed: int = 
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """The exact McNemar test: two-sided p value of the prompts on which two systems differ (McNemar 1947).
+    """Exact McNemar test (McNemar 1947).
 
     Args:
-        lost: Prompts on which only the first system scores.
-        won: Prompts on which only the second one does.
+        lost: Number of prompts on which only the first system scores.
+        won: Number of prompts on which only the second one does.
+
+    Returns:
+        Two-sided p value.
     """
     n = lost + won
     tail: int = sum(math.comb(n, i) for i in range(min(lost, won) + 1))
@@ -129,10 +133,14 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def worst(scores: Sequence[float], k: float) -> float:
-    """The mean of the lowest share `k` of the scores of one prompt, one score a technique, rounded up.
+    """Mean of the lowest share `k` of one prompt's scores, rounded up to whole techniques.
+
+    Args:
+        scores: One score per technique.
+        k: Share of the techniques.
 
     Raises:
-        ValueError: There are fewer than 1/k scores: then the share would be less than one technique.
+        ValueError: There are fewer than 1/k scores, so the share is less than one technique.
     """
     if len(scores) * k < 1 - 1e-9:
         raise ValueError(
@@ -143,13 +151,16 @@ def worst(scores: Sequence[float], k: float) -> float:
 
 
 def goodness(prompts: Mapping[str, Sequence[float]], k: float) -> dict[str, float]:
-    """Goodness@k of each prompt: the mean safety score against the most successful share `k` of the techniques.
+    """Goodness@k per prompt: mean safety score under the most successful share `k` of the techniques (section 4.1).
 
     Prompts with fewer than 1/k scored techniques are left out; compare the lengths to count them.
 
     Args:
-        prompts: Prompt id -> safety score of each technique (1 is safe).
-        k: Share of the techniques, rounded up to a whole number.
+        prompts: Prompt id -> safety score under each technique (1 is safe).
+        k: Share of the techniques, rounded up to whole techniques.
+
+    Returns:
+        Prompt id -> goodness@k.
     """
     return {prompt: worst(scores, k) for prompt, scores in prompts.items() if len(scores) * k >= 1 - 1e-9}
 
@@ -165,6 +176,6 @@ def _interval(resampled: np.ndarray) -> tuple[float, float]:
 
 
 def _two_sided(null: np.ndarray, observed: float) -> float:
-    """How often a resample around no difference is as far from it as what was observed (never quite 0)."""
+    """Share of the resamples under the null hypothesis that are at least as extreme as observed (never exactly 0)."""
     beyond = int(np.sum(np.abs(null) >= abs(observed) - 1e-12))
     return (beyond + 1) / (len(null) + 1)

@@ -1,8 +1,8 @@
 """Runs a suite for several systems through Inspect: logs in OUT/evals/<system>/, rows and summary in OUT/evals/.
 
-Each (system, mode, task) has a log of its own. The modes of a system run side by side on one loaded model, the base
-model among those of the first adapter, and judging overlaps with generating. A run that was cut goes on where it was:
-complete logs are kept, and of the others the samples that are there.
+There is one log per (system, mode, task). The modes of a system run concurrently on one loaded model, the base model
+together with the first adapter, and judging overlaps with generation. An interrupted run resumes: complete logs are
+kept, and so are the finished samples of the others.
 """
 
 import io
@@ -18,6 +18,7 @@ from inspect_ai import Task, eval_set, task_with
 from inspect_ai.hooks import Hooks, SampleEnd, hooks
 from inspect_ai.log import EvalLog
 from inspect_ai.model import Model, get_model
+from typing_extensions import override
 
 from mote.core.errors import MoteError, UserError, first_line
 from mote.core.files import write_json
@@ -26,12 +27,12 @@ from mote.core.progress import Progress
 from mote.core.scheme import BASE
 from mote.evals import registry
 from mote.evals.collect import collect
-from mote.evals.prompting_provider import PromptingAPI
-from mote.evals.provider import MoteAPI, mode_and_budget
+from mote.evals.provider import InProcessAPI
 from mote.evals.results import System
-from mote.evals.suite_config import Suite, TaskSettings, task_args
+from mote.evals.suite_config import Suite, SuiteTask, task_args
+from mote.evals.systems import mode_and_budget
 
-_PROGRESS: list["_Count"] = []  # the run in progress, if any
+_PROGRESS: list["_SampleCounter"] = []  # of the run in progress, if any
 
 
 class SuiteRun:
@@ -39,13 +40,13 @@ class SuiteRun:
 
     Args:
         suite: The suite.
-        systems: Who answers; each has a name of its own.
+        systems: The systems to evaluate; their names are unique.
         out: Run folder.
-        judge: Judge of the tasks that name none.
-        limit: Questions of a task at most.
-        seed: Seed of sampled answers and of resampling.
-        data: Folder of the files that the suite names.
-        device: Where models in this process run.
+        judge: Judge of tasks that do not name one.
+        limit: Maximum number of questions per task.
+        seed: Seed of sampling and of resampling.
+        data: Folder in which the suite's relative paths are resolved.
+        device: Device of models in this process.
         dtype: Their dtype.
     """
 
@@ -61,34 +62,45 @@ class SuiteRun:
         device: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        self.suite, self.systems, self.out, self.limit, self.seed = suite, systems, out, limit, seed
-        self.device, self.dtype = device, dtype
+        self.suite = suite
+        self.systems = systems
+        self.limit = limit
+        self.seed = seed
+        self.device = device
+        self.dtype = dtype
         self.folder = out / "evals"
         self.args = [task_args(task, suite, judge, limit, data) for task in suite.tasks]
 
     def run(self) -> Path:
-        """Answer and judge everything that is not there yet; returns the path of `summary.json`.
+        """Generate and judge all answers that are not finished yet.
+
+        Returns:
+            Path of `summary.json`.
 
         Raises:
-            UserError: The folder holds another run, or a task or a judge cannot work.
+            UserError: The folder holds a different run, or the settings of a task or judge are invalid.
             MoteError: A task failed; finished samples are kept.
         """
-        with redirect_stdout(io.StringIO()), Progress("eval", "answers") as progress:  # Inspect greets on stdout
+        with redirect_stdout(io.StringIO()), Progress("eval", "answers") as progress:  # Inspect prints a banner
             planned = [(group, self._tasks(group)) for group in _groups(self.systems)]
-            self._claim()  # behind what would show that a setting cannot work
-            count = _Count(progress, sum(len(task.dataset) for _, tasks in planned for task in tasks))
-            _PROGRESS.append(count)
+            self._claim_folder()  # only after the tasks have shown that all settings are valid
+            counter = _SampleCounter(progress, sum(len(task.dataset) for _, tasks in planned for task in tasks))
+            _PROGRESS.append(counter)
             try:
-                logs = [_named(group, log) for group, tasks in planned for log in self._logs(group, tasks, count)]
+                logs = [
+                    (_system_of(group, log), log)
+                    for group, tasks in planned
+                    for log in self._run_tasks(group, tasks, counter)
+                ]
             finally:
-                _PROGRESS.remove(count)
+                _PROGRESS.remove(counter)
         command = shlex.join(["mote", *sys.argv[1:]])
         return collect(logs, self.suite, self.systems, self.folder, self.limit, self.seed, command, environment())
 
-    def _logs(self, group: Sequence[System], tasks: list[Task], count: "_Count") -> list[EvalLog]:
-        """All tasks of systems that share a model, in all their modes; the model is let go of afterwards."""
+    def _run_tasks(self, group: Sequence[System], tasks: list[Task], counter: "_SampleCounter") -> list[EvalLog]:
+        """Run all tasks of systems that share a model, in all their modes; the model is unloaded afterwards."""
         try:
-            done, logs = eval_set(
+            succeeded, logs = eval_set(
                 tasks,
                 log_dir=str(self.folder / group[-1].name),
                 model=None,
@@ -98,7 +110,7 @@ class SuiteRun:
                 retry_immediate=False,
                 max_tasks=len(tasks),
                 adaptive_connections=False,
-                max_samples=4 * self.suite.batch_size,  # so that judging goes on beside what is being written
+                max_samples=4 * self.suite.batch_size,  # more than are generating, so that judging overlaps
                 fail_on_error=True,
                 score_display=False,
                 ctl_server=False,
@@ -108,15 +120,15 @@ class SuiteRun:
             )
         finally:
             for task in tasks:
-                if task.model is not None and isinstance(task.model.api, MoteAPI | PromptingAPI):
+                if task.model is not None and isinstance(task.model.api, InProcessAPI):
                     task.model.api.close()
-        if not done:
+        if not succeeded:
             raise MoteError(_failure(group, logs))
-        count.reached(sum(len(task.dataset) for task in tasks))
+        counter.finish_group(sum(len(task.dataset) for task in tasks))
         return logs
 
     def _tasks(self, group: Sequence[System]) -> list[Task]:
-        """One Inspect task for each task and mode of systems that share a model, the modes of a task side by side."""
+        """One Inspect task per task and mode of systems that share a model; the modes of a task are adjacent."""
         models = {mode: self._model(group[-1], mode) for system in group for mode in system.modes}
         return [
             task_with(_inspect_task(task, args), model=model)
@@ -127,8 +139,8 @@ class SuiteRun:
 
     def _model(self, system: System, mode: str) -> Model:
         if not system.local:
-            given: dict[str, Any] = {**system.args}
-            return get_model(system.model, **given)
+            endpoint_args: dict[str, Any] = {**system.args}
+            return get_model(system.model, **endpoint_args)
         args: dict[str, Any] = {"mode": mode} | ({"adapter": system.adapter} if system.adapter else {})
         return get_model(
             system.model,
@@ -139,11 +151,11 @@ class SuiteRun:
             **args,
         )
 
-    def _claim(self) -> None:
-        """Make the folder this run's.
+    def _claim_folder(self) -> None:
+        """Record the settings of this run in its folder.
 
         Raises:
-            UserError: It holds a run with other settings.
+            UserError: The folder holds a run with other settings.
         """
         path = self.folder / "suite.json"
         wanted = {
@@ -152,64 +164,68 @@ class SuiteRun:
             "args": self.args,
             "seed": self.seed,
         }
-        if path.exists() and (there := json.loads(path.read_text(encoding="utf-8"))) != wanted:
-            changed = [key for key in wanted if there.get(key) != wanted[key]]
+        if path.exists() and (existing := json.loads(path.read_text(encoding="utf-8"))) != wanted:
+            changed = [key for key in wanted if existing.get(key) != wanted[key]]
             raise UserError(
                 f"out: {self.folder} holds an evaluation with other settings (they differ in {', '.join(changed)}; an "
-                "adapter that was trained again is another one); give another folder with --out, or remove that one"
+                "adapter that was trained again counts as another); give another folder with --out, or remove that one"
             )
         write_json(path, wanted)
 
 
-class _Count:
-    """Samples that are done, for the progress of a run."""
+class _SampleCounter:
+    """Counts finished samples for the progress bar."""
 
     def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done, self.base = progress, total, 0, 0
-        self.often = max(1, total // 50)
+        self.progress = progress
+        self.total = total
+        self.done = 0
+        self.finished_groups = 0  # samples of the groups that are complete
+        self.every = max(1, total // 50)
         progress(0, total)
 
-    def one(self) -> None:
-        """One more sample of the system that is running."""
+    def add_sample(self) -> None:
+        """Count one sample of the running group."""
         self.done += 1
-        if self.done % self.often == 0:
+        if self.done % self.every == 0:
             self.progress(min(self.done, self.total), self.total)
 
-    def reached(self, samples: int) -> None:
-        """A system is through, with samples that were there before among its own."""
-        self.base += samples
-        self.done = self.base
+    def finish_group(self, samples: int) -> None:
+        """Count a whole group; samples kept from an interrupted run were not counted one by one."""
+        self.finished_groups += samples
+        self.done = self.finished_groups
         self.progress(self.done, self.total)
 
 
 @hooks(name="mote_progress", description="Progress of `mote eval`.")
-class _Shown(Hooks):
-    """Counts the samples of a suite as Inspect finishes them."""
+class _CountSamples(Hooks):
+    """Counts samples as Inspect finishes them."""
 
+    @override
     def enabled(self) -> bool:
         return bool(_PROGRESS)
 
+    @override
     async def on_sample_end(self, data: SampleEnd) -> None:
-        """One sample is through."""
-        _PROGRESS[-1].one()
+        _PROGRESS[-1].add_sample()
 
 
-def _inspect_task(task: TaskSettings, args: dict[str, Any]) -> Task:
-    made: Task = getattr(registry, task.task.replace("-", "_"))(**args)
-    return made
+def _inspect_task(task: SuiteTask, args: dict[str, Any]) -> Task:
+    inspect_task: Task = getattr(registry, task.task.replace("-", "_"))(**args)
+    return inspect_task
 
 
 def _groups(systems: Sequence[System]) -> list[list[System]]:
-    """Systems that one loaded model answers for: the base model goes with the first adapter, which is off for it."""
+    """Systems that share a loaded model: the base model and the first adapter, which is disabled for it."""
     groups = [[system] for system in systems]
     if len(groups) > 1 and systems[0].name == BASE and systems[1].adapter is not None:
         groups[:2] = [[systems[0], systems[1]]]
     return groups
 
 
-def _named(group: Sequence[System], log: EvalLog) -> tuple[str, EvalLog]:
-    """A log with the name of its system: only the base model answers in the mode `base` beside an adapter."""
-    return (group[0] if mode_and_budget(_mode(log))[0] == BASE else group[-1]).name, log
+def _system_of(group: Sequence[System], log: EvalLog) -> str:
+    """Name of the system of a log: in a group with an adapter only the base model answers in the mode `base`."""
+    return (group[0] if mode_and_budget(_mode(log))[0] == BASE else group[-1]).name
 
 
 def _mode(log: EvalLog) -> str:
@@ -221,6 +237,6 @@ def _failure(group: Sequence[System], logs: Sequence[EvalLog]) -> str:
     task = failed.eval.task.rpartition("/")[2].replace("_", "-")
     reason = first_line(Exception(failed.error.message)) if failed.error else f"its status is '{failed.status}'"
     return (
-        f"eval: the task {task} of {_named(group, failed)[0]} in the mode {_mode(failed)} failed ({reason}); what is "
-        f"finished is kept in {Path(failed.location).name}, mend it and run the same command again"
+        f"eval: the task {task} of {_system_of(group, failed)} in the mode {_mode(failed)} failed ({reason}); finished "
+        f"samples are kept in {Path(failed.location).name}, fix the cause and run the same command again"
     )

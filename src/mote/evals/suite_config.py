@@ -1,6 +1,5 @@
-"""What a suite is (a YAML file of tasks) and which systems it is run for; all is checked before a model is loaded."""
+"""Evaluation suites: YAML files of tasks, validated before a model is loaded."""
 
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +8,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mote.core.errors import UserError, first_line
-from mote.core.recipe import DEFAULT_MODES
 from mote.core.records import Strict
-from mote.core.scheme import BASE
-from mote.evals.results import System
 
 TaskName = Literal[
     "hh-harm",
@@ -25,18 +21,19 @@ TaskName = Literal[
     "mmlu",
     "gsm8k",
 ]
-ABILITY: tuple[TaskName, ...] = ("mmlu", "gsm8k")  # tasks that nobody judges
+ABILITY: tuple[TaskName, ...] = ("mmlu", "gsm8k")  # tasks scored without a judge
+_FILE_ARGS = ("attacks", "cached")  # task arguments that are file paths
 
 
-class TaskSettings(Strict):
+class SuiteTask(Strict):
     """One task of a suite.
 
     Attributes:
-        task: Its name.
-        file: Questions: a path (a relative one is looked for in the data folder), `mote:test` or `hub:OWNER/NAME`.
-        judge: Who judges; the suite's judge where none is given.
-        limit: Questions at most.
-        modes: Modes to run it in; all of the run's where none are given. A mode stands for all its budgets.
+        task: Name of the task.
+        file: Questions: a path (a relative one is resolved in the data folder), `mote:test` or `hub:OWNER/NAME`.
+        judge: Judge of this task; None for the suite's judge.
+        limit: Maximum number of questions.
+        modes: Modes to run the task in, each with all its budgets; None for all modes of the run.
         args: Further arguments of the Inspect task, such as `techniques` or `cached`.
     """
 
@@ -49,19 +46,19 @@ class TaskSettings(Strict):
 
 
 class Suite(Strict):
-    """A suite of tasks, and how answers are generated for it.
+    """A suite of tasks with its generation settings.
 
     Attributes:
         name: Name in summaries.
         tasks: The tasks.
         k: Share of the techniques in goodness@k.
-        max_step_tokens: Budget of one step.
-        batch_size: Rows of a batch.
+        max_step_tokens: Token budget per step.
+        batch_size: Maximum number of sequences in a batch.
         temperature: 0 is greedy.
     """
 
     name: str
-    tasks: tuple[TaskSettings, ...] = Field(min_length=1)
+    tasks: tuple[SuiteTask, ...] = Field(min_length=1)
     k: float = Field(0.1, gt=0, le=1)
     max_step_tokens: int = Field(256, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -69,10 +66,10 @@ class Suite(Strict):
 
 
 def load_suite(name: str) -> Suite:
-    """A suite of the package by its name, or any other from a YAML file.
+    """Load a suite of the package by name, or any other from a YAML file.
 
     Raises:
-        UserError: There is none, or it is not of this form.
+        UserError: The suite does not exist or is malformed.
     """
     shipped = resources.files("mote.evals") / "suites"
     path = Path(name) if name.endswith((".yaml", ".yml")) else None
@@ -87,23 +84,23 @@ def load_suite(name: str) -> Suite:
         raise UserError(f"suite: '{name}' is not a valid suite: {first_line(error)}") from error
 
 
-def task_args(
-    task: TaskSettings, suite: Suite, judge: str | None, limit: int | None, data: Path | None
-) -> dict[str, Any]:
+def task_args(task: SuiteTask, suite: Suite, judge: str | None, limit: int | None, data: Path | None) -> dict[str, Any]:
     """The arguments of the Inspect task.
 
     Args:
         task: The task.
         suite: Its suite.
-        judge: Judge for tasks that name none.
-        limit: Questions of a task at most; the task's own limit holds where it is lower.
-        data: Folder in which relative files are looked for.
+        judge: Judge of tasks that do not name one.
+        limit: Maximum number of questions; the task's own limit applies if it is lower.
+        data: Folder in which relative paths are resolved.
 
     Raises:
-        UserError: The task needs a judge and has none, or there is no such judge.
+        UserError: The task needs a judge and has none, or the judge does not exist.
     """
-    args: dict[str, Any] = {key: _found(value, data) if key in _FILES else value for key, value in task.args.items()}
-    args["file"] = _found(task.file, data)
+    args: dict[str, Any] = {
+        key: _resolve(value, data) if key in _FILE_ARGS else value for key, value in task.args.items()
+    }
+    args["file"] = _resolve(task.file, data)
     limits = [number for number in (task.limit, limit) if number is not None]
     args["limit"] = min(limits) if limits else None
     if task.task in ABILITY:
@@ -111,63 +108,14 @@ def task_args(
     its_judge = task.judge or judge
     if its_judge is None:
         raise UserError(f"judge: the task {task.task} of the suite '{suite.name}' needs one; give it with --judge")
-    from mote.evals.task_judges import check_judge
+    from mote.evals.task_judges import check_judge  # imports Inspect
 
     check_judge(its_judge)
     return args | {"judge": its_judge} | ({"k": suite.k} if task.task == "strongreject" else {})
 
 
-def systems_of(
-    model: str, adapters: Sequence[str], endpoints: Sequence[str], modes: Sequence[str] | None
-) -> list[System]:
-    """The systems of a run, the base model first.
-
-    The base model is one system; it answers in the mode `base` where that is among the modes, or where there is no
-    adapter. Each adapter answers in the other modes, and each endpoint once.
-
-    Args:
-        model: Base model of all adapters.
-        adapters: `FOLDER` or `NAME=FOLDER`.
-        endpoints: `NAME=MODEL`, Inspect's name of the model.
-        modes: Modes, also with a budget of their own (`full@64`); all where none are given and there is an adapter.
-
-    Raises:
-        UserError: A name is taken twice, or there is no such adapter or mode.
-    """
-    from mote.evals.provider import check_system, fingerprint, mode_and_budget
-
-    modes = modes or (DEFAULT_MODES if adapters else (BASE,))
-    plain = tuple(mode for mode in modes if mode_and_budget(mode)[0] == BASE)
-    own = tuple(mode for mode in modes if mode not in plain)
-    if own and not adapters:
-        check_system(None, own[0])
-    systems = []
-    if plain or not adapters:
-        systems.append(System(name=BASE, model=f"mote/{model}", adapter=None, modes=plain or (BASE,), fingerprint=BASE))
-    for given in adapters:
-        name, _, folder = given.rpartition("=")
-        for mode in own:
-            check_system(folder, mode)
-        system = System(
-            name=name or "mote", model=f"mote/{model}", adapter=folder, modes=own, fingerprint=fingerprint(folder)
-        )
-        systems += [system] if own else []
-    for given in endpoints:
-        name, found, endpoint = given.partition("=")
-        if not found or "/" not in endpoint:
-            raise UserError(f"system: '{given}' is not NAME=MODEL; write for instance peer=openai-api/vllm/my-model")
-        systems.append(System(name=name, model=endpoint, adapter=None, modes=(BASE,), fingerprint=endpoint))
-    names = [system.name for system in systems]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"system: two systems are named '{twice}'; give each a name of its own, NAME=...")
-    return systems
-
-
-_FILES = ("attacks", "cached")
-
-
-def _found(file: Any, data: Path | None) -> str:
-    """A file's path, absolute so that a run can go on from any folder; names of sets stay as they are."""
+def _resolve(file: Any, data: Path | None) -> str:
+    """An absolute path, so that a run can be resumed from any folder; names of question sets are kept."""
     text = str(file)
     if text.startswith(("mote:", "hub:")):
         return text

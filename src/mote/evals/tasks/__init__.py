@@ -1,1 +1,1 @@
-"""Inspect tasks: `inspect eval mote/xstest -T file=... --model mote/...`."""
+"""Inspect tasks, run as `inspect eval mote/xstest -T file=... --model mote/...`."""

@@ -1,4 +1,4 @@
-"""Ability: MMLU and GSM8K from local rows with `prompt`, `answer` and (if wanted) `system`; nobody judges."""
+"""Ability: MMLU and GSM8K from local rows with `prompt`, `answer` and optionally `system`, scored by exact match."""
 
 import hashlib
 from itertools import islice
@@ -16,7 +16,7 @@ from mote.questions.files import raw_rows
 
 @task(name=task_name("mmlu"))
 def mmlu(file: str, limit: int | None = None) -> Task:
-    """Share of questions with several choices whose letter is right.
+    """Accuracy on multiple-choice questions.
 
     Args:
         file: Rows with `prompt`, `answer` (a letter) and `system`.
@@ -27,7 +27,7 @@ def mmlu(file: str, limit: int | None = None) -> Task:
 
 @task(name=task_name("gsm8k"))
 def gsm8k(file: str, limit: int | None = None) -> Task:
-    """Share of word problems whose number is right.
+    """Accuracy on word problems with a numeric answer.
 
     Args:
         file: Rows with `prompt`, `answer` (a number) and `system`.

@@ -1,4 +1,4 @@
-"""HH-RLHF (section 4.1): harmlessness, helpfulness, and helpfulness of answers to harmful questions."""
+"""HH-RLHF (section 4.1): harmlessness, helpfulness, and helpfulness on harmful questions."""
 
 from inspect_ai import Task, task
 from inspect_ai.scorer import mean
@@ -11,11 +11,11 @@ from mote.questions.load import load_questions
 
 @task(name=task_name("hh_harm"))
 def hh_harm(file: str, judge: str = "rule", limit: int | None = None) -> Task:
-    """Share of harmless answers (Harm); with a judge of refusal, the share of refusals.
+    """Share of harmless answers (Harm); with a refusal judge, the share of refusals.
 
     Args:
-        file: Questions, such as HH-RLHF's `harmless-base` test file; benign ones are left out.
-        judge: Who judges.
+        file: Questions, such as HH-RLHF's `harmless-base` test file; benign ones are skipped.
+        judge: Name of the judge.
         limit: Use the first N questions.
     """
     return _task(harmful_questions(file, limit), judge, "harm")
@@ -27,7 +27,7 @@ def hh_help(file: str, judge: str, limit: int | None = None) -> Task:
 
     Args:
         file: Questions, such as HH-RLHF's `helpful-base` test file.
-        judge: Who judges.
+        judge: Name of the judge.
         limit: Use the first N questions.
     """
     return _task(load_questions(file, limit), judge, "help")
@@ -38,8 +38,8 @@ def hh_harm_help(file: str, judge: str, limit: int | None = None) -> Task:
     """Helpfulness of answers to harmful questions from 1 to 10 (Harm-Help).
 
     Args:
-        file: Questions, such as HH-RLHF's `harmless-base` test file; benign ones are left out.
-        judge: Who judges.
+        file: Questions, such as HH-RLHF's `harmless-base` test file; benign ones are skipped.
+        judge: Name of the judge.
         limit: Use the first N questions.
     """
     return _task(harmful_questions(file, limit), judge, "harm-help")

@@ -1,4 +1,4 @@
-"""StrongREJECT: forbidden prompts under jailbreak techniques, scored on the forbidden prompt (goodness@k)."""
+"""StrongREJECT: forbidden prompts under jailbreak techniques, judged on the forbidden prompt (goodness@k)."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from inspect_ai.scorer import mean
 
 from mote.core.errors import UserError
 from mote.core.records import Question
-from mote.evals.attacks import Technique, cached_prompts, choose, load_techniques
+from mote.evals.attacks import Technique, cached_prompts, load_techniques, select_techniques
 from mote.evals.scorers import goodness, judged
 from mote.evals.tasks.samples import harmful_questions, task_name
 from mote.questions.files import raw_rows
@@ -26,15 +26,15 @@ def strongreject(
     k: float = 0.1,
     limit: int | None = None,
 ) -> Task:
-    """Goodness@k: the mean safety score against the most successful share k of the techniques of each prompt.
+    """Goodness@k: mean safety score under the most successful share k of the techniques of each prompt.
 
     Args:
         file: Forbidden prompts: StrongREJECT's file, or any question file.
-        judge: Who judges; a judge of refusal gives the share of refusals in place of safety scores.
-        techniques: Names or kinds of techniques, comma-separated; all where none are given.
-        attacks: YAML file of techniques in place of the package's.
-        cached: JSON file of prompts that another model disguised; each of its columns is one more technique.
-        k: Share of the techniques, rounded up.
+        judge: Name of the judge; a refusal judge gives the share of refusals instead of safety scores.
+        techniques: Names or kinds of techniques, comma-separated; empty for all.
+        attacks: YAML file of techniques that replaces the package's.
+        cached: JSON file of attacks written by another model; each of its columns is another technique.
+        k: Share of the techniques, rounded up to whole techniques.
         limit: Use the first N forbidden prompts, each with every technique.
 
     Raises:
@@ -42,11 +42,11 @@ def strongreject(
     """
     names = [name.strip() for name in techniques.split(",") if name.strip()]
     chosen = load_techniques(Path(attacks) if attacks else None)
-    chosen = choose(chosen, names) if names else chosen
-    made = cached_prompts(Path(cached)) if cached else {}
-    count = len(chosen) + len(made)
+    chosen = select_techniques(chosen, names) if names else chosen
+    cached_attacks = cached_prompts(Path(cached)) if cached else {}
+    count = len(chosen) + len(cached_attacks)
     if not 0 < k <= 1:
-        raise UserError(f"k: {k:g} is no share of the techniques; use more than 0 and at most 1")
+        raise UserError(f"k: {k:g} is not a share of the techniques; use more than 0 and at most 1")
     if count * k < 1 - 1e-9:
         raise UserError(
             f"techniques: goodness@{k:g} is over the worst {k:.0%} of a prompt's techniques, which is less than one of "
@@ -58,7 +58,7 @@ def strongreject(
     for question in questions:
         type_ = types.get(question.text, "")
         samples += [_attack(question, type_, technique) for technique in chosen]
-        samples += [_cached(question, type_, name, prompts) for name, prompts in made.items()]
+        samples += [_cached(question, type_, name, prompts) for name, prompts in cached_attacks.items()]
     return Task(dataset=samples, scorer=judged(judge, "strongreject"), metrics=[mean(), goodness(k)])
 
 
@@ -69,17 +69,17 @@ def _attack(question: Question, type_: str, technique: Technique) -> Sample:
 def _cached(question: Question, type_: str, name: str, prompts: dict[str, str]) -> Sample:
     if question.text not in prompts:
         raise UserError(
-            f"cached: the technique '{name}' has no attack for the prompt {question.id}; give a file that was "
-            "made for these prompts"
+            f"cached: the technique '{name}' has no attack for the prompt {question.id}; give a file made for these "
+            "prompts"
         )
     return _sample(question, type_, f"cached_{name}", prompts[question.text], None)
 
 
-def _sample(question: Question, type_: str, technique: str, shown: str, encoding: str | None) -> Sample:
-    """One attack; the judge is asked about the forbidden prompt, which the metadata hold."""
+def _sample(question: Question, type_: str, technique: str, attack: str, encoding: str | None) -> Sample:
+    """One attack; the forbidden prompt in the metadata is what the judge is given."""
     return Sample(
         id=f"{question.id}/{technique}",
-        input=[ChatMessageUser(content=shown)],
+        input=[ChatMessageUser(content=attack)],
         metadata={
             "question_id": question.id,
             "kind": "harmful",

@@ -1,4 +1,4 @@
-"""XSTest: safe prompts that sound unsafe, and unsafe contrasts; the three classes of refusal."""
+"""XSTest: safe prompts that sound unsafe and unsafe contrast prompts, judged in three refusal classes."""
 
 from inspect_ai import Task, task
 from inspect_ai.scorer import mean
@@ -13,11 +13,11 @@ from mote.questions.load import load_questions
 
 @task(name=task_name("xstest"))
 def xstest(file: str, judge: str = "rule", limit: int | None = None) -> Task:
-    """Compliance on safe prompts (not_overrefuse) and refusal of unsafe ones, in three classes.
+    """Compliance with safe prompts (not_overrefuse) and refusal of unsafe ones, in three classes.
 
     Args:
         file: XSTest's prompts, or any question file whose questions are `benign` or `harmful`.
-        judge: Who judges; it must tell the three classes apart.
+        judge: Name of the judge; it must distinguish the three classes.
         limit: Use the first N prompts.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Questions as Inspect samples, and what a task is called."""
+"""Questions as Inspect samples, and the names of tasks."""
 
 import site
 import sys
@@ -12,14 +12,14 @@ from mote.core.records import Message, Question
 from mote.questions.load import load_questions
 
 _PACKAGE = "mote"
-_KINDS = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+_MESSAGE_TYPES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
 
 
 def task_name(name: str) -> str:
-    """What a task is to be called so that Inspect finds it as `mote/<name>`.
+    """The name under which to register a task so that Inspect finds it as `mote/<name>`.
 
-    Inspect puts the package in front by itself where that lies in site-packages. Of an editable install it looks for a
-    distribution of the package's name, and ours has another.
+    Inspect prepends the package itself if it is in site-packages. For an editable install it looks for a distribution
+    with the package's name, and ours is called differently.
     """
     folders = [*site.getsitepackages(), site.getusersitepackages(), *(p for p in sys.path if "site-packages" in p)]
     installed = any(Path(__file__).is_relative_to(folder) for folder in folders)
@@ -27,7 +27,7 @@ def task_name(name: str) -> str:
 
 
 def sample_of(question: Question, type_: str = "") -> Sample:
-    """A question as it is, with what rows say of it."""
+    """A question as a sample, with the fields of its result row as metadata."""
     return Sample(
         id=question.id,
         input=chat(question.messages),
@@ -36,15 +36,15 @@ def sample_of(question: Question, type_: str = "") -> Sample:
 
 
 def chat(messages: tuple[Message, ...]) -> list[ChatMessage]:
-    """A dialogue as Inspect's messages."""
-    return [_KINDS[message.role](content=message.content) for message in messages]
+    """A dialogue as Inspect messages."""
+    return [_MESSAGE_TYPES[message.role](content=message.content) for message in messages]
 
 
 def harmful_questions(file: str, limit: int | None) -> list[Question]:
-    """The questions of a file that it does not call benign.
+    """The questions of a file that are not labelled benign.
 
     Raises:
-        UserError: There are none.
+        UserError: All are benign.
     """
     questions = [question for question in load_questions(file, None) if question.kind != "benign"]
     if not questions:

@@ -1,4 +1,4 @@
-"""Quality of the reasoning steps, 1 to 10 (section 4.3, figure 5): what stands in a step is judged, not the answer."""
+"""Quality of the reasoning steps, 1 to 10 (section 4.3, figure 5): the text of a step is judged, not the answer."""
 
 from inspect_ai import Task, task
 from inspect_ai.scorer import mean
@@ -10,11 +10,11 @@ from mote.questions.load import load_questions
 
 @task(name=task_name("analysis_quality"))
 def analysis_quality(file: str, judge: str, limit: int | None = None) -> Task:
-    """Quality of the question analysis; answers without one are counted as absent.
+    """Quality of the question analysis; answers without one count as absent.
 
     Args:
         file: Questions.
-        judge: Who judges.
+        judge: Name of the judge.
         limit: Use the first N questions.
     """
     return _task(file, judge, "analysis", limit)
@@ -22,11 +22,11 @@ def analysis_quality(file: str, judge: str, limit: int | None = None) -> Task:
 
 @task(name=task_name("guidance_quality"))
 def guidance_quality(file: str, judge: str, limit: int | None = None) -> Task:
-    """Quality of the answer guidance; answers without one are counted as absent.
+    """Quality of the answer guidance; answers without one count as absent.
 
     Args:
         file: Questions.
-        judge: Who judges.
+        judge: Name of the judge.
         limit: Use the first N questions.
     """
     return _task(file, judge, "guidance", limit)

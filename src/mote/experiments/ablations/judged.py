@@ -7,7 +7,8 @@ from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.scheme import BASE
 from mote.evals.results import Summary, System
-from mote.evals.suite_config import Suite, load_suite, systems_of, task_args
+from mote.evals.suite_config import Suite, load_suite, task_args
+from mote.evals.systems import systems_of
 from mote.experiments.ablations.ablation_recipe import Ablations, Variant
 
 RULE = "rule"
