@@ -53,5 +53,5 @@ def test_the_hub_gets_the_adapter_and_a_refusal_keeps_it(hub: Hub, tiny: Path, t
 
     refused = push(hub, tiny, tmp_path / "refused", "wrong")
     assert refused.returncode == 1
-    assert "adapter is whole, but user/name took none of it" in refused.stderr.splitlines()[-1]
+    assert "adapter is complete, but pushing it to user/name failed" in refused.stderr.splitlines()[-1]
     assert (tmp_path / "refused" / "adapter" / "adapter_model.safetensors").exists() and hub.commits == 1

@@ -27,7 +27,6 @@ from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import NO_STEP
 from mote.train import check_settings, mote_config
 from mote.train.examples import groups_of
-from mote.train.trainer import MoteTrainer
 from mote.tuner.token_gated import TokenGatedConfig, gate_loss
 
 FORCED = ["direct", "analysis", "full"]
@@ -304,7 +303,6 @@ def test_gates_have_a_loss_in_training_and_none_on_held_out_chains(
     assert before > without + 0.01
     assert in_parts == pytest.approx(before, abs=0.01)  # added once an update, whatever its parts
     assert rows_of(tmp_path / "without", "eval_loss")[-1]["eval_loss"] == pytest.approx(held, abs=1e-6)
-    assert MoteTrainer.gated is False
 
 
 def test_settings_of_the_methods(tiny: Path) -> None:

@@ -55,20 +55,32 @@ def unroll(tokens: Tokens, probabilities_S_S: Tensor, draws: int) -> Unrolled:
         probabilities_S_S: `mote.tokens.masks.skip_probabilities`.
         draws: How many.
     """
-    present = sorted(set(tokens.steps) - {QUESTION})
-    again = repeated(present, probabilities_S_S) if draws > 1 else []
-    steps_in_draw, count = len(probabilities_S_S) - 1, len(tokens.ids)
-    begin = next((place for place, step in enumerate(tokens.steps) if step in again), count)
+    steps_in_draw = len(probabilities_S_S) - 1
+    count = len(tokens.ids)
+    begin = _first_repeated(tokens, probabilities_S_S, draws)
     ids, labels, steps, segments = (list(each) for each in (tokens.ids, tokens.labels, tokens.steps, tokens.steps))
     # The token that begins a repeated part is predicted by the one before it, which is the same in all draws.
     weights = [1.0] * min(begin + 1, count) + [1 / draws] * (count - begin - 1)
-    for draw in range(1, draws if again else 1):
+    for draw in range(1, draws if begin < count else 1):
         ids += tokens.ids[begin:]
         labels += [IGNORED, *tokens.labels[begin + 1 :]]
         steps += tokens.steps[begin:]
         segments += [step + draw * steps_in_draw for step in tokens.steps[begin:]]
         weights += [1 / draws] * (count - begin)
     return Unrolled(ids, labels, steps, segments, weights)
+
+
+def unrolled_length(tokens: Tokens, probabilities_S_S: Tensor, draws: int) -> int:
+    """The number of tokens of `unroll`."""
+    count = len(tokens.ids)
+    return count + (draws - 1) * (count - _first_repeated(tokens, probabilities_S_S, draws))
+
+
+def _first_repeated(tokens: Tokens, probabilities_S_S: Tensor, draws: int) -> int:
+    """Index of the first token that further draws repeat; the number of tokens if they repeat none."""
+    present = sorted(set(tokens.steps) - {QUESTION})
+    again = repeated(present, probabilities_S_S) if draws > 1 else []
+    return next((index for index, step in enumerate(tokens.steps) if step in again), len(tokens.ids))
 
 
 def segment_visibility(visibilities: Sequence[Tensor], again: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Settings under `train` -> what the trainer takes; every value that cannot work is refused before anything starts."""
+"""Settings under `train` -> `TrainingArguments`; values that cannot work are refused before anything starts."""
 
 import difflib
 import math
@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from mote.core.errors import UserError, first_line
 from mote.core.recipe import Recipe, TrainSettings
 
-# Settings of TrainingArguments that a run gives itself.
+# TrainingArguments that a run sets itself.
 _FIXED = {
     "output_dir": "checkpoints live in the run folder, give that with --out",
     "seed": "it is the recipe's own seed",
@@ -25,13 +25,15 @@ _FIXED = {
 
 
 def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, device: str = "cpu") -> TrainingArguments:
-    """Transformers' arguments: ours as defaults, anything under `train:` above them.
+    """Our defaults, overridden by anything under `train:`.
+
+    `push_to_hub` is always off: the trainer would push its checkpoints, `mote.train.stage` pushes the adapter instead.
 
     Args:
         recipe: Its `train` and `seed` are used.
         folder: The run folder.
         evaluates: Whether there are held-out chains.
-        device: Type of the device.
+        device: Device type.
 
     Raises:
         UserError: A key or a value that `TrainingArguments` does not take, or a tracker that is not installed.
@@ -39,36 +41,12 @@ def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, dev
     known = get_type_hints(TrainingArguments)
     ours = {*TrainSettings.model_fields} - {*known}
     given = {key: value for key, value in recipe.train.model_dump().items() if key not in ours}
-    for key, instead in _FIXED.items():
+    for key, remedy in _FIXED.items():
         if key in given:
-            raise UserError(f"recipe: train.{key} cannot be set: {instead}")
-    patience = recipe.train.early_stopping_patience
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder / "checkpoints"),
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "save_total_limit": 2,
-        "eval_strategy": "epoch" if evaluates else "no",
-        "report_to": "none",
-        "run_name": recipe.name,
-        "project": "mote",
-        "remove_unused_columns": False,
-        "disable_tqdm": not sys.stderr.isatty(),
-        "dataloader_pin_memory": device == "cuda",
-        "use_cpu": device == "cpu",
-        "ddp_find_unused_parameters": False,  # experts that no row has get a gradient of zero
-    }
-    if patience is not None or given.get("load_best_model_at_end"):
-        if not evaluates:
-            raise UserError(
-                f"recipe: train.held_out={recipe.train.held_out}: the best checkpoint is that of the lowest held-out "
-                "loss; hold some chains out"
-            )
-        # The best of the held-out passes: a checkpoint is written with each.
-        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-        given.setdefault("save_strategy", given.get("eval_strategy", "epoch"))
-        if given["save_strategy"] == "steps":
-            given["save_steps"] = given.get("eval_steps", given["save_steps"])
+            raise UserError(f"recipe: train.{key} cannot be set: {remedy}")
+    defaults = _defaults(recipe, folder, evaluates, device)
+    if recipe.train.early_stopping_patience is not None or given.get("load_best_model_at_end"):
+        _keep_best(recipe, evaluates, defaults, given)
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, [*known, *ours], n=1)
@@ -82,13 +60,49 @@ def training_arguments(recipe: Recipe, folder: Path, evaluates: bool = True, dev
     if 0 < (arguments["save_total_limit"] or 2) < 2:
         raise UserError("recipe: train.save_total_limit=1: use 2 or more; one is kept while the next is written")
     try:
-        found = TrainingArguments(**arguments)
+        found = TrainingArguments(**arguments | {"push_to_hub": False})
     except (ValueError, TypeError) as error:
         raise UserError(f"recipe: train: {str(error).splitlines()[0]}") from error
     _check_trackers(found.report_to)
-    if found.push_to_hub and not found.hub_model_id:
+    if pushes_adapter(recipe) and not found.hub_model_id:
         raise UserError("recipe: train.push_to_hub=true: give the repository too, train.hub_model_id=user/name")
     return found
+
+
+def pushes_adapter(recipe: Recipe) -> bool:
+    """Whether the trained adapter is pushed to the Hub."""
+    return TypeAdapter(bool).validate_python((recipe.train.model_extra or {}).get("push_to_hub") or False)
+
+
+def _defaults(recipe: Recipe, folder: Path, evaluates: bool, device: str) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "save_total_limit": 2,
+        "eval_strategy": "epoch" if evaluates else "no",
+        "report_to": "none",
+        "run_name": recipe.name,
+        "project": "mote",
+        "remove_unused_columns": False,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": device == "cuda",
+        "use_cpu": device == "cpu",
+        "ddp_find_unused_parameters": False,  # an expert without tokens in a batch gets a gradient of zero
+    }
+
+
+def _keep_best(recipe: Recipe, evaluates: bool, defaults: dict[str, Any], given: dict[str, Any]) -> None:
+    """Train to the checkpoint of the lowest held-out loss; one is saved at each evaluation."""
+    if not evaluates:
+        raise UserError(
+            f"recipe: train.held_out={recipe.train.held_out}: the best checkpoint is that of the lowest held-out "
+            "loss; hold some chains out"
+        )
+    defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    given.setdefault("save_strategy", given.get("eval_strategy", "epoch"))
+    if given["save_strategy"] == "steps":
+        given["save_steps"] = given.get("eval_steps", given["save_steps"])
 
 
 def _check_trackers(names: Any) -> None:
@@ -101,15 +115,15 @@ def _check_trackers(names: Any) -> None:
 
 
 def step_weights(settings: TrainSettings, steps: tuple[str, ...], answer: str = "response") -> Tensor | None:
-    """Weight of the loss of each step's tokens (S), 0 for the question; None where every token counts the same.
+    """Loss weight of each step (S), 0 for the question; None if every token counts the same.
 
     Args:
         settings: `loss`, `step_weights` and `skip_views` are used.
-        steps: The steps that are trained, in order.
+        steps: The trained steps, in order.
         answer: The step that the user reads.
 
     Raises:
-        UserError: A name that is no step, a weight below 0, no weight above 0, or label smoothing beside weights.
+        UserError: A name that is not a step, a weight below 0, no weight above 0, or label smoothing with weights.
     """
     weights = dict(settings.step_weights)
     if settings.loss == "response":
@@ -134,10 +148,10 @@ def step_weights(settings: TrainSettings, steps: tuple[str, ...], answer: str = 
 
 
 def uses_flex_attention(recipe: Recipe, device: str) -> bool:
-    """Whether the masks are FlexAttention's.
+    """Whether training uses FlexAttention.
 
     Raises:
-        UserError: They should be, on a device where PyTorch computes no gradients for it.
+        UserError: It is asked for on a device where PyTorch has no backward pass for it.
     """
     if recipe.train.attention == "flex_attention" and device != "cuda":
         raise UserError(

@@ -1,4 +1,4 @@
-"""The folder of a trained adapter: weights, tokenizer, and a card that says what it is; and its way to a hub."""
+"""Writes the adapter folder (weights, tokenizer, scheme, model card) and pushes it to the Hugging Face Hub."""
 
 import shutil
 from collections.abc import Mapping
@@ -15,19 +15,22 @@ from mote.core.methods import METHODS
 from mote.core.recipe import Recipe
 from mote.core.scheme import Chain, Scheme
 
-GO_ON = "run the same command again: training goes on from its last whole checkpoint"
+GO_ON = "run the same command again: training resumes from its last complete checkpoint"
 
 
 class Facts(BaseModel):
-    """What a card says of a training, beside its recipe.
+    """The facts about a training run that a model card states beside the recipe.
 
     Attributes:
-        steps: The steps that were trained.
-        accepted: Chains that were accepted, of `chains`.
-        rows: Rows that were trained on; `held_out` were not.
-        updates: Updates that were made.
-        losses: Held-out losses after the last of them, by their names in `metrics.jsonl`.
-        trainable: Parameters that were trained, of `parameters`.
+        steps: The trained steps.
+        chains: Chains given, of which `accepted` were accepted.
+        accepted: See `chains`.
+        rows: Training rows.
+        held_out: Rows held out.
+        updates: Optimizer updates.
+        losses: Held-out losses of the final weights, named as in `metrics.jsonl`.
+        trainable: Trained parameters, out of `parameters`.
+        parameters: See `trainable`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,16 +47,16 @@ class Facts(BaseModel):
 
 
 def model_card(recipe: Recipe, facts: Facts) -> str:
-    """The card in Markdown, with the front matter that hubs read.
+    """The model card in Markdown with the Hub's YAML front matter.
 
     Args:
-        recipe: With what its method fixes put in.
-        facts: What was trained, and how it went.
+        recipe: With its method's overrides applied.
+        facts: What was trained, and the result.
     """
     versions = environment()["versions"]
     used = ", ".join(f"{name} {versions[name]}" for name in ("mote-align", "torch", "transformers", "peft"))
-    losses = "\n".join(f"| {name.removeprefix('eval_loss').lstrip('_') or 'all'} | {value:.4f} |"
-                       for name, value in facts.losses.items())  # fmt: skip
+    rows = [(name.removeprefix("eval_loss").lstrip("_") or "all", value) for name, value in facts.losses.items()]
+    losses = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows)
     return _CARD.format(
         model=recipe.model,
         name=recipe.name,
@@ -85,15 +88,15 @@ def save_adapter(
     card: str,
     state_dict: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write adapter, tokenizer, scheme and card, so that the folder is there as a whole or not at all.
+    """Write adapter, tokenizer, scheme and card atomically.
 
     Args:
         model: The PEFT model.
         tokenizer: With the markers.
-        scheme: What the adapter was trained with; its file may be gone by the time the adapter is loaded.
-        folder: The adapter's folder.
-        card: Its README.
-        state_dict: The model's whole weights, where those in the model are only a part.
+        scheme: The training scheme; saved too, because its file may be gone when the adapter is loaded.
+        folder: The adapter folder.
+        card: Text of its README.
+        state_dict: The gathered weights if the model holds only a shard (FSDP).
     """
     with disk_errors("train", folder, GO_ON), atomic_folder(folder) as scratch:
         model.save_pretrained(scratch, **({} if state_dict is None else {"state_dict": state_dict}))
@@ -105,22 +108,23 @@ def save_adapter(
 
 
 def push(folder: Path, arguments: Any) -> str:
-    """Upload an adapter's folder to the hub's repository of the arguments; gives its address.
+    """Upload an adapter folder to the Hub repository that the training arguments name; returns the commit's URL.
 
     Raises:
-        MoteError: The hub refused it; the folder stays.
+        MoteError: The Hub refused it; the local folder is complete.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    api, name = HfApi(token=arguments.hub_token), arguments.hub_model_id
+    api = HfApi(token=arguments.hub_token)
+    name = arguments.hub_model_id
     try:
         api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder, revision=arguments.hub_revision).commit_url)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise MoteError(
-            f"train: {folder} is whole, but {name} took none of it ({first_line(error)}); log in with `hf auth login` "
-            f"and push it: `hf upload {name} {folder}`"
+            f"train: {folder} is complete, but pushing it to {name} failed ({first_line(error)}); log in with "
+            f"`hf auth login` and push it: `hf upload {name} {folder}`"
         ) from error
 
 

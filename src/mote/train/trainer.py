@@ -1,15 +1,18 @@
-"""`MoteTrainer`: transformers' `Trainer` with our masks, weights and held-out losses.
+"""`MoteTrainer`: transformers' `Trainer` with our attention masks, loss weights and held-out losses.
 
-It knows of batches, not of chains or recipes.
-Shapes: B row, T token, S step, V vocabulary, G group of tokens.
+It knows about batches, not about chains or recipes.
+Shapes: B row, T token, S step.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+from typing_extensions import override
 
 from mote.tokens.encode import IGNORED
 from mote.tokens.masks import PADDING, sdpa_mask
@@ -18,21 +21,56 @@ from mote.tokens.routing import QUESTION, Markers
 from mote.train.loss import Head, plain_head, tiled_losses, token_losses
 from mote.tuner.token_gated import gate_loss
 
+MakeMask = Callable[[Tensor, Tensor, Tensor], Any]  # segments (B, T), visibility (B, T, G), documents (B, T) -> mask
+
 
 class MoteTrainer(Trainer):
-    """`Trainer` that masks, weighs the steps, counts real tokens and gives the held-out loss per step."""
+    """`Trainer` that builds masks, weights the loss per step, counts real tokens and reports held-out loss per step."""
 
-    markers: Markers
-    expert_names: tuple[str, ...]
-    marker_learning_rate: float | None
-    make_mask: Callable[[Tensor, Tensor, Tensor], Any] = staticmethod(sdpa_mask)
-    step_weights: Tensor | None = None  # (S), as `mote.train.arguments.step_weights` gives them
-    gated = False  # whether the model has gates with a loss of their own
-    tokens_seen = 0  # by this process
     control: Any
 
+    def __init__(
+        self,
+        *,
+        markers: Markers,
+        expert_names: tuple[str, ...],
+        marker_learning_rate: float | None = None,
+        make_mask: MakeMask = sdpa_mask,
+        step_weights: Tensor | None = None,
+        gated: bool = False,
+        **trainer_arguments: Any,
+    ) -> None:
+        """Set up training; progress lines are left to our own callback and TensorBoard writes into the run folder.
+
+        Args:
+            markers: Marker ids of the trained steps.
+            expert_names: The steps, in the order of their ids.
+            marker_learning_rate: Learning rate of the marker embeddings; None uses the common one.
+            make_mask: Builds the attention mask of a batch.
+            step_weights: Loss weight of each step (S), from `mote.train.arguments.step_weights`; None weights every
+                token alike.
+            gated: Whether the model has token gates with a loss of their own.
+            trainer_arguments: The arguments of `Trainer`.
+        """
+        self.markers = markers
+        self.expert_names = expert_names
+        self.marker_learning_rate = marker_learning_rate
+        self.make_mask = make_mask
+        self.step_weights = step_weights
+        self.gated = gated
+        self.tokens_seen = 0  # by this process
+        super().__init__(**trainer_arguments)
+        if step_weights is not None:
+            self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the weight of the whole update
+        self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # Its default folder is inside the checkpoint folder, which is deleted when training ends.
+                callback.logging_dir = str(Path(self.args.output_dir).parent / "tensorboard")
+
+    @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As `Trainer`, with the markers' rows in a group of their own where they have a learning rate of their own."""
+        # Marker embeddings get a parameter group of their own if they have their own learning rate.
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.marker_learning_rate is not None and len(optimizer.param_groups) < 3:
             rows = [p for name, p in self.model.named_parameters() if p.requires_grad and "trainable_tokens" in name]
@@ -42,19 +80,20 @@ class MoteTrainer(Trainer):
             optimizer.add_param_group({"params": rows, "lr": self.marker_learning_rate, "weight_decay": 0.0})
         return optimizer
 
+    @override
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward pass; padding does not count as tokens."""
         self.tokens_seen += int((inputs["document_ids"] != PADDING).sum())
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
     def tokens_of_all(self) -> int:
-        """Real tokens that all processes have trained on; every process must ask."""
+        """Non-padding tokens trained on so far, summed over processes; a collective call."""
         seen: Tensor = self.accelerator.reduce(torch.tensor(self.tokens_seen, device=self.args.device))
         return int(seen)
 
+    @override
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As `Trainer`, then the mask: made on the device, where only its rule and no (T, T) matrix need go."""
+        # The mask is built on the device, so that no (T, T) matrix has to be copied there.
         batch: dict[str, Any] = super()._prepare_inputs(inputs)
         batch["attention_mask"] = self.make_mask(
             batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"]
@@ -63,20 +102,22 @@ class MoteTrainer(Trainer):
             del batch["weights"]
         return batch
 
+    @override
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The batches of one update and what their loss is divided by: the tokens with a loss, or their weights."""
+        """The batches of one update and the divisor of their loss: the number of labelled tokens, or their weight."""
         batches, count = super().get_batch_samples(*args, **kwargs)
         if self.step_weights is not None and batches:
             totals = [token_weights(batch, self.step_weights).sum() for batch in batches]
             count = self.accelerator.gather(torch.stack(totals).to(self.args.device)).sum()
         return batches, count
 
+    @override
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As `Trainer`; with step weights, sum(weight * cross-entropy) / sum(weight) over the update's tokens.
+        """The loss of `Trainer`; with step weights, sum(weight * cross-entropy) / sum(weight) over the update's tokens.
 
-        The gates' loss, where there is one, is averaged over the batches and processes of the update.
+        A gate loss is averaged over the batches and processes of the update.
         """
         outputs = None
         averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
@@ -93,36 +134,39 @@ class MoteTrainer(Trainer):
 
     def _losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Cross-entropy of each token but the first (B, T-1), 0 where there is no label."""
-        given, labels = {name: inputs[name] for name in inputs if name not in ("labels", "weights")}, inputs["labels"]
+        labels = inputs["labels"]
+        given = {name: inputs[name] for name in inputs if name not in ("labels", "weights")}
         head = self._head()
         if head is None:
             return token_losses(model(**given).logits, labels)
         return tiled_losses(model, given, labels, head)
 
     def _head(self) -> Head | None:
-        """`plain_head` of the model, where it is computed as it stands: not compiled, and in its own dtype."""
+        """`plain_head` of the model; None under torch.compile and mixed precision."""
         if self.args.torch_compile or self.accelerator.mixed_precision != "no":
             return None
         return plain_head(self.accelerator.unwrap_model(self.model))
 
+    @override
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, **_: Any) -> dict[str, float]:
-        """Mean cross-entropy of held-out chains: in all, per step (text only) and on the markers."""
+        """Mean cross-entropy of held-out chains: overall, per step (markers excluded) and on the markers."""
         self.model.eval()
         groups = ("", "_markers", *(f"_{name}" for name in self.expert_names))
-        sums_G = torch.zeros(len(groups), 2, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(len(groups), 2, dtype=torch.float64, device=self.args.device)  # loss, tokens
         for batch in self.get_eval_dataloader(eval_dataset):
             batch = self._prepare_inputs(batch)
-            labels, steps = batch["labels"], batch["step_ids"][:, 1:]
-            batch.pop("question_experts")  # held-out loss reads the question as inference does
+            labels = batch["labels"]
+            steps = batch["step_ids"][:, 1:]
+            batch.pop("question_experts")  # as at inference, the mean of the experts reads the question
             loss = self._losses(self.model, batch)
             trained = labels[:, 1:] != IGNORED
             marker = torch.isin(labels[:, 1:], labels.new_tensor(self.markers.starts + self.markers.ends))
             parts = [trained, trained & marker]
             parts += [trained & ~marker & (steps == s) for s in range(QUESTION + 1, len(groups) - 1)]
             rows = torch.stack([torch.stack([(loss * part).sum(1), part.sum(1)], dim=1) for part in parts], dim=1)
-            sums_G += self.accelerator.gather_for_metrics(rows.double()).sum(0)  # drops rows that fill a last batch
-        found = zip(groups, sums_G.tolist(), strict=True)
+            sums += self.accelerator.gather_for_metrics(rows.double()).sum(0)  # drops the rows that pad the last batch
+        found = zip(groups, sums.tolist(), strict=True)
         metrics = {f"eval_loss{name}": total / count for name, (total, count) in found if count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -130,18 +174,20 @@ class MoteTrainer(Trainer):
 
 
 class Epochs(TrainerCallback):
-    """Tells the chains which epoch begins: accelerate does so in one process, and leaves it out in several."""
+    """Tells the dataset which epoch begins; accelerate does so with one process only."""
 
     def __init__(self, chains: ChainDataset) -> None:
         self.chains = chains
 
+    @override
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before the epoch's first batch, and where a run that was cut goes on in the middle of one."""
-        self.chains.set_epoch(int(state.epoch + 1e-6))
+        self.chains.set_epoch(int(state.epoch + 1e-6))  # fractional where training resumes inside an epoch
 
 
-def token_weights(batch: dict[str, Any], weights_S: Tensor) -> Tensor:
-    """Weight of the loss of each token but the first (B, T-1): its step's, times its own; 0 where it has no loss."""
-    steps, labels, own = (batch[name][:, 1:] for name in ("step_ids", "labels", "weights"))
-    weights: Tensor = weights_S.to(steps.device)[steps] * own * (labels != IGNORED)
+def token_weights(batch: dict[str, Any], step_weights_S: Tensor) -> Tensor:
+    """Loss weight of each token but the first (B, T-1): the step's weight times the token's; 0 without a label."""
+    steps = batch["step_ids"][:, 1:]
+    labels = batch["labels"][:, 1:]
+    own = batch["weights"][:, 1:]
+    weights: Tensor = step_weights_S.to(steps.device)[steps] * own * (labels != IGNORED)
     return weights

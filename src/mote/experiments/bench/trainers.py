@@ -122,18 +122,18 @@ def _mote(workload: Workload, given: TrainerSettings, packed: bool) -> MoteTrain
     folder = tempfile.mkdtemp()
     settings = given.settings(folder, given.rows_per_batch(workload, packed))
     arguments = training_arguments(Recipe.model_validate({"train": settings}), Path(folder), False, given.device)
-    trainer = MoteTrainer(
+    assert workload.config.routing is not None
+    return MoteTrainer(
         model=with_experts(workload, workload.config, flex),
         args=arguments,
         train_dataset=ChainDataset(
             workload.rows, skip_probabilities(given.skip_p, {}, STEPS), 0, given.length if packed else None
         ),
         data_collator=lambda batch: collate(batch, workload.tokenizer.pad_token_id),
+        markers=workload.config.routing,
+        expert_names=STEPS,
+        make_mask=block_mask if flex else document_mask,
     )
-    assert workload.config.routing is not None
-    trainer.markers, trainer.expert_names, trainer.marker_learning_rate = workload.config.routing, STEPS, None
-    trainer.make_mask = block_mask if flex else document_mask
-    return trainer
 
 
 def _sft(workload: Workload, given: TrainerSettings, packed: bool) -> Any:
