@@ -14,7 +14,7 @@ from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.records import Answer, read_rows
 from mote.core.scheme import load_scheme
-from mote.experiments.run import _answer_mode
+from mote.experiments.run import answer_questions
 from mote.inference.events import Event
 from mote.inference.grammar import StepGrammar
 from mote.inference.model import Limits, Model, as_question
@@ -201,7 +201,7 @@ def test_the_answer_stage_samples_as_its_recipe_says(model: Model, tmp_path: Pat
 
     def answered(name: str, **settings: float) -> list[Any]:
         recipe = Recipe.model_validate({"answer": {"max_step_tokens": 6, **settings}})
-        _answer_mode(model, questions, "full", recipe, tmp_path / name, set())
+        answer_questions(model, questions, "full", recipe, tmp_path / name, set())
         return [row.steps for row in read_rows(tmp_path / name, Answer)]
 
     greedy = answered("greedy")

@@ -1,11 +1,10 @@
-"""The stages in sequence: questions -> chains -> train -> answer -> report, each reusing what is there already."""
+"""`mote run`: questions -> chains -> train -> answer -> report; each stage resumes from what the folder holds."""
 
 import asyncio
 import hashlib
 import json
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -20,14 +19,15 @@ from mote.chains.make import make_chains
 from mote.chains.prompts import check_prompt
 from mote.chains.safety_check import ChoiceJudge, WordJudge
 from mote.core.errors import UserError
-from mote.core.files import sha256_of, write_atomic, write_json
-from mote.core.machine import environment, is_first_process
+from mote.core.files import sha256_of, write_atomic
+from mote.core.machine import is_first_process
 from mote.core.methods import steps_of
 from mote.core.progress import Progress
 from mote.core.recipe import Recipe
 from mote.core.recipe_file import dump_recipe, load_recipe
 from mote.core.records import Answer, ChainRow, LeftOut, Question, append_rows, iter_rows, read_rows, rewrite_rows
 from mote.core.scheme import CHECK, Chain, load_scheme
+from mote.experiments.stage_log import StageLog, changed_keys
 from mote.questions.load import load_questions, select_questions
 
 if TYPE_CHECKING:
@@ -36,11 +36,17 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One run folder. The base model is loaded when a stage first needs it."""
+    """One run folder and its stages.
+
+    Each stage is resumable: a complete result is reused, a partial one is continued, and a result of other settings is
+    refused or set aside.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
+        self.recipe = recipe
+        self.folder = folder
         self.scheme = load_scheme(recipe.scheme)
+        self.stages = StageLog(folder)
         self._base: Base | None = None
 
     def all(self) -> None:
@@ -52,43 +58,49 @@ class Run:
         self.report()
 
     def claim(self) -> None:
-        """Make the folder this recipe's.
+        """Check every setting and write `recipe.yaml`, so that nothing fails for its settings after hours of work.
 
         Raises:
-            UserError: It holds another recipe's run, a setting cannot work, or the questions cannot be read.
+            UserError: The folder holds another recipe's run, a setting cannot work, or the questions cannot be read.
         """
-        self._check_modes(steps_of(self.recipe, self.scheme))
-        text, path = dump_recipe(self.recipe), self.folder / "recipe.yaml"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            changed = _difference(load_recipe(path), self.recipe)
-            raise UserError(
-                f"out: {self.folder} holds the run of another recipe (it differs in {changed}); give another folder "
-                "with --out, or remove that one"
-            )
-        load_questions(self.recipe.answer.questions, self.recipe.answer.limit, self.recipe.chains.max_question_chars)
-        from mote.train import check_settings  # a wrong setting must not wait for the chains
+        from mote.train import check_settings
 
-        check_settings(self.recipe, self.scheme, self.folder)
+        recipe = self.recipe
+        self._check_modes(steps_of(recipe, self.scheme))
+        path = self.folder / "recipe.yaml"
+        text = dump_recipe(recipe)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            changed = changed_keys(load_recipe(path).model_dump(mode="json"), recipe.model_dump(mode="json"))
+            raise UserError(
+                f"out: {self.folder} holds the run of another recipe (it differs in {changed or 'its form'}); give "
+                "another folder with --out, or remove that one"
+            )
+        load_questions(recipe.answer.questions, recipe.answer.limit, recipe.chains.max_question_chars)
+        check_settings(recipe, self.scheme, self.folder)
         self.questions()
         write_atomic(path, text)
 
     def questions(self) -> Path:
-        """The questions to make chains for; read once, then kept in the folder."""
-        path, claimed = self.folder / "questions.jsonl", self.folder / "recipe.yaml"
-        mine = claimed.exists() and claimed.read_text(encoding="utf-8") == dump_recipe(self.recipe)
-        if path.exists() and mine:
-            return path
+        """`questions.jsonl`, the questions to make chains for; selected once, then read from the folder.
+
+        Raises:
+            UserError: The file holds other questions than the recipe selects.
+        """
         recipe = self.recipe
-        left: list[LeftOut] = []
-        wanted = select_questions(recipe, left.append)
+        path = self.folder / "questions.jsonl"
+        claimed = self.folder / "recipe.yaml"
+        if path.exists() and claimed.exists() and claimed.read_text(encoding="utf-8") == dump_recipe(recipe):
+            return path
+        left_out: list[LeftOut] = []
+        selected = select_questions(recipe, left_out.append)
         if not path.exists():
-            rewrite_rows(path, wanted)
-            if left:
-                rewrite_rows(self.folder / "left_out.jsonl", left)
-                counts = Counter(row.why for row in left)
+            rewrite_rows(path, selected)
+            if left_out:
+                rewrite_rows(self.folder / "left_out.jsonl", left_out)
+                counts = Counter(row.why for row in left_out)
                 why = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-                print(f"questions: {len(left)} left out ({why}), listed in left_out.jsonl", file=sys.stderr)
-        elif any(one != other for one, other in zip_longest(iter_rows(path, Question), wanted)):
+                print(f"questions: {len(left_out)} left out ({why}), listed in left_out.jsonl", file=sys.stderr)
+        elif any(one != other for one, other in zip_longest(iter_rows(path, Question), selected)):
             raise UserError(
                 f"questions: {path} holds {sum(1 for _ in iter_rows(path, Question))} questions, and not those of "
                 f"questions={recipe.questions} limit={recipe.limit}; use another --out or remove it"
@@ -97,7 +109,9 @@ class Run:
 
     def chains(self) -> None:
         """Questions -> `chains.jsonl`."""
-        recipe, questions, path = self.recipe, self.questions(), self.folder / "chains.jsonl"
+        recipe = self.recipe
+        questions = self.questions()
+        path = self.folder / "chains.jsonl"
         made_by = {
             "model": recipe.model,
             "prompts": self.scheme.prompts_hash(recipe.chains.examples),
@@ -105,143 +119,145 @@ class Run:
             "engine": recipe.engine,
             "chains": recipe.chains.model_dump(mode="json", exclude={"batch_size", "keep_old"}),
         }
-        self._own_chains(path, made_by)
+        self._set_aside_other_chains(path, made_by)
         ids = {question.id for question in iter_rows(questions, Question)}
         done = sum(row.id in ids for row in iter_rows(path, ChainRow))
-
-        async def make(progress: Progress) -> None:
-            engine = self._engine()
-            try:
-                async with self._judge(engine) as judge:
-                    await make_chains(
-                        iter_rows(questions, Question), engine, judge, self.scheme, recipe.chains, recipe.seed, path,
-                        lambda made: progress(made, len(ids)),
-                    )  # fmt: skip
-            finally:
-                await engine.close()
-
-        def work() -> str:
+        if done == len(ids):
+            self.stages.reuse("chains", made_by, f"{len(ids)} chains are there")
+            return
+        with self.stages.record("chains", made_by, path) as result:
             with Progress("chains", "questions") as progress:
                 progress(done, len(ids))
-                asyncio.run(make(progress))
+                asyncio.run(self._make_chains(questions, path, lambda made: progress(made, len(ids))))
             accepted = sum(row.accepted for row in iter_rows(path, ChainRow))
-            return f"{accepted} of {len(ids)} chains accepted"
+            result.note = f"{accepted} of {len(ids)} chains accepted"
 
-        self._stage("chains", path, made_by, done == len(ids), f"{len(ids)} chains are there", work)
+    async def _make_chains(self, questions: Path, path: Path, progress: Callable[[int], None]) -> None:
+        recipe = self.recipe
+        engine = self._engine()
+        try:
+            async with self._judge(engine) as judge:
+                rows = iter_rows(questions, Question)
+                await make_chains(rows, engine, judge, self.scheme, recipe.chains, recipe.seed, path, progress)
+        finally:
+            await engine.close()
 
-    def _own_chains(self, path: Path, made_by: dict[str, Any]) -> None:
-        """Move chains that other settings made out of the way, and back when their settings come again.
+    def _set_aside_other_chains(self, path: Path, made_by: dict[str, Any]) -> None:
+        """Move chains of other settings to a file of their own, and bring back those of these settings.
 
-        With `chains.keep_old` they stay, and new ones are made beside them.
+        With `chains.keep_old` the old ones stay, and new ones are added to them.
         """
-        stage, first = self._stages().get("chains"), next(iter_rows(path, ChainRow), None)
+        first = next(iter_rows(path, ChainRow), None)
         if first is None:
             return
-        by_row = {"model": first.model, "prompts": first.prompts, "seed": first.seed}
-        old = stage["made_by"] if stage is not None else by_row
-        changed = _changes(old, {key: made_by[key] for key in old})
+        old = self.stages.settings("chains")
+        if old is None:  # chains that were copied here
+            old = {"model": first.model, "prompts": first.prompts, "seed": first.seed}
+        changed = changed_keys(old, {key: made_by[key] for key in old})
         if not changed:
             return
-        stages = [stage for name, stage in self._stages().items() if name != "chains"]
-        write_json(self.folder / "environment.json", self._environment() | {"stages": stages})
+        self.stages.forget("chains")
         if self.recipe.chains.keep_old:
             print(f"chains: those that are there differ in {changed}; they stay (chains.keep_old)", file=sys.stderr)
             return
-        aside, mine = (path.with_name(f"chains-{_key(settings)}.jsonl") for settings in (old, made_by))
+        aside = _chains_of_settings(path, old)
         path.rename(aside)
         print(f"chains: those that are there differ in {changed}; they are in {aside.name} now", file=sys.stderr)
-        if mine.exists():
-            mine.rename(path)
+        own = _chains_of_settings(path, made_by)
+        if own.exists():
+            own.rename(path)
 
     def train(self, chains: Path) -> Path:
         """Chains -> `adapter/` and `metrics.jsonl`."""
-        adapter = self.folder / "adapter"
-        rows = sorted(read_rows(chains, ChainRow), key=lambda row: row.id)  # they were written as they were done
-
-        def work() -> str:
-            if not rows:
-                raise UserError(f"chains: {chains} holds no chains; make some with `mote chains`")
-            from mote.train import train
-
-            quantization = self.recipe.train.quantization
-            base = self.base() if quantization == "none" else self._loaded(quantization)
-            train(base, rows[: self.recipe.limit], self.scheme, self.recipe, self.folder)
-            self._base = None  # it wears the adapter now; what comes next loads it as a user would
-            return f"trained into {adapter}"
-
         recipe = self.recipe
+        adapter = self.folder / "adapter"
+        checkpoints = self.folder / "checkpoints"
+        rows = sorted(read_rows(chains, ChainRow), key=lambda row: row.id)  # the file is in completion order
         made_by = {
-            "model": recipe.model, "seed": recipe.seed, "chains": _texts(rows),
-            "experts": recipe.experts.model_dump(mode="json"), "train": recipe.train.model_dump(mode="json"),
-        }  # fmt: skip
-        self._stage(
-            "train",
-            self.folder / "checkpoints",
-            made_by,
-            (adapter / "adapter_config.json").exists(),
-            f"{adapter} is there",
-            work,
-        )
-        if is_first_process():  # a run killed once it was trained leaves them
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            "model": recipe.model,
+            "seed": recipe.seed,
+            "chains": _hash_of(rows),
+            "experts": recipe.experts.model_dump(mode="json"),
+            "train": recipe.train.model_dump(mode="json"),
+        }
+        if (adapter / "adapter_config.json").exists():
+            self.stages.reuse("train", made_by, f"{adapter} is there")
+        else:
+            with self.stages.record("train", made_by, checkpoints) as result:
+                self._train(rows, chains)
+                result.note = f"trained into {adapter}"
+        if is_first_process():  # left behind if the process was killed right after training
+            shutil.rmtree(checkpoints, ignore_errors=True)
         return adapter
 
+    def _train(self, rows: list[ChainRow], source: Path) -> None:
+        if not rows:
+            raise UserError(f"chains: {source} holds no chains; make some with `mote chains`")
+        from mote.train import train
+
+        quantization = self.recipe.train.quantization
+        base = self.base() if quantization == "none" else self._load_base(quantization)
+        train(base, rows[: self.recipe.limit], self.scheme, self.recipe, self.folder)
+        self._base = None  # the base model now carries the adapter; later stages reload from disk
+
     def answer(self, adapter: Path) -> None:
-        """Held-out questions -> `answers/<system>-<mode>.jsonl`, one file a mode."""
-        self._check_modes((CHECK,))  # whether the adapter has one is seen when it is there
+        """Test questions -> `answers/<system>-<mode>.jsonl`, one file per mode."""
+        self._check_modes((CHECK,))  # whether the adapter has a check step is known once it exists
         settings = self.recipe.answer
+        folder = self.folder / "answers"
         questions = load_questions(settings.questions, settings.limit, self.recipe.chains.max_question_chars)
-        paths = {mode: self.folder / "answers" / f"{settings.system}-{mode}.jsonl" for mode in settings.modes}
-        there = {mode: {row.id for row in read_rows(path, Answer)} for mode, path in paths.items()}
+        ids = {question.id for question in questions}
+        paths = {mode: folder / f"{settings.system}-{mode}.jsonl" for mode in settings.modes}
+        answered = {mode: {row.id for row in read_rows(path, Answer)} for mode, path in paths.items()}
         total = len(questions) * len(paths)
-        done = sum(len(ids & {question.id for question in questions}) for ids in there.values())
-
-        def work() -> str:
-            from mote.inference.load import adapter_config, load
-
-            recipe = self.recipe
-            self._check_modes(adapter_config(str(adapter)).experts)
-            model = load(recipe.model, adapter, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
+        done = sum(len(ids & known) for known in answered.values())
+        # One folder may hold the answers of several systems.
+        stage = "answer" if settings.system == "mote" else f"answer {settings.system}"
+        made_by = {
+            "model": self.recipe.model,
+            "seed": self.recipe.seed,
+            "adapter": sha256_of(adapter / "adapter_model.safetensors"),
+            "answer": settings.model_dump(mode="json", exclude={"questions", "limit", "modes", "batch_size"}),
+        }
+        if done == total:
+            self.stages.reuse(stage, made_by, f"{total} answers are there")
+            return
+        with self.stages.record(stage, made_by, folder) as result:
+            model = self._load_adapter(adapter)
             with Progress("answer", "answers") as progress:
                 progress(done, total)
                 for mode, path in paths.items():
-                    _answer_mode(model, questions, mode, recipe, path, there[mode])
+                    answer_questions(model, questions, mode, self.recipe, path, answered[mode])
                     progress(sum(len(read_rows(path, Answer)) for path in paths.values()), total)
-            return f"{total} answers in {len(paths)} modes"
-
-        made_by = {
-            "model": self.recipe.model, "seed": self.recipe.seed,
-            "adapter": sha256_of(adapter / "adapter_model.safetensors"),
-            "answer": settings.model_dump(mode="json", exclude={"questions", "limit", "modes", "batch_size"}),
-        }  # fmt: skip
-        name = (
-            "answer" if settings.system == "mote" else f"answer {settings.system}"
-        )  # a folder may hold several systems
-        self._stage(name, self.folder / "answers", made_by, done == total, f"{total} answers are there", work)
+            result.note = f"{total} answers in {len(paths)} modes"
 
     def report(self) -> None:
-        """Everything in the folder -> `report.json` and `report.html`; quick, so always made anew."""
+        """Everything in the folder -> `report.json` and `report.html`; fast, so always rewritten."""
         from mote.report.report_page import write_report
 
         page = self.folder / "report.html"
-
-        def work() -> str:
+        with self.stages.record("report", {}, page) as result:
             write_report(self.folder)
-            return str(page)
-
-        self._stage("report", page, {}, False, "", work)
+            result.note = str(page)
 
     def base(self) -> "Base":
         """The base model, loaded on the first call."""
         if self._base is None:
-            self._base = self._loaded()
+            self._base = self._load_base()
         return self._base
 
-    def _loaded(self, quantization: Literal["none", "8bit", "4bit"] = "none") -> "Base":
+    def _load_base(self, quantization: Literal["none", "8bit", "4bit"] = "none") -> "Base":
         from mote.models.load import load_base
 
         recipe = self.recipe
         return load_base(recipe.model, recipe.device, recipe.dtype, recipe.revision, quantization)
+
+    def _load_adapter(self, adapter: Path) -> "Model":
+        from mote.inference.load import adapter_config, load
+
+        recipe = self.recipe
+        self._check_modes(adapter_config(str(adapter)).experts)
+        return load(recipe.model, adapter, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
 
     def _check_modes(self, experts: Chain) -> None:
         for mode in self.recipe.answer.modes:
@@ -262,8 +278,10 @@ class Run:
 
     @asynccontextmanager
     async def _judge(self, engine: Engine) -> AsyncIterator[Judge | None]:
-        """Who checks the answers: nobody, where the scheme has no check and no other judge is named."""
-        scheme, settings, name = self.scheme, self.recipe.chains, self.recipe.chains.check
+        """The judge of the chains' answers; None if the scheme has no check and no other judge is named."""
+        scheme = self.scheme
+        settings = self.recipe.chains
+        name = settings.check
         asked = partial(check_prompt, scheme, settings=settings, seed=self.recipe.seed)
         prompts = scheme.prompts_hash(settings.examples)
         if settings.checks_itself and not scheme.checked:
@@ -278,78 +296,26 @@ class Run:
             async with open_judge(name) as judge:
                 yield judge
 
-    def _environment(self) -> dict[str, Any]:
-        """`environment.json`, new where there is none."""
-        path = self.folder / "environment.json"
-        if not path.exists():
-            return environment() | {"stages": []}
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return known
 
-    def _stages(self) -> dict[str, dict[str, Any]]:
-        """The stages that `environment.json` knows, by their names."""
-        return {stage["stage"]: stage for stage in self._environment().get("stages", [])}
-
-    def _stage(
-        self,
-        name: str,
-        output: Path,
-        made_by: dict[str, Any],
-        reused: bool,
-        reuse_note: str,
-        work: Callable[[], str],
-    ) -> None:
-        """Do a stage unless its result is there, say what happened, and keep its time and memory.
-
-        Raises:
-            UserError: What is there was made with other settings than `made_by`.
-        """
-        path, known, stages = self.folder / "environment.json", self._environment(), self._stages()
-        entry = stages.get(name) or {"stage": name, "seconds": 0.0, "reused": False, "peak_memory_mb": 0}
-        if changed := _changes(entry.get("made_by", made_by), made_by):
-            raise UserError(
-                f"out: {self.folder} holds the {name} stage of other settings (they differ in {changed}); give another "
-                "folder with --out, or remove that one"
-            )
-        entry["made_by"] = made_by
-        if made_by:  # the report of an unfinished stage would not know of itself
-            stages[name] = entry
-        if not is_first_process():  # which takes part in the work alone
-            if not reused:
-                work()
-            return
-        began = time.monotonic()
-        if reused:
-            print(f"{name}: reused, {reuse_note}", file=sys.stderr)
-            entry["reused"] = True
-        else:
-            before = path.read_bytes() if path.exists() else None
-            write_json(path, known | {"stages": list(stages.values())})
-            try:
-                note = work()
-            except BaseException:
-                if not output.exists():  # nothing was made with these settings yet
-                    path.unlink() if before is None else path.write_bytes(before)
-                raise
-            from mote.core.machine import peak_memory_mb
-
-            seconds = round(time.monotonic() - began, 1)
-            entry |= {"seconds": seconds, "reused": False, "peak_memory_mb": peak_memory_mb()}
-            stages[name] = entry
-            print(f"{name}: {note} ({seconds:.1f} s)", file=sys.stderr)
-        write_json(path, known | {"stages": list(stages.values())})
-
-
-def _answer_mode(
-    model: "Model", questions: Sequence[Question], mode: str, recipe: Recipe, path: Path, there: set[str]
+def answer_questions(
+    model: "Model", questions: Sequence[Question], mode: str, recipe: Recipe, path: Path, done: set[str]
 ) -> None:
-    """Answer in fixed groups, so that a run that was cut ends with the same rows."""
+    """Append the answers that are missing, in fixed batches, so that an interrupted run ends with the same rows.
+
+    Args:
+        model: Answers.
+        questions: All questions.
+        mode: The mode.
+        recipe: Its `answer` and `seed` are used.
+        path: The answers file.
+        done: Ids of the questions that it answers already.
+    """
     settings = recipe.answer
     for start in range(0, len(questions), settings.batch_size):
-        group = [question for question in questions[start : start + settings.batch_size] if question.id not in there]
-        if group:
+        batch = [question for question in questions[start : start + settings.batch_size] if question.id not in done]
+        if batch:
             answers = model.answer(
-                group,
+                batch,
                 mode,
                 max_step_tokens=settings.max_step_tokens,
                 temperature=settings.temperature,
@@ -361,26 +327,13 @@ def _answer_mode(
             append_rows(path, answers)
 
 
-def _key(settings: dict[str, Any]) -> str:
-    """A short name for what a file was made with."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+def _chains_of_settings(path: Path, settings: dict[str, Any]) -> Path:
+    """Where chains of other settings are kept, beside `path`."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return path.with_name(f"chains-{digest[:8]}.jsonl")
 
 
-def _difference(old: Recipe, new: Recipe) -> str:
-    """Dotted names of the settings in which two recipes differ."""
-    return _changes(old.model_dump(mode="json"), new.model_dump(mode="json")) or "its form"
-
-
-def _changes(old: Any, new: Any, prefix: str = "") -> str:
-    """Dotted names of the values in which two trees of settings differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        parts = [_changes(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key) for key in keys]
-        return ", ".join(part for part in parts if part)
-    return "" if old == new else prefix
-
-
-def _texts(rows: Sequence[ChainRow]) -> str:
-    """Hash of what is trained on; the seconds a chain took do not count."""
+def _hash_of(rows: Sequence[ChainRow]) -> str:
+    """Hash of what is trained on; not of the seconds that a chain took."""
     texts = [(row.id, row.accepted, [step.model_dump() for step in row.steps]) for row in rows]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
