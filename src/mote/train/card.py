@@ -6,34 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from mote.core.errors import MoteError, first_line
 from mote.core.files import atomic_folder, disk_errors
 from mote.core.machine import environment
 from mote.core.methods import METHODS
 from mote.core.recipe import Recipe
+from mote.core.records import Frozen
 from mote.core.scheme import Chain, Scheme
 
 GO_ON = "run the same command again: training resumes from its last complete checkpoint"
 
 
-class Facts(BaseModel):
+class Facts(Frozen):
     """The facts about a training run that a model card states beside the recipe.
 
     Attributes:
         steps: The trained steps.
-        chains: Chains given, of which `accepted` were accepted.
-        accepted: See `chains`.
+        chains: All chains given.
+        accepted: The accepted ones among them.
         rows: Training rows.
-        held_out: Rows held out.
+        held_out: Held-out rows.
         updates: Optimizer updates.
         losses: Held-out losses of the final weights, named as in `metrics.jsonl`.
-        trainable: Trained parameters, out of `parameters`.
-        parameters: See `trainable`.
+        trainable: Trained parameters.
+        parameters: All parameters of the model, the trained ones included.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     steps: Chain
     chains: int

@@ -1,8 +1,8 @@
-"""Cross-entropy of the tokens that have a label, without the logits of all tokens in memory at once.
+"""Chunked cross-entropy over labelled tokens; never materialises the full logits, only one tile at a time.
 
-A frozen output head needs no gradient of its own, so the gradient of the hidden states is computed with the loss, tile
-by tile: two products a tile, and a tile of logits is the most there ever is. Tokens without a label are left out.
-Shapes: B row, T token, N token with a label, D model, V vocabulary, K trained rows of the head.
+The output head is frozen, so the forward pass can compute the gradient of the hidden states along with the loss: two
+matmuls a tile, and no logits are kept for the backward pass.
+Shapes: B row, T token, N labelled token, D model, V vocabulary, K trained row of the head.
 """
 
 from typing import Any
@@ -24,21 +24,21 @@ Head = tuple[Tensor, Tensor | None, Tensor | None]  # weight (V, D), trained row
 
 
 def token_losses(logits_B_T_V: Tensor, labels_B_T: Tensor) -> Tensor:
-    """Cross-entropy of each token but the first (B, T-1), given those before it; 0 where the label is `IGNORED`.
+    """Cross-entropy of each token but the first (B, T-1); 0 where the label is `IGNORED`.
 
-    The reference of `tiled_losses`.
+    The plain reference for `tiled_losses`.
     """
     logits = logits_B_T_V[:, :-1].transpose(1, 2).float()
     return cross_entropy(logits, labels_B_T[:, 1:], ignore_index=IGNORED, reduction="none")
 
 
 def tiled_losses(model: nn.Module, inputs: dict[str, Any], labels_B_T: Tensor, head: Head) -> Tensor:
-    """`token_losses` (B, T-1) of a model.
+    """`token_losses` (B, T-1) of a model, one tile of logits at a time.
 
     Args:
-        model: What to call, a wrapper of many devices too.
-        inputs: The arguments of its forward pass.
-        labels_B_T: Its labels.
+        model: The PEFT model, or a distributed wrapper around it.
+        inputs: Arguments of the forward pass.
+        labels_B_T: Labels.
         head: `plain_head` of the model.
     """
     found: list[Tensor] = []
@@ -55,19 +55,21 @@ def tiled_losses(model: nn.Module, inputs: dict[str, Any], labels_B_T: Tensor, h
 
 
 def plain_head(model: nn.Module) -> Head | None:
-    """The output head of a model, where it is a frozen matrix (trained rows aside) and nothing follows it.
+    """The output head if it is one frozen matrix (some rows may be trained) and nothing follows it.
 
-    None for other models, and for a head that is quantised, sharded or trained as a whole.
+    None for other models, and for a head that is quantised, sharded or fully trained.
     """
     if not isinstance(model, PeftModel) or getattr(model.config, "model_type", None) not in LLAMA_LIKE:
         return None
-    layer, rows, ids = model.get_base_model().get_output_embeddings(), None, None
+    layer = model.get_base_model().get_output_embeddings()
+    rows = ids = None
     if isinstance(layer, TrainableTokensWrapper):
         tokens = layer.token_adapter
         if tokens.disable_adapters or tokens.merged or len(tokens.active_adapters) != 1:
             return None
         name = tokens.active_adapters[0]
-        layer, rows = tokens.base_layer, tokens.trainable_tokens_delta[name]
+        layer = tokens.base_layer
+        rows = tokens.trainable_tokens_delta[name]
         ids = torch.tensor(tokens.token_indices[name], device=rows.device)
     if not is_linear(layer) or layer.bias is not None:
         return None
@@ -77,15 +79,16 @@ def plain_head(model: nn.Module) -> Head | None:
 
 
 class TiledLoss(torch.autograd.Function):
-    """Cross-entropy of hidden states through a frozen head with some trained rows."""
+    """Cross-entropy of hidden states through a frozen head, some rows of which may be trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, labels: Tensor, weight: Tensor, rows: Tensor | None, ids: Tensor | None) -> Tensor:
-        """X (N, D), labels (N), weight (V, D), rows (K, D), ids (K) -> losses (N), in float32."""
-        wants_x, wants_rows = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        """x (N, D), labels (N), weight (V, D), rows (K, D), ids (K) -> losses (N) in float32."""
+        wants_x = ctx.needs_input_grad[0]
+        wants_rows = ctx.needs_input_grad[3]
         losses = x.new_empty(len(x), dtype=torch.float32)
         grad_x = torch.empty_like(x) if wants_x else None
-        own = x.new_empty(len(x), 0 if ids is None else len(ids), dtype=torch.float32)
+        grad_logits = x.new_empty(len(x), 0 if ids is None else len(ids), dtype=torch.float32)  # of the trained rows
         given = None if rows is None else rows.to(x.dtype)
         change = None if given is None or ids is None else given - weight[ids]
         for begin in range(0, len(x), TILE):
@@ -99,26 +102,26 @@ class TiledLoss(torch.autograd.Function):
             losses[tile] = (total - logits.gather(-1, label)).squeeze(-1)
             if not (wants_x or wants_rows):
                 continue
-            # From here on they are the gradient of the logits: probability, minus 1 at the label.
+            # In place: from here on `logits` is its own gradient, the probability minus 1 at the label.
             logits.sub_(total).exp_().scatter_add_(-1, label, logits.new_full(label.shape, -1.0))
             if ids is not None:
-                own[tile] = logits[:, ids]
+                grad_logits[tile] = logits[:, ids]
             if grad_x is not None:
                 grad_x[tile] = fast_matmul(logits.to(x.dtype), weight.t())
                 if change is not None:
-                    grad_x[tile] += own[tile].to(x.dtype) @ change
-        ctx.save_for_backward(x if wants_rows else None, grad_x, own)
+                    grad_x[tile] += grad_logits[tile].to(x.dtype) @ change
+        ctx.save_for_backward(x if wants_rows else None, grad_x, grad_logits)
         ctx.rows_dtype = None if rows is None else rows.dtype
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Each token's own gradients, as the forward pass left them, times the gradient of its loss."""
-        x, grad_x, own = ctx.saved_tensors
+        """Scale the gradients that the forward pass saved by the gradient of each token's loss."""
+        x, grad_x, grad_logits = ctx.saved_tensors
         if grad_x is not None:
             grad_x = grad_x * grad[:, None].to(grad_x.dtype)
         grad_rows = None
         if x is not None:
-            grad_rows = ((own * grad[:, None]).t().to(x.dtype) @ x).to(ctx.rows_dtype)
+            grad_rows = ((grad_logits * grad[:, None]).t().to(x.dtype) @ x).to(ctx.rows_dtype)
         return grad_x, None, None, grad_rows, None
