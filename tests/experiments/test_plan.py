@@ -12,7 +12,9 @@ from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.core.recipe_file import load_recipe
 from mote.core.scheme import load_scheme
-from mote.experiments.plan import Machine, Plan, expected_steps, expected_texts, measure, plan
+from mote.experiments.estimates import expected_steps, expected_texts
+from mote.experiments.plan import Plan, plan
+from mote.experiments.throughput import Machine, measure
 from mote.models.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable, linear_shapes
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from mote.experiments.ablations.ablation_recipe import Ablations
 from mote.experiments.ablations.judged import check_tasks, suite_of
-from mote.experiments.plan import measure, plan
+from mote.experiments.plan import plan
+from mote.experiments.throughput import measure
 from mote.models.load import default_device
 
 
