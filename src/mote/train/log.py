@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 from typing_extensions import override
-from typing_extensions import override
 
 from mote.core.files import write_atomic
 from mote.core.machine import peak_memory_mb
