@@ -197,7 +197,7 @@ def test_views_lengthen_rows_and_keep_the_loss(tiny: Path, tmp_path: Path, capsy
 
 def _left_out(capsys: pytest.CaptureFixture[str]) -> int:
     found = re.search(
-        r"(\d+) chains are longer(?: in train.skip_views=2 views)? than train.max_length=48 and",
+        r"(\d+) chains are longer(?: in train.skip_views=2 draws)? than train.max_length=48 and",
         capsys.readouterr().err,
     )
     return int(found[1]) if found else 0
