@@ -6,11 +6,11 @@ import pytest
 from support.questions import assert_refused
 from support.tiny import Write
 
+from mote.core.dialogue import regular_turns
 from mote.core.errors import UserError
 from mote.core.records import Question
 from mote.core.scheme import load_scheme
 from mote.questions.duplicates import similarity
-from mote.questions.formats import tidy
 from mote.questions.load import iter_questions, load_questions, normalised
 
 
@@ -40,7 +40,7 @@ def test_own_sets_hold_what_they_promise(own: tuple[list[Question], list[Questio
     for question in everything:
         assert question.source.startswith("mote/")
         assert "<|" not in normalised(question)
-        assert turns(question) == tidy(turns(question))
+        assert turns(question) == regular_turns(turns(question))
 
 
 def test_word_problems_are_apart_from_each_other_and_from_the_schemes_examples() -> None:

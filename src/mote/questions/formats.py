@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from mote.core.dialogue import regular_turns
 from mote.core.errors import UserError, first_line
 from mote.core.records import Kind, Message, Question
 
@@ -65,7 +66,7 @@ def _question(row: Row, filename: str) -> Question | None:
         columns = [column for column in row if column is not None]
         raise _BadRow(f"unknown columns {short(columns)}; understood are {UNDERSTOOD}")
     parsed = read(row, filename)
-    messages = tidy(parsed.messages)
+    messages = regular_turns(parsed.messages)
     if not messages:
         if read is _hh_rlhf:
             return None
@@ -80,25 +81,6 @@ def _question(row: Row, filename: str) -> Question | None:
         return question
     except ValueError as error:
         raise _BadRow(f"{short(messages[-1][1])} is not a question ({first_line(error)}); mend the row") from error
-
-
-def tidy(messages: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A dialogue of (role, text) made regular by the rule of `load_questions`; empty where no user turn is left."""
-    turns: list[tuple[str, str]] = []
-    for role, text in messages:
-        if not (text := text.strip()):
-            continue
-        if turns and turns[-1][0] == role:
-            turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
-        else:
-            turns.append((role, text))
-    system = turns[:1] if turns and turns[0][0] == "system" else []
-    spoken = turns[len(system) :]
-    while spoken and spoken[0][0] != "user":
-        spoken.pop(0)
-    while spoken and spoken[-1][0] != "user":
-        spoken.pop()
-    return system + spoken if spoken else []
 
 
 def _set_of(row: Row) -> Callable[[Row, str], _Parsed] | None:

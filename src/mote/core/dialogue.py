@@ -1,0 +1,34 @@
+"""Dialogues made regular, as chat templates want them: user and assistant alternate, and the user speaks first."""
+
+from collections.abc import Iterable
+
+Turn = tuple[str, str]  # role (`system`, `user`, `assistant`) and text
+
+
+def join_turns(turns: Iterable[Turn]) -> list[Turn]:
+    """The turns without blank ones, with consecutive turns of one role joined by an empty line."""
+    joined: list[Turn] = []
+    for role, text in turns:
+        text = text.strip()
+        if not text:
+            continue
+        if joined and joined[-1][0] == role:
+            joined[-1] = (role, f"{joined[-1][1]}\n\n{text}")
+        else:
+            joined.append((role, text))
+    return joined
+
+
+def regular_turns(turns: Iterable[Turn]) -> list[Turn]:
+    """A dialogue in which user and assistant alternate, from a user turn to a user turn.
+
+    Turns are joined as by `join_turns`; those before the first and after the last user turn are dropped, except a
+    system message at the start.
+
+    Returns:
+        The turns; empty if the user does not speak.
+    """
+    joined = join_turns(turns)
+    system = joined[:1] if joined and joined[0][0] == "system" else []
+    users = [index for index, (role, _) in enumerate(joined) if role == "user"]
+    return [*system, *joined[users[0] : users[-1] + 1]] if users else []
