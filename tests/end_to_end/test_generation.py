@@ -205,10 +205,11 @@ def test_with_the_adapter_off_a_loop_need_not_say_anything() -> None:
 
 
 def kept(model: Any) -> list[dict[int | None, int]]:
-    """How many layers' weights are kept for each text that is being written, by the step (None: different ones)."""
-    texts = model.get_base_model().mote_router._texts.values()
+    """How many layers are bound for each KV cache in use, by the step (None: tokens of several)."""
+    of_cache = model.get_base_model().mote_router._cpu_decoder._of_cache.values()
     return [
-        {step: len(writes) for part in text.values() for (step, _), writes in part.writes.items()} for text in texts
+        {step: len(bound) for layers in cache.values() for (step, _), bound in layers.functions.items()}
+        for cache in of_cache
     ]
 
 

@@ -117,7 +117,7 @@ def test_gradients_equal_those_of_the_dequantised_product(folder: Path, kind: st
     def look(module: Any, *_: Any) -> None:
         if not found:
             found.append(torch.zeros(0))  # the layer is called again below
-            gates.append(layer.router.route("default", 2).gate)
+            gates.append(layer.router.route("default", 2).weights)
             out = layer(x)
             found[:] = [out, *torch.autograd.grad(out, [x, a, b], out_grad)]
 

@@ -174,7 +174,7 @@ def test_gradients_reach_experts_and_markers_and_equal_the_plain_form(
     assert tied == model.get_base_model().config.tie_word_embeddings
 
     monkeypatch.setattr(
-        "mote.tuner.layer.add_experts", lambda x, out, a, b, route, *_: plain(x, out, a.weight, b.weight, route.gate)
+        "mote.tuner.layer.add_experts", lambda x, out, a, b, route, *_: plain(x, out, a.weight, b.weight, route.weights)
     )
     monkeypatch.setattr(MoteLinear, "_frozen", lambda *_: None)
     monkeypatch.setattr(

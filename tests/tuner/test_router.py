@@ -157,7 +157,7 @@ def test_one_expert_is_drawn_for_each_document_of_a_packed_row() -> None:
     router, seen = model.get_base_model().mote_router, []
     layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
     layer.register_forward_pre_hook(
-        lambda *_: seen.append(router.route("default", 4).gate[0].reshape(12, 3, 4)[..., 0])
+        lambda *_: seen.append(router.route("default", 4).weights[0].reshape(12, 3, 4)[..., 0])
     )
     documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
     for _ in range(20):

@@ -269,7 +269,7 @@ def test_layers_of_every_rank_read_the_question_with_the_same_drawn_expert() -> 
     chosen: list[set[int]] = []
 
     def look(*_: Any) -> None:
-        gates = {rank: router.route("default", rank).gate[0, 0].view(3, rank)[:, 0] for rank in (2, 4)}
+        gates = {rank: router.route("default", rank).weights[0, 0].view(3, rank)[:, 0] for rank in (2, 4)}
         chosen.append({int(gate.argmax()) for gate in gates.values()})
 
     layers[0].register_forward_pre_hook(look)

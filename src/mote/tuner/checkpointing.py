@@ -1,50 +1,56 @@
-"""Gradient checkpointing: a block that runs again in the backward pass reads the gates of its own forward pass.
+"""Gradient checkpointing: a recomputed block reads the steps of its own forward pass.
 
-It runs again maybe in another thread, and when other forward passes have run since.
+The recomputation may run in another thread, after other forward passes.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-if TYPE_CHECKING:
-    from mote.tuner.router import Router
-
-# Where transformers' blocks and torch's CheckpointWrapper keep the function that runs them checkpointed.
+# Where transformers' blocks and torch's CheckpointWrapper keep the function that runs a block checkpointed.
 _NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
-class _Bound:
-    """A function that runs blocks checkpointed, with the gates of the moment bound to them."""
+class Forwards(Protocol):
+    """The forward passes in progress in this thread, which can be put back in place later."""
 
-    def __init__(self, run: Callable[..., Any], router: Router) -> None:
-        self.run, self.router = run, router
+    def forwards(self) -> Any:
+        """The forward passes in progress."""
+
+    def run_with(self, forwards: Any, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block as a part of these forward passes."""
+
+
+class _Bound:
+    """A checkpointing function that binds the forward passes in progress to each block it runs."""
+
+    def __init__(self, run: Callable[..., Any], source: Forwards) -> None:
+        self.run = run
+        self.source = source
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.run(partial(self.router.run_with, self.router.calls(), block), *args, **kwargs)
+        return self.run(partial(self.source.run_with, self.source.forwards(), block), *args, **kwargs)
 
 
-def bind_checkpoints(model: nn.Module, router: Router) -> None:
-    """Bind the gates into each block's checkpointing, whichever form the user switched on."""
+def bind_checkpoints(model: nn.Module, source: Forwards) -> None:
+    """Bind the forward passes into every block's checkpointing, whichever form of it the user switched on."""
     for module, name, run in _functions(model):
-        if not isinstance(run, _Bound) or run.router is not router:
-            setattr(module, name, _Bound(run, router))
+        if not isinstance(run, _Bound) or run.source is not source:
+            setattr(module, name, _Bound(run, source))
 
 
-def unbind_checkpoints(model: nn.Module, router: Router) -> None:
-    """Take back what `bind_checkpoints` did."""
+def unbind_checkpoints(model: nn.Module, source: Forwards) -> None:
+    """Undo `bind_checkpoints`."""
     for module, name, run in _functions(model):
-        if isinstance(run, _Bound) and run.router is router:
+        if isinstance(run, _Bound) and run.source is source:
             setattr(module, name, run.run)
 
 
 def _functions(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Every function that runs a block checkpointed: its module, its name there and itself."""
+    """Every function that runs a block checkpointed: its module, its attribute name and itself."""
     modules = [model]
     while modules:
         module = modules.pop()

@@ -1,137 +1,219 @@
-"""The experts' product while text is written on a CPU: a few tokens a pass, where time goes to calls and to weights.
+"""CPU decoding fast path: with a few tokens per step, dispatch overhead and weight reads dominate.
 
-For each layer all that a pass needs is looked up once and kept: then a pass takes three products a layer, without a
-call of the base layer, and where all tokens are in one step it reads copies of that step's columns alone. When a text
-begins it is checked that the layers and their weights are still those.
-Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
+Each layer's base matmul, `lora_A` and `lora_B` are looked up once and bound into one function: a decode step then takes
+three matmuls a layer and no call of the base layer. Where all tokens are in one reasoning step, the function reads
+contiguous copies of that step's expert columns only. Functions belong to the KV cache they were bound for; when the
+next sequence begins in that cache, they are kept if the weights are found unchanged.
+
+The plain form in `mote.tuner.experts` is the reference.
+Shapes: B row, T token, N tokens of all rows, E expert, R rank.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from mote.models.linear import bind, is_plain
-from mote.tokens.routing import NO_STEP
-from mote.tuner.expert_weights import Route
+from mote.tokens.routing import NO_STEP, QUESTION
+from mote.tuner.expert_weights import Routes
 from mote.tuner.experts import fold, is_whole
 
-if TYPE_CHECKING:
-    from mote.tuner.layer import MoteLinear
-
-FEW = 64  # tokens of a pass, at most: a stretch of a prompt has more
+MAX_TOKENS = 64  # of a decode step; a prefill chunk has more
 _CPU = torch.device("cpu")
 
-Write = Callable[[Tensor, "Writing"], Tensor | None]  # a layer in a pass: (B, T, in) -> (B, T, out)
+
+class AdaptedLinear(Protocol):
+    """What is read of a layer with step experts."""
+
+    base_layer: nn.Module
+    mote_A: nn.ModuleDict
+    mote_B: nn.ModuleDict
+    ranks: dict[str, int]
 
 
-@dataclass
-class Kept:
-    """What was looked up of an adapter's layers for the texts in a cache.
-
-    Attributes:
-        writes: By step, None for tokens in different ones, and whether they stand in one line; then by layer.
-        made_of: Of each layer that was looked up, what that depends on.
-        places: Parts of the layers' A and B, see `_places`.
-        values: What was in those when the layers were looked up.
-        holds: Whether that is known to be so for the text that is being written.
-    """
-
-    writes: dict[tuple[int | None, bool], dict[nn.Module, Write]] = field(default_factory=dict)
-    made_of: dict["MoteLinear", tuple[Any, ...]] = field(default_factory=dict)
-    places: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    holds: bool = True
-
-    def begin_text(self, adapter: str) -> None:
-        """Forget everything where the layers or their weights are not those of the text before."""
-        layers = all(made_of == _made_of(layer, adapter) for layer, made_of in self.made_of.items())
-        if self.values:  # put together once, not for each text
-            self.values = [torch.cat(self.values)]
-        if not layers or (self.places and not torch.equal(torch.cat(self.places), self.values[0])):
-            self.writes, self.made_of, self.places, self.values = {}, {}, [], []
-        self.holds = True
-
-    def add(self, layer: "MoteLinear", adapter: str, made_of: tuple[Any, ...]) -> None:
-        """A layer is looked up, for the first of its steps."""
-        self.made_of[layer] = made_of
-        for weight in (layer.mote_A[adapter].weight, layer.mote_B[adapter].weight):
-            assert isinstance(weight, Tensor)
-            self.places.append(_places(weight.detach()))
-            self.values.append(self.places[-1].clone())
+BoundLayer = Callable[[Tensor, "DecodeStep"], Tensor | None]  # a layer's forward: (B, T, in) -> (B, T, out)
 
 
-Texts = dict[tuple[str, torch.dtype], Kept]  # by adapter and what the model computes in
+class CpuDecoder:
+    """Recognises decode steps, and holds the bound layers of every KV cache that is in use."""
+
+    def __init__(self) -> None:
+        self._of_cache: WeakKeyDictionary[Cache, dict[tuple[str, torch.dtype], _BoundLayers]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type["CpuDecoder"], tuple[()]]:
+        return CpuDecoder, ()  # a copied or pickled model binds its own layers
+
+    def begin_sequence(self, cache: Cache) -> None:
+        """A prompt is prefilled into this cache: weights are compared before the next decode step."""
+        for layers in self._of_cache.get(cache, {}).values():
+            layers.checked = False
+
+    def clear(self) -> None:
+        """Forget all bound layers."""
+        self._of_cache.clear()
+
+    def decode_step(
+        self,
+        call: Mapping[str, Any],
+        adapters: Collection[str],
+        steps: Mapping[str, Tensor],
+        documents: Tensor | None,
+        routes: Routes,
+        training: bool,
+    ) -> "DecodeStep | None":
+        """The forward pass as a decode step of one token per row or document; None where it is anything else.
+
+        Args:
+            call: Arguments of the model's forward by name.
+            adapters: The active ones.
+            steps: Adapter -> step ids (B, T).
+            documents: Document of each token (B, T), for packed rows.
+            routes: Expert weights of the forward pass.
+            training: Whether the model is in training mode.
+        """
+        ids = call.get("input_ids")
+        cache = call.get("past_key_values")
+        if ids is None or not isinstance(cache, Cache):
+            return None
+        if ids.shape[1] > 1 and (documents is None or bool((documents.diff(dim=1) == 0).any())):
+            self.begin_sequence(cache)
+            return None
+        if training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or len(adapters) != 1:
+            return None
+        (adapter,) = adapters
+        steps_B_T = steps.get(adapter)
+        if steps_B_T is None or steps_B_T.device.type != "cpu" or steps_B_T.numel() > MAX_TOKENS:
+            return None
+        found = set(steps_B_T.flatten().tolist())
+        if QUESTION in found:
+            return None
+        step = found.pop() if len(found) == 1 else None
+        dtype = next(iter(routes.values())).weights.dtype
+        layers = self._of_cache.setdefault(cache, {}).setdefault((adapter, dtype), _BoundLayers())
+        if not layers.checked:
+            layers.check(adapter)
+        one_row = ids.shape[0] == 1
+        functions = layers.functions.setdefault((step, one_row), {})
+        return DecodeStep(adapter, step, steps_B_T.numel(), one_row, routes, functions, layers)
 
 
 @dataclass(frozen=True)
-class Writing:
-    """A forward pass over a few tokens that go on with texts.
+class _Source:
+    """What a layer's functions were bound from.
 
     Attributes:
-        adapter: The one that is active.
-        step: Of all tokens; None where they are in different ones.
-        tokens: How many.
-        line: Whether they stand in one line, B = 1.
-        routes: By rank.
-        writes: What was looked up for such passes.
-        kept: The same for all passes.
+        identity: Its modules, the memory of their weights, and autograd's counts of writes to the experts.
+        sample: Some values of `lora_A` and `lora_B`, as views.
+        values: What they were.
+    """
+
+    identity: tuple[Any, ...]
+    sample: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def is_unchanged(self, layer: AdaptedLinear, adapter: str) -> bool:
+        return self.identity == _identity(layer, adapter) and all(map(torch.equal, self.sample, self.values))
+
+
+@dataclass
+class _BoundLayers:
+    """The bound layers of one adapter for the sequences in one cache.
+
+    Attributes:
+        functions: Step (None: tokens of several) and whether B = 1 -> layer -> function.
+        sources: What each layer's functions were bound from.
+        checked: Whether that was compared with the layers since the current sequence began.
+    """
+
+    functions: dict[tuple[int | None, bool], dict[AdaptedLinear, BoundLayer]] = field(default_factory=dict)
+    sources: dict[AdaptedLinear, _Source] = field(default_factory=dict)
+    checked: bool = True
+
+    def check(self, adapter: str) -> None:
+        """Forget every function if any layer or weight has changed."""
+        if not all(source.is_unchanged(layer, adapter) for layer, source in self.sources.items()):
+            self.functions = {}
+            self.sources = {}
+        self.checked = True
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """A forward pass that decodes one token of each row or document.
+
+    Attributes:
+        adapter: The active adapter.
+        step: The reasoning step of all tokens; None if they are in several.
+        tokens: How many, N.
+        one_row: Whether B = 1.
+        routes: Expert weights of the forward pass.
+        functions: The layers bound for such passes.
+        layers: Those of all passes over this cache.
     """
 
     adapter: str
     step: int | None
     tokens: int
-    line: bool
-    routes: Mapping[tuple[str, int], Route]
-    writes: dict[nn.Module, Write]
-    kept: Kept
+    one_row: bool
+    routes: Routes
+    functions: dict[AdaptedLinear, BoundLayer]
+    layers: _BoundLayers
 
-    def forward(self, layer: "MoteLinear", x: Tensor) -> Tensor | None:
-        """`MoteLinear.forward` of this pass: (B, T, out), or None where the layer has to go the plain way."""
-        write = self.writes.get(layer)
-        if write is None and (write := self._look_up(layer, x)) is None:
+    def forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
+        """Output (B, T, out) of a layer with its experts; None where it has to be computed the plain way."""
+        function = self.functions.get(layer)
+        if function is None and (function := self._bind(layer, x)) is None:
             return None
-        return write(x, self)
+        return function(x, self)
 
-    def _look_up(self, layer: "MoteLinear", x: Tensor) -> Write | None:
-        """A layer's part, kept for later passes; None where the adapter is not on it or its weights lie elsewhere."""
-        made_of = _made_of(layer, self.adapter)
-        if made_of is None:
+    def _bind(self, layer: AdaptedLinear, x: Tensor) -> BoundLayer | None:
+        """Bind a layer and keep the function; None if it lacks the adapter or its weights are sharded or offloaded."""
+        identity = _identity(layer, self.adapter)
+        if identity is None:
             return None
-        first, second = layer.mote_A[self.adapter].weight, layer.mote_B[self.adapter].weight
-        assert isinstance(first, Tensor) and isinstance(second, Tensor)
-        dtype, line, of_rank = x.dtype, self.line and x.dim() == 3, (self.adapter, layer.ranks[self.adapter])
-        product = _base(layer.base_layer, dtype)
-        base, called = product or layer.base_layer, product is None  # its output may be somebody else's as well
+        lora_A = layer.mote_A[self.adapter].weight
+        lora_B = layer.mote_B[self.adapter].weight
+        assert isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor)
+        dtype = x.dtype
+        one_row = self.one_row and x.dim() == 3
+        key = (self.adapter, layer.ranks[self.adapter])
+        matmul = _base_matmul(layer.base_layer, dtype)
+        base = matmul or layer.base_layer
+        calls_base = matmul is None
         if self.step == NO_STEP:
-            write = _without_experts(base)
+            function: BoundLayer = _bind_base(base)
         elif self.step is None:
-            a, b = first.to(dtype), second.to(dtype)
-            write = _with_experts(base, called, a.t(), b.t(), line, of_rank)
+            function = _bind_experts(base, calls_base, lora_A.to(dtype).t(), lora_B.to(dtype).t(), one_row, key)
         else:
-            with torch.inference_mode(False), torch.no_grad():  # they are for passes of either kind
-                a, b = fold(first, second, self.routes[of_rank].columns[self.step], dtype)
-            write = _with_experts(base, called, a.t(), b.t(), line, None)
-        self.writes[layer] = write
-        if layer not in self.kept.made_of:
-            self.kept.add(layer, self.adapter, made_of)
-        return write
+            with torch.inference_mode(False), torch.no_grad():  # the copies serve passes in either mode
+                a, b = fold(lora_A, lora_B, self.routes[key].columns[self.step], dtype)
+            function = _bind_experts(base, calls_base, a.t(), b.t(), one_row, None)
+        self.functions[layer] = function
+        if layer not in self.layers.sources:
+            sample = (*_sample(lora_A.detach()), *_sample(lora_B.detach()))
+            self.layers.sources[layer] = _Source(identity, sample, tuple(part.clone() for part in sample))
+        return function
 
 
-def _made_of(layer: "MoteLinear", adapter: str) -> tuple[Any, ...] | None:
-    """The modules and the memory that a layer's part holds on to, and how often autograd saw the experts written to.
+def _identity(layer: AdaptedLinear, adapter: str) -> tuple[Any, ...] | None:
+    """The modules and memory that a layer's functions refer to, and autograd's counts of writes to the experts.
 
-    None where it has no part: the adapter is not on it, or its weights are sharded or offloaded.
+    Returns:
+        None if the layer cannot be bound: it lacks the adapter, or its weights are sharded or offloaded.
     """
     if adapter not in layer.ranks:
         return None
-    base, first, second = layer.base_layer, layer.mote_A[adapter].weight, layer.mote_B[adapter].weight
-    if not (_is_dense(first) and _is_dense(second)):
+    base = layer.base_layer
+    lora_A = layer.mote_A[adapter].weight
+    lora_B = layer.mote_B[adapter].weight
+    if not (_is_dense(lora_A) and _is_dense(lora_B)):
         return None
-    experts = (base, *_memory(first), *_memory(second), _version(first), _version(second))
+    experts = (base, *_memory(lora_A), *_memory(lora_B), _version(lora_A), _version(lora_B))
     if not is_plain(base) or not is_whole(base.weight, _CPU):
         return experts
     return (*experts, type(base), *_memory(base.weight), id(base.bias))
@@ -142,7 +224,7 @@ def _is_dense(weight: Any) -> TypeGuard[Tensor]:
 
 
 def _memory(weight: Tensor) -> tuple[Any, ...]:
-    """Where a weight lies and how. While somebody holds that memory nothing else can lie there."""
+    """Address and layout of a weight; no other weight can have them while the functions hold this memory."""
     return weight.data_ptr(), weight.stride(), weight.dtype
 
 
@@ -150,59 +232,62 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def _places(weight: Tensor) -> Tensor:
-    """A place or more in each row and in each column of a weight, as a view (places).
+def _sample(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A value of each column and of each row, as views.
 
-    Not all that writes to a weight is counted by autograd (`weight.data`, other libraries' kernels), and to compare all
-    of it takes as long as to copy it.
+    Autograd does not count every write (`weight.data`, other libraries' kernels), and comparing all of a weight takes
+    as long as copying it.
     """
-    lines = weight if weight.is_contiguous() else weight.t()
-    # A step that has no divisor in common with a line's length comes to all places of a line before it repeats one.
-    step = next(step for step in range(min(lines.shape), 0, -1) if math.gcd(step, lines.shape[1]) == 1)
-    return lines.view(-1)[::step]
+    return weight[0], weight[:, 0]
 
 
-def _without_experts(base: Callable[[Tensor], Tensor]) -> Write:
+def _bind_base(base: Callable[[Tensor], Tensor]) -> BoundLayer:
     return lambda x, _: base(x)
 
 
-def _with_experts(
-    base: Callable[[Tensor], Tensor], called: bool, a: Tensor, b: Tensor, line: bool, gated: tuple[str, int] | None
-) -> Write:
-    """A layer with its experts.
+def _bind_experts(
+    base: Callable[[Tensor], Tensor],
+    calls_base: bool,
+    a: Tensor,
+    b: Tensor,
+    one_row: bool,
+    key: tuple[str, int] | None,
+) -> BoundLayer:
+    """Bind a layer with its experts.
 
-    It is one function that looks nothing up, because nothing of this is in the processor's cache when a layer begins:
-    the weights of the one before went through it. A few lines of Python less are 2 ms a token in SmolLM2-135M.
+    The function looks nothing up: the weights of the layer before have just evicted everything from the CPU's cache,
+    and a few lines of Python less save 2 ms a token on SmolLM2-135M.
 
     Args:
-        base: The base layer, or its product.
-        called: Whether it is the layer itself, whose output is not written to.
-        a: A of the columns that count (in, 2R or E*R).
-        b: B of them (2R or E*R, out), with the columns' weights where they are one step's.
-        line: Whether inputs are (1, N, in).
-        gated: Adapter and rank of the gate, where tokens are in different steps.
+        base: The base layer or its matmul.
+        calls_base: Whether it is the layer itself, whose output must not be written to.
+        a: `lora_A` of the columns in use (in, 2R or E*R).
+        b: `lora_B` of the same (2R or E*R, out); for a single step with the expert weights multiplied in.
+        one_row: Whether inputs are (1, N, in).
+        key: Adapter and rank of the expert weights where tokens are in several steps.
     """
-    inputs, outputs = len(a), b.shape[1]
-    multiply = torch.mm  # oneDNN takes longer to begin than so small a product takes
+    in_features = len(a)
+    out_features = b.shape[1]
+    matmul = torch.mm  # oneDNN's dispatch takes longer than so small a matmul
 
-    def write(x: Tensor, writing: Writing) -> Tensor | None:
-        if gated is not None and x.numel() != writing.tokens * inputs:
+    def forward(x: Tensor, decode: DecodeStep) -> Tensor | None:
+        if key is not None and x.numel() != decode.tokens * in_features:
             return None
-        x_N = x.squeeze(0) if line else x.flatten(0, -2)
-        result = base(x if called else x_N)
-        hidden_N = multiply(x_N, a)
-        if gated is not None:
-            hidden_N *= writing.routes[gated].gate.view(hidden_N.shape)
-        if called:
-            return result + multiply(hidden_N, b).view_as(result)
+        x_N = x.squeeze(0) if one_row else x.flatten(0, -2)
+        result = base(x if calls_base else x_N)
+        hidden_N = matmul(x_N, a)
+        if key is not None:
+            hidden_N *= decode.routes[key].weights.view(hidden_N.shape)
+        if calls_base:
+            return result + matmul(hidden_N, b).view_as(result)
         result.addmm_(hidden_N, b)
-        return result.unsqueeze(0) if line else result.view(*x.shape[:-1], outputs)
+        return result.unsqueeze(0) if one_row else result.view(*x.shape[:-1], out_features)
 
-    return write
+    return forward
 
 
-def _base(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """The product of a linear layer, where that may be used without a call of it."""
+def _base_matmul(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """The base layer's matmul, if its weight may be used without calling the layer."""
     if not is_plain(layer) or layer.weight.dtype != dtype or not is_whole(layer.weight, _CPU):
         return None
     return bind(layer)

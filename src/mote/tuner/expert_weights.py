@@ -1,24 +1,46 @@
-"""Weight of every expert for a token of every step (the equation of section 3.2).
+"""Expert weights: how much each expert counts for a token of each step (the equation of section 3.2).
 
+They follow from the step alone; nothing here is learned.
 Shapes: B row, T token, S step, E expert, R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mote.tokens.routing import QUESTION, document_starts
+from mote.tokens.routing import NO_STEP
 from mote.tuner.config import MoteConfig
+
+Columns = tuple[tuple[slice, ...], Tensor]  # a step's expert columns of non-zero weight as slices, their weights (2R)
+Table = tuple[Tensor, Sequence[Columns]]  # weight of every expert column for every step (1 + S + 1, E*R); its columns
+
+
+@dataclass
+class Route:
+    """What the layers of one adapter and rank read in a forward pass.
+
+    Attributes:
+        weights: Weight of every expert column for every token (B, T, E*R), scaling included.
+        columns: The columns of non-zero weight for each step from the question on; on a CPU only.
+        idle: Whether it is known that no token has a step.
+    """
+
+    weights: Tensor
+    columns: Sequence[Columns] = ()
+    idle: bool = False
+
+
+Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
 
 
 def expert_weight_table(config: MoteConfig, device: torch.device | None = None) -> Tensor:
-    """Weight of every expert for a token of every step (the equation of section 3.2).
+    """Weight of every expert for a token of every step.
 
     Returns:
-        (1 + steps, E): row 0 is the question at inference, row s is step s. Column 0 is the shared expert where
-        there is one, and all there is without step experts. Rows sum to 1.
+        (1 + S, E): row 0 is the question at inference, row s is step s. Column 0 is the shared expert if there is one,
+        and the only column without step experts. Rows sum to 1.
     """
     steps = len(config.experts)
     if config.mix == 0:
@@ -34,46 +56,66 @@ def expert_weight_table(config: MoteConfig, device: torch.device | None = None) 
     return weights
 
 
-def _with_question_experts(steps: Tensor, drawn: Tensor | None, documents: Tensor | None, experts: int) -> Tensor:
-    """Replace the question's step 0 by one expert a sequence, as given or drawn at random ("processed by anyone")."""
-    if drawn is not None:
-        expert = drawn.to(steps.device).reshape(len(steps), -1)
-    elif documents is not None:
-        draws = torch.randint(1, experts + 1, steps.shape, device=steps.device)
-        expert = draws.gather(1, document_starts(documents))
-    else:
-        expert = torch.randint(1, experts + 1, (steps.shape[0], 1), device=steps.device)
-    return torch.where(steps == QUESTION, expert, steps)
-
-
-Columns = tuple[tuple[slice, ...], Tensor]  # stretches of columns that count for a step, and their weights (2R)
-Table = tuple[Tensor, Sequence[Columns]]  # weights of all columns for every step (1 + S + 1, E*R); those that count
-
-
-@dataclass
-class Route:
-    """What the layers of one adapter and rank need to know of the running forward pass.
-
-    Attributes:
-        gate: Weight of every expert's columns for every token (B, T, E*R), scaling included.
-        columns: The columns that count, for each step from the question on.
-        idle: Whether it is known that no token has a step.
-    """
-
-    gate: Tensor
-    columns: Sequence[Columns] = ()
-    idle: bool = False
-
-
 def active_columns(table: Tensor) -> list[Columns]:
-    """The columns that count for each step, and their weights.
+    """The expert columns of non-zero weight for each step, and their weights.
 
     Args:
         table: Weight of every column for every step, from the question on (1 + S, E*R), scaling included.
     """
     found = []
     for row in table:
-        counts = (row != 0).int()
-        edges = counts.diff(prepend=counts.new_zeros(1), append=counts.new_zeros(1)).nonzero().squeeze(1).tolist()
+        active = (row != 0).int()
+        edges = active.diff(prepend=active.new_zeros(1), append=active.new_zeros(1)).nonzero().squeeze(1).tolist()
         found.append((tuple(map(slice, edges[::2], edges[1::2])), row[row != 0]))
     return found
+
+
+class ExpertWeights:
+    """Turns step ids into the weights of every expert column, with the tables for it cached."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[str, int, torch.device, torch.dtype], Table] = {}
+
+    def __reduce__(self) -> tuple[type["ExpertWeights"], tuple[()]]:
+        return ExpertWeights, ()  # a copied or pickled model makes its own tables
+
+    def routes(
+        self, adapter: str, config: MoteConfig, ranks: Iterable[int], steps_B_T: Tensor, dtype: torch.dtype
+    ) -> Routes:
+        """Expert weights of one forward pass, for the adapter's layers of each rank.
+
+        Args:
+            adapter: Name of the adapter.
+            config: Its configuration.
+            ranks: Ranks of its layers.
+            steps_B_T: Step of each token.
+            dtype: What the layers compute in.
+        """
+        if config.mix == 0:  # one expert for every step
+            steps_B_T = torch.where(steps_B_T == NO_STEP, steps_B_T, 1)
+        idle = not torch.compiler.is_compiling() and _is_idle(steps_B_T)
+        routes: Routes = {}
+        for rank in ranks:
+            table, columns = self._table(adapter, config, rank, steps_B_T.device, dtype)
+            routes[adapter, rank] = Route(table[steps_B_T], columns, idle)
+        return routes
+
+    def forget(self, adapter: str) -> None:
+        """Drop the tables of a deleted adapter."""
+        self._tables = {key: table for key, table in self._tables.items() if key[0] != adapter}
+
+    def _table(self, adapter: str, config: MoteConfig, rank: int, device: torch.device, dtype: torch.dtype) -> Table:
+        key = (adapter, rank, device, dtype)
+        if torch.compiler.is_compiling() or key not in self._tables:
+            weights = expert_weight_table(config, device).mul(config.scaling(rank))
+            table = weights.repeat_interleave(rank, dim=1).to(dtype)
+            table = torch.cat([table, table.new_zeros(1, table.shape[1])])  # the last row is that of NO_STEP
+            if torch.compiler.is_compiling():  # a graph that read the cache would be recompiled when it changes
+                return table, ()
+            self._tables[key] = table, active_columns(table) if device.type == "cpu" else ()
+        return self._tables[key]
+
+
+def _is_idle(steps_B_T: Tensor) -> bool:
+    """Whether no token has a step; only read on a CPU, since another device would have to be waited for."""
+    return steps_B_T.device.type == "cpu" and bool((steps_B_T == NO_STEP).all())

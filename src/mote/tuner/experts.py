@@ -1,9 +1,9 @@
-"""The product of the experts, `result + ((x A^T) * gate) B^T`: one plain form, and faster ones that equal it.
+"""The experts' output, `result + ((x A^T) * weights) B^T`: a plain form, and faster ones that equal it.
 
 The plain form is the reference, and what a compiler gets. The fused form adds into the base layer's output, which it
-computes as well where it may, and keeps only what its hand-derived gradients need. Text that is written token by token
-has a way of its own (`mote.tuner.cpu_decode`).
-Shapes: N tokens of all rows, D model (in, out), E expert, R rank, S step.
+can compute too, and saves only what its hand-derived gradients need. Decoding on a CPU has its own form
+(`mote.tuner.cpu_decode`).
+Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 """
 
 from typing import Any
@@ -20,78 +20,85 @@ Frozen = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out) of a ba
 
 
 def add_experts(
-    x: Tensor, result: Tensor, first: nn.Module, second: nn.Module, route: Route, own: bool, matmul: Matmul = linear
+    x: Tensor,
+    result: Tensor,
+    lora_A: nn.Module,
+    lora_B: nn.Module,
+    route: Route,
+    owns_result: bool,
+    matmul: Matmul = linear,
 ) -> Tensor:
     """Add the experts' output to the base layer's.
 
     Args:
         x: Input of the experts (..., in).
-        result: Output of the base layer (..., out); its dtype is the one to compute in.
-        first: All experts' A as one linear layer, in -> E*R.
-        second: All experts' B as one linear layer, E*R -> out.
-        route: The gates of the running forward pass.
-        own: Whether `result` is a tensor of its own that may be written to.
-        matmul: What to matmul by.
+        result: Output of the base layer (..., out); the experts compute in its dtype.
+        lora_A: All experts' A as one linear layer, in -> E*R.
+        lora_B: All experts' B as one linear layer, E*R -> out.
+        route: Expert weights of the forward pass.
+        owns_result: Whether `result` is no view and may be written to.
+        matmul: The matmul to use.
 
     Returns:
         (..., out).
     """
     if route.idle:
         return result
-    a, b = first.weight, second.weight
+    a = lora_A.weight
+    b = lora_B.weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    expert_weights = _expert_weights(route, x, result)
     if not (is_whole(a, result.device) and is_whole(b, result.device)):
-        # Sharded or offloaded weights come when their module is called.
-        delta: Tensor = second(first(x.to(a.dtype)) * _gate(route, x, result).to(a.dtype))
+        # Sharded or offloaded weights are gathered when their module is called.
+        delta: Tensor = lora_B(lora_A(x.to(a.dtype)) * expert_weights.to(a.dtype))
         return result + delta.to(result.dtype)
     if torch.compiler.is_compiling():  # a compiler fuses these by itself
-        return plain(x, result, a, b, _gate(route, x, result))
-    fused: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
-        x, result, a, b, _gate(route, x, result), own and result.is_contiguous(), matmul
-    )
+        return plain(x, result, a, b, expert_weights)
+    in_place = owns_result and result.is_contiguous()
+    fused: Tensor = Fused.apply(x, result, a, b, expert_weights, in_place, matmul)  # type: ignore[no-untyped-call]
     return fused
 
 
-def with_base(x: Tensor, frozen: Frozen, first: nn.Module, second: nn.Module, route: Route, matmul: Matmul) -> Tensor:
-    """Output of a frozen base layer and its experts (..., out); the gradient for x comes in one pass, too.
+def with_base(x: Tensor, frozen: Frozen, lora_A: nn.Module, lora_B: nn.Module, route: Route, matmul: Matmul) -> Tensor:
+    """Output of a frozen base layer with its experts (..., out); one backward pass gives the gradient of x for both.
 
     Args:
-        x: Input (..., in), of the weights' dtype.
-        frozen: The base layer's.
-        first: All experts' A, as in `add_experts`; its weight is whole.
-        second: All experts' B, likewise.
-        route: The gates of the running forward pass.
-        matmul: What to matmul by.
+        x: Input (..., in), in the dtype of the weights.
+        frozen: Weight and bias of the base layer.
+        lora_A: As in `add_experts`, its weight neither sharded nor offloaded.
+        lora_B: As `lora_A`.
+        route: Expert weights of the forward pass.
+        matmul: The matmul to use.
     """
-    whole: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
-        x, None, first.weight, second.weight, _gate(route, x, x), False, matmul, *frozen
+    out: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
+        x, None, lora_A.weight, lora_B.weight, _expert_weights(route, x, x), False, matmul, *frozen
     )
-    return whole
+    return out
 
 
 def is_whole(weight: Any, device: torch.device) -> bool:
-    """Whether a weight can be used as it is: not sharded, not offloaded."""
+    """Whether a weight can be used as it is: neither sharded nor offloaded."""
     return type(weight) is nn.Parameter and weight.ndim == 2 and weight.device == device
 
 
-def _gate(route: Route, x: Tensor, result: Tensor) -> Tensor:
-    """The gate as a layer needs it (..., E*R); some blocks flatten rows and tokens."""
-    gate = (
-        route.gate if route.gate.shape[:-1] == x.shape[:-1] else route.gate.reshape(*x.shape[:-1], route.gate.shape[-1])
-    )
-    return gate.to(result.device, result.dtype)
+def _expert_weights(route: Route, x: Tensor, result: Tensor) -> Tensor:
+    """The route's weights in the shape that the layer sees (..., E*R); some blocks flatten rows and tokens."""
+    weights = route.weights
+    if weights.shape[:-1] != x.shape[:-1]:
+        weights = weights.reshape(*x.shape[:-1], weights.shape[-1])
+    return weights.to(result.device, result.dtype)
 
 
-def plain(x: Tensor, result: Tensor, first: Tensor, second: Tensor, gate: Tensor) -> Tensor:
+def plain(x: Tensor, result: Tensor, lora_A: Tensor, lora_B: Tensor, expert_weights: Tensor) -> Tensor:
     """`add_experts` in differentiable operations, the reference of the other forms; arguments as in `Fused`."""
     dtype = result.dtype
-    return result + linear(linear(x.to(dtype), first.to(dtype)) * gate, second.to(dtype))
+    return result + linear(linear(x.to(dtype), lora_A.to(dtype)) * expert_weights, lora_B.to(dtype))
 
 
 class Fused(torch.autograd.Function):
-    """`plain` on the weights themselves; gradients for x, result, A and B.
+    """`plain` with hand-derived gradients for x, result, A and B.
 
-    With a frozen base layer's weight and bias in place of `result`, that is computed here.
+    With a frozen base layer's weight and bias in place of `result`, it computes the base layer's output too.
     """
 
     @staticmethod
@@ -99,68 +106,90 @@ class Fused(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         result: Tensor | None,
-        first: Tensor,
-        second: Tensor,
-        gate: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        expert_weights: Tensor,
         in_place: bool,
         matmul: Matmul = linear,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
+        base_weight: Tensor | None = None,
+        base_bias: Tensor | None = None,
     ) -> Tensor:
-        """X (..., in), result (..., out), A (E*R, in), B (out, E*R), gate (..., E*R), weight (out, in), bias (out)."""
+        """Experts added to `result`, or to the base layer's output.
+
+        Args:
+            ctx: Autograd's context.
+            x: (..., in).
+            result: (..., out).
+            lora_A: (E*R, in).
+            lora_B: (out, E*R).
+            expert_weights: (..., E*R).
+            in_place: Whether to write to `result`.
+            matmul: The matmul to use.
+            base_weight: (out, in), in place of `result`.
+            base_bias: (out).
+        """
         if result is None:
-            assert weight is not None
-            result, in_place = matmul(x, weight, bias), True
+            assert base_weight is not None
+            result = matmul(x, base_weight, base_bias)
+            in_place = True
         elif in_place:
             ctx.mark_dirty(result)
         dtype = result.dtype
-        hidden_N = matmul(_rows(x).to(dtype), first.to(dtype))
-        result_N, gated_N, b = _rows(result), hidden_N * _rows(gate), second.to(dtype)
+        hidden_N = matmul(_rows(x).to(dtype), lora_A.to(dtype))
+        result_N = _rows(result)
+        weighted_N = hidden_N * _rows(expert_weights)
+        b = lora_B.to(dtype)
         if in_place:
-            add_matmul(matmul, result_N, gated_N, b)
+            add_matmul(matmul, result_N, weighted_N, b)
         else:
-            result = torch.addmm(result_N, gated_N, b.t()).view_as(result)
-        ctx.save_for_backward(x, hidden_N, first, second, gate, weight)
+            result = torch.addmm(result_N, weighted_N, b.t()).view_as(result)
+        ctx.save_for_backward(x, hidden_N, lora_A, lora_B, expert_weights, base_weight)
         ctx.matmul = matmul
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """D hidden = (d out B) * gate; dA = d hidden^T x; dB = d out^T (hidden * gate); dx = d hidden A + d out W."""
-        x, hidden_N, first, second, gate, weight = ctx.saved_tensors
-        wants_x, wants_result, wants_first, wants_second, *_ = ctx.needs_input_grad
-        grad_N, gate_N, dtype, matmul = _rows(grad), _rows(gate), grad.dtype, ctx.matmul
-        grad_hidden_N = matmul(grad_N, second.to(dtype).t()).mul_(gate_N)
+        """dhidden = (dout B) * w; dA = dhidden^T x; dB = dout^T (hidden * w); dx = dhidden A + dout W.
+
+        w are the expert weights, W the base layer's weight.
+        """
+        x, hidden_N, lora_A, lora_B, expert_weights, base_weight = ctx.saved_tensors
+        wants_x, wants_result, wants_A, wants_B, *_ = ctx.needs_input_grad
+        matmul = ctx.matmul
+        dtype = grad.dtype
+        grad_N = _rows(grad)
+        weights_N = _rows(expert_weights)
+        grad_hidden_N = matmul(grad_N, lora_B.to(dtype).t()).mul_(weights_N)
         grad_x = None
         if wants_x:
-            a = first.to(dtype)
-            if weight is None:
+            a = lora_A.to(dtype)
+            if base_weight is None:
                 grad_x_N = matmul(grad_hidden_N, a.t())
             else:
-                grad_x_N = add_matmul(matmul, matmul(grad_N, weight.t()), grad_hidden_N, a.t())
+                grad_x_N = add_matmul(matmul, matmul(grad_N, base_weight.t()), grad_hidden_N, a.t())
             grad_x = grad_x_N.view_as(x).to(x.dtype)
-        grad_first = matmul(grad_hidden_N.t(), _rows(x).to(dtype).t()).to(first.dtype) if wants_first else None
-        grad_second = matmul((hidden_N * gate_N).t(), grad_N.t()).t().to(second.dtype) if wants_second else None
-        return grad_x, grad if wants_result else None, grad_first, grad_second, None, None, None, None, None
+        grad_A = matmul(grad_hidden_N.t(), _rows(x).to(dtype).t()).to(lora_A.dtype) if wants_A else None
+        grad_B = matmul((hidden_N * weights_N).t(), grad_N.t()).t().to(lora_B.dtype) if wants_B else None
+        return grad_x, grad if wants_result else None, grad_A, grad_B, None, None, None, None, None
 
 
-def fold(first: Tensor, second: Tensor, columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A step's own columns as a plain LoRA, with their weights multiplied into B.
+def fold(lora_A: Tensor, lora_B: Tensor, columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A step's experts as one plain LoRA, with the expert weights multiplied into B.
 
     Args:
-        first: A of all experts (E*R, in).
-        second: B of all experts (out, E*R).
-        columns: Those of the step.
-        dtype: To compute in.
+        lora_A: A of all experts (E*R, in).
+        lora_B: B of all experts (out, E*R).
+        columns: The step's columns and their weights.
+        dtype: Dtype to compute in.
 
     Returns:
-        A (2R, in) and B (out, 2R), by columns in memory, which is faster for few rows; R where there is no shared
-        expert.
+        A (2R, in), and B (out, 2R) stored column by column, which is faster for few rows; R instead of 2R without a
+        shared expert.
     """
-    stretches, weights = columns
-    a = torch.cat([first[stretch].to(dtype) for stretch in stretches])
-    b = torch.cat([second[:, stretch].to(dtype).t() for stretch in stretches])
+    slices, weights = columns
+    a = torch.cat([lora_A[part].to(dtype) for part in slices])
+    b = torch.cat([lora_B[:, part].to(dtype).t() for part in slices])
     return a, b.mul_(weights.to(dtype)[:, None]).t()
 
 

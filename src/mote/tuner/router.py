@@ -1,15 +1,15 @@
-"""Carries the step of each token to the adapted layers, which see hidden states only.
+"""Carries the step of each token to the adapted layers, which see only hidden states.
 
-A hook on the model turns ids into gates before every forward pass; the layers read the gates of their own thread.
-Shapes: B row, T token, E expert, R rank.
+A hook on the model turns ids into step ids before every forward pass. What is made of them (`expert_weights`,
+`cpu_decode`) is made once per forward pass; the layers read the innermost pass of their own thread.
+Shapes: B row, T token.
 """
 
 import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,31 +17,38 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
-from mote.tokens.routing import NO_STEP, QUESTION, step_ids
+from mote.tokens.routing import QUESTION, document_starts, step_ids
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
-from mote.tuner.cpu_decode import FEW, Kept, Texts, Writing
-from mote.tuner.expert_weights import Route, Table, _with_question_experts, active_columns, expert_weight_table
-from mote.tuner.forward_args import cache_length, goes_on, packed_documents
-
-Routes = dict[tuple[str, int], Route]  # (adapter, rank) -> route
-Calls = tuple[tuple[Routes, Writing | None], ...]  # the forward passes that run in a thread, the innermost last
+from mote.tuner.cpu_decode import CpuDecoder, DecodeStep
+from mote.tuner.expert_weights import ExpertWeights, Route, Routes
+from mote.tuner.forward_args import cache_length, has_past, packed_documents
 
 
-class _Running:
+class Forward(NamedTuple):
+    """A forward pass in progress, as its layers read it: expert weights, and the CPU fast path if that applies."""
+
+    routes: Routes
+    decode: DecodeStep | None
+
+
+class _InProgress:
     def __init__(self) -> None:
-        self.calls: Calls = ()
+        self.forwards: tuple[Forward, ...] = ()  # the innermost last
 
 
 class _Thread(threading.local):
-    """Holds an object of each thread's own, since torch.compile loses what is set on this one at a graph break."""
+    """Holds an object for each thread, since torch.compile loses what is set on this one at a graph break."""
 
     def __init__(self) -> None:
-        self.running = _Running()
+        self.in_progress = _InProgress()
+
+    def __reduce__(self) -> tuple[type["_Thread"], tuple[()]]:
+        return _Thread, ()  # a copied or pickled model has no forward pass in progress
 
 
 class Router:
-    """The gates of the forward pass that runs in this thread, for the MoTE adapters of one model.
+    """The step of each token in the forward pass of this thread, for the MoTE adapters of one model.
 
     Attributes:
         layer: One of the adapted layers; the same adapters are active in all of them.
@@ -54,19 +61,12 @@ class Router:
         self._ranks: dict[str, set[int]] = {}
         self._arguments: tuple[str, ...] = ()  # names of the model's arguments
         self._hooks: list[RemovableHandle] = []
-        self.__setstate__({})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_tables", "_texts", "_thread")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._tables: dict[tuple[str, int, torch.device, torch.dtype], Table] = {}
-        self._texts: WeakKeyDictionary[Cache, Texts] = WeakKeyDictionary()  # what is kept for those in a cache
+        self._expert_weights = ExpertWeights()
+        self._cpu_decoder = CpuDecoder()
         self._thread = _Thread()
 
     def attach(self, model: nn.Module) -> None:
-        """Make gates before each forward pass of the model, and let its `generate` give the steps of new tokens."""
+        """Hook into the model's forward pass, and let its `generate` pass the steps of new tokens."""
         model.mote_router = self  # type: ignore[assignment]
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._hooks = [
@@ -89,7 +89,7 @@ class Router:
         del model.mote_router
 
     def add(self, adapter: str, config: MoteConfig, rank: int) -> None:
-        """Prepare gates for an adapter's layers of this rank; the scaling is folded into them."""
+        """Route for an adapter's layers of this rank."""
         if self._configs.get(adapter) is not config:
             self.remove(adapter)
         self._configs[adapter] = config
@@ -99,62 +99,54 @@ class Router:
         """Forget a deleted adapter."""
         self._configs.pop(adapter, None)
         self._ranks.pop(adapter, None)
-        self._tables = {key: table for key, table in self._tables.items() if key[0] != adapter}
-        self._texts.clear()
+        self._expert_weights.forget(adapter)
+        self._cpu_decoder.clear()
 
     def _active(self) -> dict[str, MoteConfig]:
-        """The adapters that read the tokens."""
+        """The active adapters."""
         if self.layer is None or self.layer.disable_adapters:
             return {}
         return {name: self._configs[name] for name in self.layer.active_adapters if name in self._configs}
 
-    def _table(self, adapter: str, rank: int, device: torch.device, dtype: torch.dtype) -> Table:
-        """The weights of all columns of an adapter's layers for every step, and on a CPU those that count."""
-        key, config = (adapter, rank, device, dtype), self._configs[adapter]
-        if torch.compiler.is_compiling() or key not in self._tables:
-            table = (
-                expert_weight_table(config, device).mul(config.scaling(rank)).repeat_interleave(rank, dim=1).to(dtype)
-            )
-            table = torch.cat([table, table.new_zeros(1, table.shape[1])])  # the last row is that of NO_STEP
-            if torch.compiler.is_compiling():  # a graph that looked here would be made again when this has changed
-                return table, ()
-            self._tables[key] = table, active_columns(table) if device.type == "cpu" else ()
-        return self._tables[key]
-
     def route(self, adapter: str, rank: int) -> Route:
-        """What the layers of an adapter and a rank need to know of the running forward pass.
+        """Expert weights of this thread's forward pass, for the layers of an adapter and a rank.
 
         Raises:
-            RuntimeError: The model was not called through the module the adapter was put on, or the tokens' steps do
-                not follow from what it was called with.
+            RuntimeError: The model was not called through the module that holds the adapter, or the steps of its tokens
+                do not follow from the arguments.
         """
-        calls = self._thread.running.calls
-        if not calls or (adapter, rank) not in calls[-1][0]:
+        route = self.known_route(adapter, rank)
+        if route is None:
             raise RuntimeError(
                 "mote: the step of each token is unknown: call the model with `input_ids` (its tokenizer has the step "
                 "markers and MoteConfig.markers their ids) or give `step_ids` of shape (rows, tokens); behind a cache "
                 "give it `context_ids` too, all ids of the rows so far, and give those as `generate`'s `input_ids`, "
                 "without `prefill_chunk_size`"
             )
-        return calls[-1][0][adapter, rank]
+        return route
 
-    def writing(self) -> Writing | None:
-        """The running forward pass, where it goes on with texts by a few tokens on a CPU; not in a compiled block."""
-        if torch.compiler.is_compiling():  # what is kept for a text would be compiled anew for each
+    def known_route(self, adapter: str, rank: int) -> Route | None:
+        """`route`, or None if the steps are unknown."""
+        forwards = self._thread.in_progress.forwards
+        return forwards[-1].routes.get((adapter, rank)) if forwards else None
+
+    def decode_step(self) -> DecodeStep | None:
+        """This thread's forward pass if it decodes a few tokens on a CPU; None in a compiled block."""
+        if torch.compiler.is_compiling():  # the graph would be recompiled for every sequence
             return None
-        calls = self._thread.running.calls
-        return calls[-1][1] if calls else None
+        forwards = self._thread.in_progress.forwards
+        return forwards[-1].decode if forwards else None
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: build the routes from `step_ids` if given, else from the ids.
+        """Forward pre-hook: take the steps from `step_ids` if given, else from the ids.
 
-        Takes out of the call, since the model itself does not know them: `step_ids` (B, T), or one such tensor for
-        each adapter; `context_ids` (B, any), all ids of the rows so far, where `input_ids` are only the last of them;
-        `document_ids` of their shape, for packed rows; `question_experts` (B,) or (B, T), step ids 1...S to read the
-        questions with.
+        Removes from the call what the model itself does not know: `step_ids` (B, T), or one such tensor for each
+        adapter; `context_ids` (B, any), all ids of the rows so far, if `input_ids` are only the last of them;
+        `document_ids` of the same shape, for packed rows; `question_experts` (B,) or (B, T), the step ids 1...S whose
+        experts read the question.
 
         Raises:
-            RuntimeError: The model is a copy that `nn.DataParallel` made.
+            RuntimeError: The model is a copy made by `nn.DataParallel`.
             ValueError: There are fewer `context_ids` than `input_ids`.
         """
         if getattr(model, "_is_replica", False):
@@ -162,28 +154,39 @@ class Router:
                 "mote: nn.DataParallel is not supported: start one process per GPU (`accelerate launch`, `torchrun`) "
                 "or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        steps = kwargs.pop("step_ids", None)
+        given = kwargs.pop("step_ids", None)
         context = kwargs.pop("context_ids", None)
         documents = kwargs.pop("document_ids", None)
-        drawn = kwargs.pop("question_experts", None)
-        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        question_experts = kwargs.pop("question_experts", None)
+        call = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         if documents is None and context is None:
-            documents = packed_documents(given)
-        if steps is None:
-            steps = self._steps_of_call(given, context, documents)
-        routes = self._routes(model, steps, drawn, documents)
-        writing = (
-            None if torch.compiler.is_compiling() else self._writing_of_call(model, given, steps, documents, routes)
-        )
-        self._thread.running.calls += ((routes, writing),)
+            documents = packed_documents(call)
+        if given is None:
+            given = self._steps_of_call(call, context, documents)
+        active = self._active()
+        dtype = _compute_dtype(model)
+        steps: dict[str, Tensor] = {}
+        routes: Routes = {}
+        for adapter, config in active.items():
+            steps_B_T = given.get(adapter) if isinstance(given, Mapping) else given
+            if steps_B_T is None:
+                continue
+            if question_experts is not None or (model.training and config.draw_question_expert):
+                steps_B_T = _with_question_experts(steps_B_T, question_experts, documents, len(config.experts))
+            steps[adapter] = steps_B_T
+            routes |= self._expert_weights.routes(adapter, config, self._ranks[adapter], steps_B_T, dtype)
+        decode = None
+        if not torch.compiler.is_compiling():
+            decode = self._cpu_decoder.decode_step(call, active, steps, documents, routes, model.training)
+        self._thread.in_progress.forwards += (Forward(routes, decode),)
         if model.training:
             bind_checkpoints(model, self)
         return args, kwargs
 
     def after_forward(self, *_: Any) -> None:
-        """Forward hook: a later call without ids must fail, not use these routes."""
-        running = self._thread.running
-        running.calls = running.calls[:-1]
+        """Forward hook: a later call without ids must fail, not use the steps of this one."""
+        in_progress = self._thread.in_progress
+        in_progress.forwards = in_progress.forwards[:-1]
 
     def steps(self, ids_B_T: Tensor, last: int, documents_B_T: Tensor | None = None) -> dict[str, Tensor]:
         """Step ids (B, last) of the last tokens of each row, for every active adapter that has markers."""
@@ -194,11 +197,11 @@ class Router:
         }
 
     def _steps_of_call(
-        self, given: Mapping[str, Any], context: Tensor | None, documents: Tensor | None
+        self, call: Mapping[str, Any], context: Tensor | None, documents: Tensor | None
     ) -> dict[str, Tensor]:
-        """`steps` of the tokens of a forward pass; of no adapter where they do not follow from what is given."""
-        ids = given.get("input_ids")
-        if ids is None or (context is None and goes_on(given)):
+        """`steps` of the tokens of a forward pass; for no adapter if they do not follow from the arguments."""
+        ids = call.get("input_ids")
+        if ids is None or (context is None and has_past(call)):
             return {}
         if context is not None and context.shape[1] < ids.shape[1]:
             raise ValueError(
@@ -207,80 +210,16 @@ class Router:
             )
         return self.steps(ids if context is None else context, ids.shape[1], documents)
 
-    def _writing_of_call(
-        self,
-        model: nn.Module,
-        given: Mapping[str, Any],
-        steps: Tensor | Mapping[str, Tensor],
-        documents: Tensor | None,
-        routes: Routes,
-    ) -> Writing | None:
-        """The pass as one that writes a token of each row or document on a CPU; None where it is another one.
-
-        What is kept for it lasts as long as the cache of the text, and from one text to the next in it as long as the
-        weights are the same: new weights come with a new text.
-        """
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
-        if ids is None or not isinstance(cache, Cache):
-            return None
-        if ids.shape[1] > 1 and (documents is None or bool((documents.diff(dim=1) == 0).any())):
-            self._end_text(cache)
-            return None
-        if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or len(self._active()) != 1:
-            return None
-        (adapter,) = self._active()
-        own = steps.get(adapter) if isinstance(steps, Mapping) else steps
-        if own is None or own.device.type != "cpu" or own.numel() > FEW:
-            return None
-        found = set(own.flatten().tolist())
-        if QUESTION in found:
-            return None
-        step = found.pop() if len(found) == 1 else None
-        dtype = next(iter(routes.values())).gate.dtype
-        kept = self._texts.setdefault(cache, {}).setdefault((adapter, dtype), Kept())
-        if not kept.holds:
-            kept.begin_text(adapter)
-        line = ids.shape[0] == 1
-        return Writing(adapter, step, own.numel(), line, routes, kept.writes.setdefault((step, line), {}), kept)
-
-    def _end_text(self, cache: Cache) -> None:
-        """A prompt comes in this cache: the next text may have other weights than the last one."""
-        for kept in self._texts.get(cache, {}).values():
-            kept.holds = False
-
-    def _routes(
-        self,
-        model: nn.Module,
-        given: Tensor | Mapping[str, Tensor],
-        drawn: Tensor | None,
-        documents: Tensor | None,
-    ) -> Routes:
-        dtype = _compute_dtype(model)
-        routes: Routes = {}
-        for adapter, config in self._active().items():
-            steps = given.get(adapter) if isinstance(given, Mapping) else given
-            if steps is None:
-                continue
-            if drawn is not None or (model.training and config.draw_question_expert):
-                steps = _with_question_experts(steps, drawn, documents, len(config.experts))
-            if config.mix == 0:  # every step is read alike
-                steps = torch.where(steps == NO_STEP, steps, 1)
-            idle = not torch.compiler.is_compiling() and _is_idle(steps)
-            for rank in self._ranks[adapter]:
-                table, columns = self._table(adapter, rank, steps.device, dtype)
-                routes[adapter, rank] = Route(table[steps], columns, idle)
-        return routes
-
     def prepare_inputs(
         self, prepare: Callable[..., dict[str, Any]], input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """`prepare_inputs_for_generation` that gives the steps of the new tokens, all that the model sees of the text.
+        """`prepare_inputs_for_generation` that adds the steps of the new tokens; only here all ids are at hand.
 
         Args:
             prepare: The model's own.
-            input_ids: All ids of the rows so far; where a cache goes on from others, the steps stay unknown.
-            args: What else is for `prepare`.
-            kwargs: Likewise.
+            input_ids: All ids of the rows so far; if the cache holds others, the steps stay unknown.
+            args: Further arguments of `prepare`.
+            kwargs: Further arguments of `prepare`.
 
         Returns:
             The arguments of the next forward pass.
@@ -289,29 +228,45 @@ class Router:
         tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         if tokens is None:
             return inputs
-        cache, new, begins = inputs.get("past_key_values"), tokens.shape[1], bool(kwargs.get("is_first_iteration"))
+        cache = inputs.get("past_key_values")
+        new = tokens.shape[1]
+        begins = bool(kwargs.get("is_first_iteration"))
         if begins and isinstance(cache, Cache):
-            self._end_text(cache)
-        # A static cache's length lies on the device: it is read for prompts and guesses, not for every token written.
+            self._cpu_decoder.begin_sequence(cache)
+        # A static cache's length is on the device: it is read for prompts and assisted decoding, not for every token.
         if (new == 1 and not begins) or cache_length(cache) + new == input_ids.shape[1]:
             inputs["step_ids"] = {name: steps.to(tokens.device) for name, steps in self.steps(input_ids, new).items()}
         return inputs
 
-    def calls(self) -> Calls:
-        """The routes of the forward passes that run in this thread, the innermost last."""
-        return self._thread.running.calls
+    def forwards(self) -> tuple[Forward, ...]:
+        """The forward passes in progress in this thread, the innermost last."""
+        return self._thread.in_progress.forwards
 
-    def run_with(self, calls: Calls, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a block with the routes of these passes."""
-        running = self._thread.running
-        before = running.calls
-        if before is calls:  # the forward pass itself; here a compiler takes no side effects
+    def run_with(self, forwards: tuple[Forward, ...], block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block as a part of these forward passes."""
+        in_progress = self._thread.in_progress
+        before = in_progress.forwards
+        if before is forwards:  # the forward pass itself, where torch.compile allows no side effects
             return block(*args, **kwargs)
-        running.calls = calls
+        in_progress.forwards = forwards
         try:
             return block(*args, **kwargs)
         finally:
-            running.calls = before
+            in_progress.forwards = before
+
+
+def _with_question_experts(
+    steps_B_T: Tensor, question_experts: Tensor | None, documents_B_T: Tensor | None, experts: int
+) -> Tensor:
+    """Replace the question's step 0 by one step per sequence, as given or drawn at random ("processed by anyone")."""
+    if question_experts is not None:
+        expert = question_experts.to(steps_B_T.device).reshape(len(steps_B_T), -1)
+    elif documents_B_T is not None:
+        draws = torch.randint(1, experts + 1, steps_B_T.shape, device=steps_B_T.device)
+        expert = draws.gather(1, document_starts(documents_B_T))
+    else:
+        expert = torch.randint(1, experts + 1, (steps_B_T.shape[0], 1), device=steps_B_T.device)
+    return torch.where(steps_B_T == QUESTION, expert, steps_B_T)
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
@@ -319,8 +274,3 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def _is_idle(steps: Tensor) -> bool:
-    """Whether no token (B, T) has a step, on a CPU; reading it from another device would wait for that."""
-    return steps.device.type == "cpu" and bool((steps == NO_STEP).all())

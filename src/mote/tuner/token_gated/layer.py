@@ -95,13 +95,12 @@ class TokenGatedLinear(nn.Module, BaseTunerLayer):
             x_N = nn.functional.dropout(x_N, config.lora_dropout)
         weights_N = (weights_N * config.scaling(config.r)).to(result.dtype)
         if (route := self._route(name)) is not None:  # in a running batch some rows are the base model's
-            weights_N = weights_N * route.gate.reshape(len(weights_N), -1).any(1, keepdim=True)
+            weights_N = weights_N * route.weights.reshape(len(weights_N), -1).any(1, keepdim=True)
         add = _add_gathered if config.dispatch == "gather" else _add_dense
         return add(x_N, result_N, first, second, weights_N, chosen_N).view_as(result)
 
     def _route(self, name: str) -> Route | None:
-        calls = self.router.calls() if self.router is not None else ()
-        return calls[-1][0].get((name, self.configs[name].r)) if calls else None
+        return None if self.router is None else self.router.known_route(name, self.configs[name].r)
 
     def _contrast(
         self, x_N: Tensor, first: Tensor, second: Tensor, chosen_N: Tensor, config: TokenGatedConfig

@@ -1,4 +1,4 @@
-"""Text that is written token by token on a CPU against the layers' plain form, whatever the rows and adapters do."""
+"""The CPU decoding fast path against the layers' plain form, whatever rows and adapters do."""
 
 import copy
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from mote.tokens.routing import NO_STEP
-from mote.tuner.cpu_decode import FEW, Writing, _places
+from mote.tuner.cpu_decode import MAX_TOKENS, DecodeStep, _sample
 from mote.tuner.layer import MoteLinear
 
 STEPS = [NO_STEP, 1, 2, 3]
 MODEL = adapted()
 
 
-def read(model: Any, rows: int, seed: int = 0) -> Any:
+def prefill(model: Any, rows: int, seed: int = 0) -> Any:
     """A cache that holds six tokens a row."""
     cache = DynamicCache(config=model.get_base_model().config)
     ids = torch.randint(3, 60, (rows, 6), generator=torch.Generator().manual_seed(seed))
@@ -29,8 +29,8 @@ def read(model: Any, rows: int, seed: int = 0) -> Any:
     return cache
 
 
-def write(model: Any, cache: Any, steps: list[int], plainly: bool = False) -> Tensor:
-    """The logits (B, V) of one more token a row; `plainly`: as where gradients are wanted, on a copy of the cache."""
+def decode(model: Any, cache: Any, steps: list[int], plainly: bool = False) -> Tensor:
+    """Logits (B, V) of one more token a row; `plainly`: with gradients, on a copy of the cache."""
     ids = torch.arange(10, 10 + len(steps))[:, None]
     cache = copy.deepcopy(cache) if plainly else cache
     with torch.set_grad_enabled(plainly):
@@ -39,51 +39,63 @@ def write(model: Any, cache: Any, steps: list[int], plainly: bool = False) -> Te
     return found
 
 
-def kept(model: Any, cache: Any) -> dict[Any, int]:
-    """How many layers are kept of a text, by adapter and step."""
-    texts = model.get_base_model().mote_router._texts.get(cache, {})
-    return {(key[0], step): len(writes) for key, part in texts.items() for (step, _), writes in part.writes.items()}
+def bound(model: Any, cache: Any) -> list[tuple[str, int | None, dict[Any, Any]]]:
+    """Adapter, step and layers of everything that is bound for a cache."""
+    of_cache = model.get_base_model().mote_router._cpu_decoder._of_cache.get(cache, {})
+    return [
+        (adapter, step, dict(functions))
+        for (adapter, _), layers in of_cache.items()
+        for (step, _), functions in layers.functions.items()
+    ]
+
+
+def bound_layers(model: Any, cache: Any) -> dict[Any, int]:
+    """How many layers are bound for a cache, by adapter and step."""
+    return {(adapter, step): len(functions) for adapter, step, functions in bound(model, cache)}
 
 
 @given(st.lists(st.lists(st.sampled_from(STEPS), min_size=4, max_size=4), min_size=1, max_size=5))
 @settings(max_examples=25, deadline=None)
-def test_any_mixture_of_steps_and_base_rows_equals_the_plain_form(steps: list[list[int]]) -> None:
-    cache = read(MODEL, 4)
+def test_any_mix_of_steps_and_base_rows_equals_the_plain_form(steps: list[list[int]]) -> None:
+    cache = prefill(MODEL, 4)
     for now in steps:
-        expected = write(MODEL, cache, now, plainly=True)
-        torch.testing.assert_close(write(MODEL, cache, now), expected, atol=1e-5, rtol=1e-5)
-        assert kept(MODEL, cache)["default", now[0] if len(set(now)) == 1 else None] == 14
+        expected = decode(MODEL, cache, now, plainly=True)
+        torch.testing.assert_close(decode(MODEL, cache, now), expected, atol=1e-5, rtol=1e-5)
+        assert bound_layers(MODEL, cache)["default", now[0] if len(set(now)) == 1 else None] == 14
 
 
 @pytest.mark.parametrize("other", [NO_STEP, 2])
 def test_rows_without_a_step_are_the_base_model_exactly(other: int) -> None:
-    cache = read(MODEL, 4)
-    found = write(MODEL, copy.deepcopy(cache), [NO_STEP, NO_STEP, NO_STEP, other])
+    cache = prefill(MODEL, 4)
+    found = decode(MODEL, copy.deepcopy(cache), [NO_STEP, NO_STEP, NO_STEP, other])
     with MODEL.disable_adapter():
-        expected = write(MODEL, cache, [NO_STEP] * 4)
+        expected = decode(MODEL, cache, [NO_STEP] * 4)
     assert torch.equal(found[:3, :64], expected[:3, :64])  # the markers' rows behind them are trained
 
 
-def test_a_plain_layer_is_computed_without_a_call_of_it_and_a_watched_one_with(monkeypatch: Any) -> None:
-    model, calls, called, forward = adapted(), [], [], nn.Linear.forward
+def test_only_layers_with_hooks_or_subclasses_are_called(monkeypatch: Any) -> None:
+    model = adapted()
+    calls: list[str] = []
+    called: list[nn.Module] = []
+    forward = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: called.append(layer) or forward(layer, x))
     layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
     layers[0].base_layer.register_forward_hook(lambda *_: calls.append("hook"))
-    cache = read(model, 2)
+    cache = prefill(model, 2)
     calls.clear()
     for layer in layers:
         layer.base_layer.__class__ = type("Linear", (nn.Linear,), {}) if layer is layers[1] else nn.Linear
-    expected = write(model, cache, [1, 1], plainly=True)
+    expected = decode(model, cache, [1, 1], plainly=True)
     assert all(layer.base_layer in called for layer in layers)
     calls.clear()
     called.clear()
-    torch.testing.assert_close(write(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decode(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
     assert calls == ["hook"]
     assert [layer.base_layer in called for layer in layers] == [True, True] + [False] * 12
 
 
 def gpt2() -> Any:
-    """Layers of its own kind (Conv1D), with a bias, three of them fused into one."""
+    """Conv1D layers with biases, queries, keys and values in one."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3))
 
@@ -108,72 +120,73 @@ def test_other_bases(base: str, steps: list[int]) -> None:
 
     torch.manual_seed(1)
     model = get_peft_model(BASES[base](), config(target_modules="all-linear")).eval()
-    cache = read(model, 3)
-    expected = write(model, cache, steps, plainly=True)
+    cache = prefill(model, 3)
+    expected = decode(model, cache, steps, plainly=True)
     tolerance = 0.15 if base == "bfloat16" else 1e-5
-    torch.testing.assert_close(write(model, cache, steps), expected, atol=tolerance, rtol=tolerance)
-    assert len(kept(model, cache)) == 1
+    torch.testing.assert_close(decode(model, cache, steps), expected, atol=tolerance, rtol=tolerance)
+    assert len(bound_layers(model, cache)) == 1
 
 
 def test_adapters_may_change_between_two_tokens() -> None:
     model = adapted()
     model.add_adapter("other", config(mix=1.0))
-    cache, found = read(model, 2), []
+    cache = prefill(model, 2)
+    found: list[Tensor] = []
     for name in ("default", "other", "default"):
         model.set_adapter(name)
-        expected = write(model, cache, [1, 2], plainly=True)
-        found.append(write(model, copy.deepcopy(cache), [1, 2]))
+        expected = decode(model, cache, [1, 2], plainly=True)
+        found.append(decode(model, copy.deepcopy(cache), [1, 2]))
         torch.testing.assert_close(found[-1], expected, atol=1e-5, rtol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-2
-    write(model, cache, [1, 2])
+    decode(model, cache, [1, 2])
     model.delete_adapter("other")
-    assert not kept(model, cache)
-    expected = write(model, cache, [1, 1], plainly=True)
-    torch.testing.assert_close(write(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
+    assert not bound_layers(model, cache)
+    expected = decode(model, cache, [1, 1], plainly=True)
+    torch.testing.assert_close(decode(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
     base = model.unload()
     assert not any(isinstance(module, MoteLinear) for module in base.modules())
 
 
-def test_two_active_adapters_go_the_plain_way() -> None:
+def test_two_active_adapters_take_the_plain_form() -> None:
     model = adapted()
     model.add_adapter("other", config(mix=1.0, markers={}))
     model.base_model.set_adapter(["default", "other"])
-    cache = read(model, 2)
-    expected = write(model, cache, [1, 1], plainly=True)
-    torch.testing.assert_close(write(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
-    assert not kept(model, cache)
+    cache = prefill(model, 2)
+    expected = decode(model, cache, [1, 1], plainly=True)
+    torch.testing.assert_close(decode(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
+    assert not bound_layers(model, cache)
 
 
-def passes(model: Any, **call: Any) -> Writing | None:
-    """What the layers are told of a pass."""
-    router, seen = model.get_base_model().mote_router, []
+def decode_step(model: Any, **call: Any) -> DecodeStep | None:
+    """What the layers read of a forward pass."""
+    router = model.get_base_model().mote_router
+    seen: list[DecodeStep | None] = []
     layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
-    handle = layer.register_forward_pre_hook(lambda *_: seen.append(router.writing()))
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(router.decode_step()))
     with torch.no_grad():
         model(**call)
     handle.remove()
-    found: Writing | None = seen[0]
-    return found
+    return seen[0]
 
 
-def test_a_line_of_tokens_of_different_rows_writes_and_a_stretch_of_one_reads() -> None:
-    """As the running batch has them: a token a row, with and without a stretch of a prompt behind."""
+def test_one_token_per_document_is_a_decode_step() -> None:
+    """As in continuous batching: one token per sequence, with and without a prefill chunk behind."""
     steps = torch.tensor([[1, 2, 3, 3]])
-    for documents, writes in (([0, 1, 2, 3], True), ([0, 1, 2, 2], False), (None, False)):
+    for documents, decodes in (([0, 1, 2, 3], True), ([0, 1, 2, 2], False), (None, False)):
         call = {} if documents is None else {"document_ids": torch.tensor([documents])}
         cache = DynamicCache(config=MODEL.get_base_model().config)
         ids = torch.tensor([[5, 6, 7, 8]])
-        assert (passes(MODEL, input_ids=ids, step_ids=steps, past_key_values=cache, **call) is not None) == writes
+        assert (decode_step(MODEL, input_ids=ids, step_ids=steps, past_key_values=cache, **call) is not None) == decodes
 
 
 @pytest.mark.parametrize("what", ["training", "many rows", "autocast", "question"])
-def test_other_passes_go_the_plain_way(what: str) -> None:
+def test_other_passes_take_the_plain_form(what: str) -> None:
     model = adapted().train(what == "training")
-    rows = FEW + 1 if what == "many rows" else 2
+    rows = MAX_TOKENS + 1 if what == "many rows" else 2
     ids, steps = torch.full((rows, 1), 5), torch.full((rows, 1), 0 if what == "question" else 1)
     cache = DynamicCache(config=model.get_base_model().config)
     with torch.autocast("cpu", enabled=what == "autocast"):
-        assert passes(model, input_ids=ids, step_ids=steps, past_key_values=cache) is None
+        assert decode_step(model, input_ids=ids, step_ids=steps, past_key_values=cache) is None
 
 
 def replace_base(layer: MoteLinear) -> None:
@@ -199,8 +212,9 @@ CHANGES: dict[str, Callable[[MoteLinear], Any]] = {
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("how", CHANGES)
-def test_the_next_text_of_a_cache_sees_what_has_changed(how: str, mode: Any) -> None:
-    model, found = adapted(), []
+def test_the_next_sequence_in_a_cache_sees_changed_weights(how: str, mode: Any) -> None:
+    model = adapted()
+    found: list[Tensor] = []
     layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
     cache, ids = DynamicCache(config=model.get_base_model().config), torch.tensor([[5, 6, 7]])
     call = {"input_ids": ids[:, :1], "step_ids": torch.ones(1, 1, dtype=torch.long)}
@@ -218,25 +232,24 @@ def test_the_next_text_of_a_cache_sees_what_has_changed(how: str, mode: Any) -> 
     expected = model(past_key_values=before, **call).logits
     torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3
-    assert kept(model, cache) == {("default", 1): 14}
+    assert bound_layers(model, cache) == {("default", 1): 14}
 
 
 @pytest.mark.parametrize("steps", [[1, 1], [1, 2], [NO_STEP, NO_STEP]], ids=str)
-def test_what_was_looked_up_serves_the_next_text_while_nothing_has_changed(steps: list[int]) -> None:
+def test_bound_layers_serve_the_next_sequence_if_unchanged(steps: list[int]) -> None:
     model = adapted()
-    cache = read(model, 2)
-    write(model, cache, steps)
-    texts = model.get_base_model().mote_router._texts[cache]
-    looked_up = [dict(writes) for kept in texts.values() for writes in kept.writes.values()]
+    cache = prefill(model, 2)
+    decode(model, cache, steps)
+    before = bound(model, cache)
     more = torch.tensor([[5, 6, 7]] * 2)
     with torch.no_grad():
         model(input_ids=more, past_key_values=cache, step_ids=torch.ones_like(more))
-    expected = write(model, cache, steps, plainly=True)
-    torch.testing.assert_close(write(model, cache, steps), expected, atol=1e-5, rtol=1e-5)
-    assert [dict(writes) for kept in texts.values() for writes in kept.writes.values()] == looked_up
+    expected = decode(model, cache, steps, plainly=True)
+    torch.testing.assert_close(decode(model, cache, steps), expected, atol=1e-5, rtol=1e-5)
+    assert before and bound(model, cache) == before
 
 
-def test_a_model_made_under_inference_mode_writes() -> None:
+def test_a_model_made_under_inference_mode_decodes() -> None:
     ids = torch.tensor([[5, 6, 7, 10]])
     steps = torch.ones_like(ids)
     with torch.inference_mode():
@@ -249,12 +262,12 @@ def test_a_model_made_under_inference_mode_writes() -> None:
             model(input_ids=ids[:, prompt], step_ids=steps[:, prompt], past_key_values=cache)
             found = model(input_ids=ids[:, -1:], step_ids=steps[:, -1:], past_key_values=cache).logits
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-            assert kept(model, cache) == {("default", 1): 14}
+            assert bound_layers(model, cache) == {("default", 1): 14}
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.booleans())
-def test_the_places_that_are_looked_at_are_in_all_rows_and_columns(rows: int, columns: int, turned: bool) -> None:
+def test_the_sample_has_a_value_of_each_row_and_column(rows: int, columns: int, turned: bool) -> None:
     numbers = torch.arange(rows * columns).view(rows, columns)
-    places = _places(numbers.t().contiguous().t() if turned else numbers)
-    assert set((places // columns).tolist()) == set(range(rows))
-    assert set((places % columns).tolist()) == set(range(columns))
+    sample = torch.cat(_sample(numbers.t().contiguous().t() if turned else numbers))
+    assert set((sample // columns).tolist()) == set(range(rows))
+    assert set((sample % columns).tolist()) == set(range(columns))
