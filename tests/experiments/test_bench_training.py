@@ -30,7 +30,7 @@ from mote.experiments.bench.training import (
     measure_training,
     training_targets,
 )
-from mote.experiments.bench.workload import Workload, facts, made_rows, prepare
+from mote.experiments.bench.workload import Workload, facts, prepare, random_rows
 from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import document_mask
 from mote.tokens.routing import Markers
@@ -152,10 +152,10 @@ def test_real_chains_are_the_accepted_ones(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_made_up_chains_have_the_papers_depths() -> None:
-    rows = made_rows(400, 100, Markers((101, 103, 105), (102, 104, 106)))
+    rows = random_rows(400, 100, Markers((101, 103, 105), (102, 104, 106)))
     one, two, three = facts(rows)["chains of one, two, three steps"]
     assert abs(three / 400 - 0.614) < 0.08 and abs(two / 400 - 0.101) < 0.05 and one + two + three == 400
-    assert rows == made_rows(400, 100, Markers((101, 103, 105), (102, 104, 106)))
+    assert rows == random_rows(400, 100, Markers((101, 103, 105), (102, 104, 106)))
 
 
 def test_unknown_names_are_refused() -> None:

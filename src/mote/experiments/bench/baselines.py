@@ -1,6 +1,6 @@
-"""Other ways to run step experts, as plain as people write them: masks over adapters, and gathered segments.
+"""Baseline implementations of step experts as people write them: masked adapters, and gathered segments.
 
-Both compute what `mote.tuner` computes. They hold each expert by itself, as separate adapters are held.
+Both compute the same as `mote.tuner`, with each expert stored as a separate adapter.
 Shapes: B row, T token, N tokens of all rows, S step, E expert, R rank.
 """
 
@@ -17,18 +17,18 @@ from mote.tuner.expert_weights import expert_weight_table
 
 
 class Segments:
-    """What the layers of one model know of the running forward pass; a hook on the model sets it from `step_ids`."""
+    """Per-forward state shared by the layers of one model; a forward pre-hook sets it from `step_ids`."""
 
     def __init__(self, config: MoteConfig) -> None:
         self.table = expert_weight_table(config) * config.lora_alpha / config.r  # (1 + S, E)
         self.steps = len(config.experts)
-        self.weights_E: tuple[Tensor, ...] = ()  # of each expert, (B, T, 1)
-        self.tokens: list[tuple[Tensor, list[int], list[float]]] = []  # of each step: indices, experts, their weights
+        self.weights_E: tuple[Tensor, ...] = ()  # weight of each expert for each token, (B, T, 1)
+        self.tokens: list[tuple[Tensor, list[int], list[float]]] = []  # per step: token indices, experts, their weights
 
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: take `step_ids` (B, T) out of the call."""
+        """Forward pre-hook: pop `step_ids` (B, T) from the call."""
         steps: Tensor = kwargs.pop("step_ids")
-        if model.training:  # one expert a row reads the question, drawn as `mote.tuner.router` draws it
+        if model.training:  # one expert per row reads the question, drawn as in `mote.tuner.router`
             drawn = torch.randint(1, self.steps + 1, (len(steps), 1), device=steps.device)
             steps = torch.where(steps == QUESTION, drawn, steps)
         weight = next(model.parameters())
@@ -43,24 +43,27 @@ class Segments:
 
 
 class SplitLinear(nn.Module):
-    """A frozen linear layer and its experts as pairs of their own."""
+    """A frozen linear layer and its experts, each a separate pair of low-rank matrices."""
 
     def __init__(self, base_layer: nn.Linear, config: MoteConfig, segments: Segments) -> None:
         super().__init__()
-        self.base_layer, self.segments = base_layer, segments
-        weight, experts, rank = base_layer.weight, range(config.total_experts), config.r
+        self.base_layer = base_layer
+        self.segments = segments
+        weight = base_layer.weight
+        experts = range(config.total_experts)
+        rank = config.r
         self.A = nn.ParameterList(weight.new_empty(rank, base_layer.in_features) for _ in experts)
         self.B = nn.ParameterList(weight.new_zeros(base_layer.out_features, rank) for _ in experts)
         for a in self.A:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Base output plus the experts' (B, T, out)."""
+        """Base output plus the experts' output (B, T, out)."""
         raise NotImplementedError
 
 
 class MaskedLinear(SplitLinear):
-    """Every adapter on every token, times its mask."""
+    """Applies every adapter to every token and multiplies by its mask."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Base output plus the sum of mask * B(A(x)) over the adapters (B, T, out)."""
@@ -71,7 +74,7 @@ class MaskedLinear(SplitLinear):
 
 
 class GatheredLinear(SplitLinear):
-    """The tokens of each step are gathered, go through the pair of the experts that count for it, and are put back."""
+    """Gathers the tokens of each step, applies the concatenated pair of its experts, and scatters the result."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Base output plus, for the tokens of a step, `[A_share; A_s]` and `[B_share, B_s]` (B, T, out)."""
@@ -86,7 +89,7 @@ class GatheredLinear(SplitLinear):
 
 
 def add_split_experts(model: nn.Module, config: MoteConfig, layer: type[SplitLinear]) -> nn.Module:
-    """Put step experts on every linear layer but the head, in place, and freeze everything else."""
+    """Add step experts to every linear layer except the head, in place, and freeze everything else."""
     model.requires_grad_(False)
     segments = Segments(config)
     model.register_forward_pre_hook(segments.before_forward, with_kwargs=True)

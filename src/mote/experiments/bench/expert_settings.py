@@ -1,4 +1,4 @@
-"""What `mote bench experts` measures, on which model and device."""
+"""Settings of `mote bench experts`, and the base model they name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from mote.models.load import default_attention, default_device, default_dtype, l
 
 DTYPES = ("float32", "bfloat16", "float16")
 MEASURES = ("training", "decoding", "saved", "memory")
-SHAPES: dict[str, dict[str, Any]] = {  # random weights of a known shape, where the model itself is not at hand
+SHAPES: dict[str, dict[str, Any]] = {  # shapes for models of random weights
     "llama-3.1-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False,
@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # random weights of a known shape, where 
 
 @dataclass(frozen=True)
 class ExpertBenchSettings:
-    """Everything that decides the numbers; `choose_settings` fills in what depends on the device."""
+    """Everything that the numbers depend on; `choose_settings` fills in the device's defaults."""
 
     model: str | None
     shape: str | None
@@ -60,10 +60,10 @@ def choose_settings(
     only: str | None = None,
     measures: str | None = None,
 ) -> ExpertBenchSettings:
-    """ExpertBenchSettings with the device's defaults; the reference and its control are always measured.
+    """The settings with the device's defaults; the reference and its A/A control are always measured.
 
     Raises:
-        UserError: A name that is not known, or two that exclude each other.
+        UserError: An unknown name, or two options that exclude each other.
     """
     device = default_device() if device == "auto" else device
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -102,7 +102,7 @@ def _names(option: str, given: str | None, known: Sequence[str] | Mapping[str, A
 
 
 def load_model(settings: ExpertBenchSettings) -> Any:
-    """The base model as transformers has it: a real one, or one of random weights made on the device."""
+    """The base model, pretrained or with random weights of a shape."""
     if settings.model is not None:
         return load_base(settings.model, settings.device, settings.dtype).model
     assert settings.shape is not None
@@ -110,7 +110,7 @@ def load_model(settings: ExpertBenchSettings) -> Any:
 
 
 def load_shape(shape: str, device: str, dtype: str) -> Any:
-    """A model of random weights, of one of `SHAPES`, made on the device."""
+    """A randomly initialised model of one of `SHAPES`, created on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None)

@@ -1,4 +1,4 @@
-"""What is measured of one variant: a training step, decoding token by token, saved activations, peak memory.
+"""Measurements of one variant: training step, token-by-token decoding, saved activations, peak memory.
 
 Shapes: B row, T token.
 """
@@ -15,20 +15,21 @@ from transformers import StaticCache
 from mote.experiments.bench.variants import Variant
 from mote.tokens.routing import QUESTION
 
-SHARES = (0.40, 0.20, 0.15, 0.25)  # of a row: question, analysis, guidance, response
-PREFILL, TOKENS = 64, 32
+SHARES = (0.40, 0.20, 0.15, 0.25)  # of a row's tokens: question, analysis, guidance, response
+PREFILL = 64  # prompt tokens
+TOKENS = 32  # decoded tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to train on (B, T): random ids in segments of unequal lengths, other ones in each row."""
+    """Training rows (B, T): random ids in segments whose lengths differ between rows."""
 
     ids: Tensor
     steps: Tensor
     labels: Tensor
 
     def inputs(self, variant: Variant) -> dict[str, Any]:
-        """What a variant is called with; one with trained markers reads the steps from the markers themselves."""
+        """Forward arguments of a variant; one with trained markers gets markers instead of step ids."""
         given: dict[str, Any] = {"input_ids": self.ids, "labels": self.labels, "use_cache": False}
         if variant.starts:
             begins = torch.zeros_like(self.steps, dtype=torch.bool)
@@ -41,7 +42,7 @@ class Batch:
 
 
 def make_batch(rows: int, length: int, vocab: int, device: str) -> Batch:
-    """A fixed batch; the lengths of the segments differ from `SHARES` by up to a fifth."""
+    """A fixed batch; segment lengths vary by up to a fifth around `SHARES`."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (rows, length), generator=generator)
     shares = torch.tensor(SHARES) * (0.8 + 0.4 * torch.rand(rows, len(SHARES), generator=generator))
@@ -52,21 +53,23 @@ def make_batch(rows: int, length: int, vocab: int, device: str) -> Batch:
 
 
 class TrainingStep:
-    """TrainingStep steps of one variant on one batch: forward, backward, AdamW."""
+    """One training step of a variant on a fixed batch: forward, backward, AdamW."""
 
     def __init__(self, variant: Variant, batch: Batch) -> None:
         self.variant = variant
         self.inputs = batch.inputs(variant)
         trained = variant.trained()
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None  # Trainer's own
+        self.optimizer = (
+            torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+        )  # as in transformers' Trainer
 
     def loss(self) -> Tensor:
-        """The forward pass."""
+        """Loss of one forward pass."""
         loss: Tensor = self.variant.model(**self.inputs).loss
         return loss if self.variant.extra_loss is None else loss + self.variant.extra_loss()
 
     def __call__(self) -> float:
-        """Seconds of one step."""
+        """Run one step; returns its seconds."""
         self.variant.model.train()
         synchronize()
         began = time.perf_counter()
@@ -79,35 +82,35 @@ class TrainingStep:
 
 
 class DecodingStep:
-    """One token at a time behind a short prompt in a static cache; the variants take turns token by token.
+    """Decodes one token per call after a short prompt in a static cache, so that variants can alternate per token.
 
     Args:
-        variant: What to decode with.
-        steps: The step each row is in.
-        vocab: Ids are drawn below it.
+        variant: The variant.
+        steps: Step of each row (B).
+        vocab: Vocabulary size of the random ids.
     """
 
     def __init__(self, variant: Variant, steps: Tensor, vocab: int) -> None:
         self.variant = variant
         self.cache = StaticCache(config=variant.causal.config, max_cache_len=PREFILL + TOKENS)
-        shape = len(steps), PREFILL + TOKENS
+        shape = (len(steps), PREFILL + TOKENS)
         self.ids = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0)).to(steps.device)
         self.steps = torch.full(shape, QUESTION, device=steps.device)
         self.steps[:, PREFILL:] = steps[:, None]
-        self.place = 0
+        self.offset = 0
 
     @torch.inference_mode()
     def prefill(self) -> None:
-        """Read the prompt into an empty cache; only the tokens after it are measured, so it is not compiled."""
+        """Prefill the prompt into an empty cache; not measured, so not compiled."""
         self.variant.model.eval()
         self.cache.reset()
-        self.place = 0
+        self.offset = 0
         with torch.compiler.set_stance("force_eager"):
             self._forward(PREFILL)
 
     @torch.inference_mode()
     def __call__(self) -> float:
-        """Seconds of the next token."""
+        """Decode the next token; returns its seconds."""
         synchronize()
         began = time.perf_counter()
         self._forward(1)
@@ -115,16 +118,16 @@ class DecodingStep:
         return time.perf_counter() - began
 
     def _forward(self, tokens: int) -> None:
-        part = slice(self.place, self.place + tokens)
+        part = slice(self.offset, self.offset + tokens)
         steps = {"step_ids": self.steps[:, part]} if self.variant.takes_steps else {}
         self.variant.model(
             input_ids=self.ids[:, part], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **steps
         )
-        self.place += tokens
+        self.offset += tokens
 
 
 def saved_mb(training: TrainingStep) -> float:
-    """MB that a forward pass keeps for the backward pass, parameters and buffers left out."""
+    """MB that a forward pass saves for the backward pass, without parameters and buffers."""
     training.variant.model.train()
     model = training.variant.model
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -134,7 +137,7 @@ def saved_mb(training: TrainingStep) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself may own the graph that holds it, which then is never freed
+        return tensor.detach()  # the tensor itself may own the graph that saves it, a cycle that is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         training.loss()
@@ -142,7 +145,7 @@ def saved_mb(training: TrainingStep) -> float:
 
 
 def peak_mb_on_gpu(variant: Variant, batch: Batch) -> float:
-    """Peak MB of two training steps: base weights, what the variant adds, optimiser and activations."""
+    """Peak MB of two training steps: base weights, the variant's parameters, optimiser and activations."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -153,6 +156,6 @@ def peak_mb_on_gpu(variant: Variant, batch: Batch) -> float:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where one is used."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

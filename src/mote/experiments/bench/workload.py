@@ -1,4 +1,4 @@
-"""Chains to measure training on: the tokens of real ones, or random tokens in rows of their shape.
+"""Chains for the training benchmark: tokenised real ones, or random tokens with realistic lengths.
 
 Shapes: T token.
 """
@@ -23,20 +23,20 @@ from mote.tokens.routing import QUESTION, Markers, step_ids
 from mote.tuner import MoteConfig
 
 STEPS = ("analysis", "guidance", "response")
-LENGTHS = {1: (20, 90), 2: (20, 90), 3: (30, 250)}  # tokens of each step of a made-up chain, drawn evenly
-DEPTHS = (((1, 2, 3), 0.614), ((1, 3), 0.101), ((3,), 0.285))  # section 3.1: shares of the paper's own chains
+LENGTHS = {1: (20, 90), 2: (20, 90), 3: (30, 250)}  # range of tokens per step of a random chain, drawn uniformly
+DEPTHS = (((1, 2, 3), 0.614), ((1, 3), 0.101), ((3,), 0.285))  # depth shares of the paper's chains (section 3.1)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A base model whose embedding has rows for the markers, and its chains.
+    """A base model with marker embeddings, and chains to train on.
 
     Attributes:
         model: The base model.
-        tokenizer: Its tokenizer; one that knows its padding alone, where the model is a shape.
+        tokenizer: Its tokenizer; for a model of random weights one that can only pad.
         config: Step experts for it.
-        rows: One for each chain.
-        source: Where these are from.
+        rows: One row per chain.
+        source: Where the chains come from.
     """
 
     model: Any
@@ -47,38 +47,42 @@ class Workload:
 
 
 def prepare(model: str | None, shape: str | None, device: str, dtype: str, chains: Path | None, count: int) -> Workload:
-    """Load a model and `count` chains, drawn from a file or made up.
+    """Load a model and `count` chains, sampled from a file or random.
 
     Raises:
-        UserError: The file has no accepted chain, or there is no tokenizer to read it with.
+        UserError: The file has no accepted chain, or the model has no tokenizer to encode it.
     """
     config = MoteConfig(r=16, lora_alpha=32, experts=STEPS)
     if model is not None:
         base = load_base(model, device, dtype)
-        found, tokenizer = base.model, base.tokenizer
-        add_markers(tokenizer, config, found)
+        network = base.model
+        tokenizer = base.tokenizer
+        add_markers(tokenizer, config, network)
     else:
         assert shape is not None
-        found, tokenizer = load_shape(shape, device, dtype), _only_padding()
+        network = load_shape(shape, device, dtype)
+        tokenizer = _padding_tokenizer()
         first = SHAPES[shape]["vocab_size"]
         config.markers = {name: [first + 2 * i, first + 2 * i + 1] for i, name in enumerate(STEPS)}
         config.vocab_size = first + 2 * len(STEPS)
-        grow_embeddings(found, [id_ for pair in config.markers.values() for id_ in pair], config.vocab_size)
+        grow_embeddings(network, [id_ for pair in config.markers.values() for id_ in pair], config.vocab_size)
     markers = config.routing
     assert markers is not None
     if chains is None:
-        rows = made_rows(count, min(id_ for pair in config.markers.values() for id_ in pair), markers)
-        return Workload(found, tokenizer, config, rows, "random tokens, questions as long as the embedded ones")
+        rows = random_rows(count, min(id_ for pair in config.markers.values() for id_ in pair), markers)
+        return Workload(network, tokenizer, config, rows, "random tokens, questions as long as the embedded ones")
     if model is None:
         raise UserError(f"chains: {chains} cannot be read with a shape, which has no tokenizer; give --model")
-    return Workload(found, tokenizer, config, real_rows(chains, tokenizer, markers, count), "accepted chains of a file")
+    return Workload(
+        network, tokenizer, config, real_rows(chains, tokenizer, markers, count), "accepted chains of a file"
+    )
 
 
 def real_rows(path: Path, tokenizer: Any, markers: Markers, count: int) -> list[Tokens]:
-    """Up to `count` accepted chains of a file, drawn.
+    """A random sample of up to `count` accepted chains of a file.
 
     Raises:
-        UserError: There is none.
+        UserError: The file has none.
     """
     accepted = [chain for chain in iter_rows(path, ChainRow) if chain.accepted]
     if not accepted:
@@ -87,11 +91,11 @@ def real_rows(path: Path, tokenizer: Any, markers: Markers, count: int) -> list[
     return [encode_chain(tokenizer, chain, markers, STEPS) for chain in accepted[:count]]
 
 
-def made_rows(count: int, vocab: int, markers: Markers) -> list[Tokens]:
-    """Chains of random tokens below `vocab`.
+def random_rows(count: int, vocab: int, markers: Markers) -> list[Tokens]:
+    """Chains of random ids below `vocab`.
 
-    A question has a token for four characters of an embedded one, and 40 for the template around it; depths are drawn
-    from `DEPTHS`, lengths of steps from `LENGTHS`.
+    A question has a token per four characters of a `mote:train` question plus 40 for the template; depths are drawn
+    from `DEPTHS`, step lengths from `LENGTHS`.
     """
     rng = random.Random(0)
     questions = load_questions("mote:train", None)
@@ -110,7 +114,7 @@ def made_rows(count: int, vocab: int, markers: Markers) -> list[Tokens]:
 
 
 def facts(rows: Sequence[Tokens]) -> dict[str, Any]:
-    """What the rows are like, for the record."""
+    """Summary statistics of the rows."""
     lengths = sorted(len(row.ids) for row in rows)
     depths = [sum(step in row.steps for step in range(1, len(STEPS) + 1)) for row in rows]
     return {
@@ -122,7 +126,7 @@ def facts(rows: Sequence[Tokens]) -> dict[str, Any]:
     }
 
 
-def _only_padding() -> Any:
+def _padding_tokenizer() -> Any:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
