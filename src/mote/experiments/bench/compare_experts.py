@@ -1,4 +1,4 @@
-"""`mote bench experts`: what step experts cost beside plain LoRA, other ways to run them, and token-gated experts."""
+"""`mote bench experts`: cost of step experts against plain LoRA, naive implementations and token-gated experts."""
 
 import gc
 import statistics
@@ -26,14 +26,14 @@ Measure = tuple[str, str, dict[str, list[float]]]  # name, unit, variant -> roun
 
 
 def compare_variants(settings: ExpertBenchSettings, out: Path | None = None) -> dict[str, Any]:
-    """Measure everything, and write what is there so far after each measure.
+    """Measure everything; the JSON file is rewritten after each measurement.
 
     Returns:
-        What the JSON file holds: settings, versions, machine, trained parameters, measures by name, targets.
+        The content of the JSON file: settings, versions, machine, trained parameters, measures by name, targets.
 
     Raises:
         UserError: The reference does not fit into the GPU's memory, or `out` is a folder.
-        MoteError: Peak memory could not be measured, or the file not be written.
+        MoteError: Peak memory could not be measured, or the file could not be written.
     """
     if out is not None and out.is_dir():
         raise UserError(f"out: {out} is a folder; give the name of a JSON file")
@@ -51,7 +51,7 @@ def compare_variants(settings: ExpertBenchSettings, out: Path | None = None) -> 
     }
     result["machine"]["threads"] = settings.threads
     if settings.model is not None and Path(settings.model).is_dir():
-        result["settings"]["model"] = Path(settings.model).name  # whose folder it is in is nobody's business
+        result["settings"]["model"] = Path(settings.model).name  # without the local path
     for name, unit, values in bench.measures():
         result["measures"][name] = {"unit": unit, "variants": compare(values, {"ratio": REFERENCE, "over_base": BASE})}
         result["targets"] = expert_targets(result["measures"])
@@ -61,7 +61,7 @@ def compare_variants(settings: ExpertBenchSettings, out: Path | None = None) -> 
 
 
 class _Bench:
-    """The base model, what is put on it, and what is measured of that."""
+    """The base model, its variants, and the measurements."""
 
     def __init__(self, settings: ExpertBenchSettings) -> None:
         self.settings = settings
@@ -73,7 +73,7 @@ class _Bench:
         self.failures: list[dict[str, str]] = []
 
     def measures(self) -> Iterator[Measure]:
-        """One measure after the other."""
+        """Run the measurements one after the other."""
         modes = (False, True) if self.settings.compiled else (False,)
         if {"training", "decoding", "saved"} & set(self.settings.measures):
             yield from self._side_by_side(modes)
@@ -87,7 +87,7 @@ class _Bench:
         return variant
 
     def _side_by_side(self, modes: tuple[bool, ...]) -> Iterator[Measure]:
-        """What is measured with all variants in memory."""
+        """The measurements with all variants in memory at once."""
         everything = {name: self._build(name) for name in self.settings.variants}
         if "saved" in self.settings.measures:
             saved = {name: partial(saved_mb, TrainingStep(v, self.batch)) for name, v in everything.items()}
@@ -137,7 +137,7 @@ class _Bench:
             yield f"{measure}, mean with first token", "s", means
 
     def _peaks(self, compiled: bool) -> Measure:
-        """What is measured with one variant at a time."""
+        """The measurements with one variant in memory at a time."""
         names = [name for name in self.settings.variants if not (compiled and name in UNCOMPILED)]
         measure = _named("peak memory", compiled)
         if self.on_gpu:
@@ -146,8 +146,8 @@ class _Bench:
                 "MB",
                 self._once(measure, {name: partial(self._peak_on_gpu, name, compiled) for name in names}),
             )
-        apart = {name: partial(peak_mb_in_subprocess, asdict(self.settings), name) for name in names}
-        return measure, "MB", self._once(measure, apart)
+        separate = {name: partial(peak_mb_in_subprocess, asdict(self.settings), name) for name in names}
+        return measure, "MB", self._once(measure, separate)
 
     def _peak_on_gpu(self, name: str, compiled: bool) -> float:
         variant = self._build(name)
@@ -155,7 +155,7 @@ class _Bench:
             return peak_mb_on_gpu(variant, self.batch)
 
     def _once(self, measure: str, actions: dict[str, Any]) -> dict[str, list[float]]:
-        """What each action returns; one that does not fit into the GPU's memory is taken out and named.
+        """Result of each action; one that runs out of GPU memory is removed from `actions` and noted as a failure.
 
         Raises:
             UserError: The reference does not fit.
@@ -167,8 +167,10 @@ class _Bench:
                 values[name] = [float(action())]
             except torch.OutOfMemoryError as error:
                 if name == REFERENCE:
-                    raise UserError(f"rows: {measure} does not fit into the GPU's memory; give fewer --rows, a smaller "
-                                    "--length or --checkpointing") from error  # fmt: skip
+                    raise UserError(
+                        f"rows: {measure} does not fit into the GPU's memory; give fewer --rows, a smaller --length or "
+                        "--checkpointing"
+                    ) from error
                 del actions[name]
                 self.failures.append({"measure": measure, "variant": name, "reason": "out of memory"})
             if self.on_gpu:
@@ -183,16 +185,16 @@ def _named(measure: str, compiled: bool) -> str:
 
 @contextmanager
 def _compiled(variants: Iterable[Variant], compiled: bool, whole: bool) -> Iterator[None]:
-    """Compile each block (one graph for all of them), or the whole stack of blocks, which decoding needs.
+    """Compile each block (one graph for all of them), or for decoding the whole stack of blocks.
 
-    A block of a decoder asks for the cache by its own number, so that each would be a graph of its own.
+    When decoding, a block indexes the cache by its layer number, so that each block would be a separate graph.
     """
     if not compiled:
         yield
         return
     torch._dynamo.reset()
     parts = [part for v in variants for part in ([v.causal.model] if whole else v.causal.model.layers)]
-    # By default the ninth variant of the same code would run uncompiled, in silence.
+    # The default limit is eight graphs per code object: the ninth variant would silently run uncompiled.
     limits: dict[str, Any] = {
         "recompile_limit": 1024,
         "accumulated_recompile_limit": 4096,

@@ -1,4 +1,4 @@
-"""Held-out loss after masked passes, and after as many over the seven data sets of the same chains."""
+"""Held-out loss after training on masked chains, and after as many updates on the seven data sets of these chains."""
 
 import random
 import statistics
@@ -16,9 +16,9 @@ from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import document_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 
-LEARNING_RATE = 5e-4  # the quickstart's, and as there it falls linearly to 0
-CHAINS = 2  # of an update: the quickstart's too
-DRAWS = {  # skip_p and views of each masked arm
+LEARNING_RATE = 5e-4  # the quickstart's, with its linear decay to 0
+CHAINS = 2  # per update, as in the quickstart
+DRAWS = {  # skip_p and skip_views of each masked arm
     "skip_p 0.2": (0.2, 1),
     "skip_p 0.5": (0.5, 1),
     "skip_p 0.5, two views": (0.5, 2),
@@ -26,16 +26,22 @@ DRAWS = {  # skip_p and views of each masked arm
 
 
 def compare_held_out(workload: Workload, seeds: Sequence[int], chains: int, epochs: int) -> dict[str, Any]:
-    """Train all arms from the same start on the same chains in the same order, once for each seed.
+    """Train all arms from the same initialisation on the same chains in the same order, once per seed.
 
-    An update of a masked arm is on masked chains, drawn anew in each epoch; of the other, on the seven data sets' rows
-    of the same chains. All are trained on `chains` chains, or on as many as leave a third of them. The loss is that of
-    the text and end markers of held-out chains in all their seven forms: start markers are left out, since the arms are
-    taught different choices of the next step (docs/decisions/0004). Chains have all three steps.
+    A masked arm trains on masked chains, drawn again each epoch; the reference arm on the seven data sets' rows of the
+    same chains. At most two thirds of the chains are trained on. The loss covers text and end markers of the held-out
+    chains in all seven forms; start markers are excluded, because the arms learn different distributions of the next
+    step (docs/decisions/0004). Only chains with all three steps are used.
+
+    Args:
+        workload: Model and chains.
+        seeds: One comparison each.
+        chains: Chains to train on, at most.
+        epochs: Epochs of each arm.
 
     Returns:
-        Losses by arm and seed, before and after, of all forms and of the whole chains alone; the ratios of both of each
-        masked arm.
+        Losses by arm and seed, before and after training, over all forms and over full chains alone; both ratios of
+        each masked arm.
     """
     rows = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)]
     arms: dict[str, tuple[float, int] | None] = {**DRAWS, "seven": None}
@@ -43,7 +49,8 @@ def compare_held_out(workload: Workload, seeds: Sequence[int], chains: int, epoc
     count = min(chains, 2 * len(rows) // 3)
     for seed in seeds:
         order = random.Random(seed).sample(rows, len(rows))
-        train, held = order[:count], order[count:]
+        train = order[:count]
+        held = order[count:]
         shuffled = [random.Random(f"{seed} {epoch}").sample(train, count) for epoch in range(epochs)]
         for arm, draws in arms.items():
             say(f"held-out loss: seed {seed}, {arm}")
@@ -65,9 +72,10 @@ def compare_held_out(workload: Workload, seeds: Sequence[int], chains: int, epoc
     }
 
 
-def _ratios(masked: list[list[float]], seven: list[list[float]]) -> dict[str, Any]:
-    pairs = list(zip(masked, seven, strict=True))
-    ratios, of_whole = ([one[kind] / other[kind] for one, other in pairs] for kind in (0, 1))
+def _ratios(masked: list[list[float]], reference: list[list[float]]) -> dict[str, Any]:
+    pairs = list(zip(masked, reference, strict=True))
+    ratios = [one[0] / other[0] for one, other in pairs]
+    of_whole = [one[1] / other[1] for one, other in pairs]
     return {
         "ratios": [round(ratio, 4) for ratio in ratios],
         "median": round(statistics.median(ratios), 4),
@@ -79,29 +87,31 @@ def _ratios(masked: list[list[float]], seven: list[list[float]]) -> dict[str, An
 def _train(
     model: Any, workload: Workload, epochs: Sequence[Sequence[Tokens]], draws: tuple[float, int] | None, seed: int
 ) -> None:
-    """Train on the chains of each epoch, in their order: masked with such draws, or on all their forms."""
+    """Train on the chains of each epoch in order: masked with these draws, or in all their forms."""
     forms = {id(chain): [chain] if draws else seven(chain) for chain in epochs[0]}
     skip_p, views = draws or (0.0, 1)
-    places, rows = {}, list[Tokens]()
-    for chain, its in forms.items():
-        places[chain] = range(len(rows), len(rows) + len(its))
-        rows += its
+    indices = {}
+    rows: list[Tokens] = []
+    for chain, own in forms.items():
+        indices[chain] = range(len(rows), len(rows) + len(own))
+        rows += own
     data = ChainDataset(rows, skip_probabilities(skip_p, {}, STEPS), seed, draws=views)
     step = Pass(model, [], document_mask)
     [group] = step.optimizer.param_groups
-    updates = [(epoch, chains[i : i + CHAINS]) for epoch, chains in enumerate(epochs)
-               for i in range(0, len(chains), CHAINS)]  # fmt: skip
-    for index, (epoch, chains) in enumerate(updates):
+    updates = [
+        (epoch, chains[i : i + CHAINS]) for epoch, chains in enumerate(epochs) for i in range(0, len(chains), CHAINS)
+    ]
+    for update, (epoch, chains) in enumerate(updates):
         data.set_epoch(epoch)
-        drawn = [[data[place][0] for place in places[id(chain)]] for chain in chains]
+        drawn = [[data[index][0] for index in indices[id(chain)]] for chain in chains]
         step.batches = [on_device(collate(drawn, workload.tokenizer.pad_token_id), workload.model.device)]
-        group["lr"] = LEARNING_RATE * (1 - index / len(updates))
+        group["lr"] = LEARNING_RATE * (1 - update / len(updates))
         step()
 
 
 @torch.no_grad()
 def _held_out(model: Any, workload: Workload, rows: Sequence[Tokens]) -> list[float]:
-    """Mean loss of text and end markers, over all forms of the rows and over the rows themselves."""
+    """Mean loss over text and end markers: of all forms of the chains, and of the full chains."""
     model.eval()
     starts = torch.tensor([start for start, _ in workload.config.markers.values()], device=workload.model.device)
     totals = []

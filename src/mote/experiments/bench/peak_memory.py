@@ -1,4 +1,4 @@
-"""Peak memory of training on a CPU, in a process of its own: a module, run with settings and a name."""
+"""Peak memory of training on a CPU, measured in a fresh process: this module, run with settings and a variant."""
 
 import json
 import subprocess
@@ -12,12 +12,12 @@ from mote.core.machine import resident_peak_mb
 def peak_mb_in_subprocess(
     settings: dict[str, Any], name: str, module: str = "mote.experiments.bench.peak_memory"
 ) -> float:
-    """Peak MB of a fresh process that runs a module, which prints it.
+    """Peak MB of a fresh process that runs a module; the module prints it.
 
     Args:
-        settings: What the module reads as its first argument, as JSON.
-        name: What it trains, its second one.
-        module: This one loads the base model, adds a variant of `mote bench experts` and makes two training steps.
+        settings: Its first argument, as JSON.
+        name: Its second argument, what is trained.
+        module: This one trains a variant of `mote bench experts` for two steps.
 
     Raises:
         MoteError: The process failed.
@@ -31,7 +31,7 @@ def peak_mb_in_subprocess(
 
 
 def main() -> None:
-    """Measure and print the number."""
+    """Train a variant for two steps and print the peak memory."""
     import torch
 
     from mote.experiments.bench.expert_settings import ExpertBenchSettings, load_model

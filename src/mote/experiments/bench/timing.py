@@ -1,7 +1,7 @@
-"""Times of several variants that take turns in one process, and what they are over a reference.
+"""Interleaved timing of several variants in one process, and ratios to a reference.
 
-Machines are noisy and drift: only what ran side by side is compared, round by round. A variant that is the reference
-once more (A/A) shows how far from 1 a ratio comes by chance.
+Machines are noisy and drift, so ratios are taken round by round. Measuring the reference twice (an A/A control) shows
+how far from 1 a ratio is by chance.
 """
 
 import statistics
@@ -11,11 +11,11 @@ from typing import Any
 
 
 def interleave(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each action returns in each round; every round begins with another one, every second runs backwards.
+    """Results of each action per round; the order rotates each round and is reversed every second round.
 
     Args:
-        actions: Name -> what is measured; it returns its own seconds. It has been warmed up.
-        rounds: How often each is called.
+        actions: Name -> a warmed-up callable that returns its own seconds.
+        rounds: Calls of each.
     """
     names = list(actions)
     values: dict[str, list[float]] = {name: [] for name in names}
@@ -34,16 +34,16 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of one over the other, round by round."""
-    return spread([mine / its for mine, its in zip(one, other, strict=True)])
+    """Median and quartiles of the ratio one / other, round by round."""
+    return spread([above / below for above, below in zip(one, other, strict=True)])
 
 
 def compare(values: Mapping[str, Sequence[float]], references: Mapping[str, str]) -> dict[str, Any]:
-    """For each variant its median, its rounds, and its ratio to each reference that was measured.
+    """Median, rounds and ratios of each variant.
 
     Args:
         values: Variant -> its rounds.
-        references: What to call a ratio -> the variant it is over.
+        references: Name of a ratio -> the variant in its denominator; ignored if that was not measured.
     """
     return {
         name: {
@@ -56,5 +56,5 @@ def compare(values: Mapping[str, Sequence[float]], references: Mapping[str, str]
 
 
 def say(line: str) -> None:
-    """One line of progress on stderr."""
+    """Print a progress line to stderr."""
     print(f"bench: {line}", file=sys.stderr, flush=True)

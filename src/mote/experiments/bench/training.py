@@ -200,8 +200,8 @@ def _passes(
         raise UserError("chains: none has analysis, guidance and response; give a file with some, or a larger --count")
     result["chains"]["of all three steps"] = facts(whole)
 
-    def packed(rows: Any, skip_p: float, views: int = 1) -> Pass:
-        return Pass(model, batches(rows, skip_p, given.length, 1, pad_id, settings.device, views), make_mask)
+    def packed(rows: Any, skip_p: float, draws: int = 1) -> Pass:
+        return Pass(model, batches(rows, skip_p, given.length, 1, pad_id, settings.device, draws), make_mask)
 
     if "skipping" in settings.measures:
         built = [form for row in whole for form in seven(row)]
