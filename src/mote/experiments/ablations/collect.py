@@ -1,4 +1,4 @@
-"""What there is of a finished run: trained parameters, held-out losses, cost, lengths, refusals, judged numbers."""
+"""Collects a run's results: trained parameters, held-out losses, cost, answer lengths, refusals, judged numbers."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,20 @@ from mote.evals.results import Summary
 from mote.experiments.ablations.ablation_recipe import Variant
 from mote.experiments.ablations.ablation_results import Judged, Measured
 
-TOKENS, SECONDS, SELF_BLEU = "tokens of training", "seconds of training", "Self-BLEU"
+TOKENS = "tokens of training"
+SECONDS = "seconds of training"
+SELF_BLEU = "Self-BLEU"
 
 
 def measured(variant: Variant, recipe: Recipe, folder: Path, chains: Path | None, summary: Summary | None) -> Measured:
-    """Everything that was measured of a variant with one seed.
+    """All results of a variant with one seed.
 
     Args:
         variant: The variant.
         recipe: Its recipe.
         folder: Its run folder.
-        chains: What it was trained on, or is counted.
-        summary: The judged numbers, where there are tasks.
+        chains: The chains it was trained on or, without training, whose statistics it reports.
+        summary: The judged numbers, if there are tasks.
     """
     measures: dict[str, float] = {}
     trained = 0
@@ -59,7 +61,7 @@ _COST = {TOKENS: "tokens", SECONDS: "seconds"}  # -> the key in lines of metrics
 
 
 def _losses(metrics: list[dict[str, float]], recipe: Recipe) -> dict[str, float]:
-    """The held-out losses of the weights that were kept: the best where training stopped early, else the last."""
+    """The held-out losses of the final weights: the best checkpoint's with early stopping, else the last."""
     held_out = [row for row in metrics if "eval_loss" in row]
     keeps_best = recipe.train.early_stopping_patience or (recipe.train.model_extra or {}).get("load_best_model_at_end")
     kept = min(held_out, key=lambda row: row["eval_loss"]) if keeps_best else held_out[-1] if held_out else {}
@@ -68,7 +70,7 @@ def _losses(metrics: list[dict[str, float]], recipe: Recipe) -> dict[str, float]
 
 
 def _of_answers(folder: Path) -> dict[str, float]:
-    """Lengths and refusals of answers that nobody judged."""
+    """Lengths and refusal rates of answers without a judge."""
     measures = {}
     for path in sorted(folder.glob("*.jsonl")):
         answers = read_rows(path, Answer)
@@ -82,7 +84,7 @@ def _of_answers(folder: Path) -> dict[str, float]:
 
 
 def _of_chains(chains: Path) -> dict[str, float]:
-    """Share of the accepted chains that have a step, and Self-BLEU of each step and of whole chains."""
+    """Share of the accepted chains with each step, and Self-BLEU of each step and of full chains."""
     measures = {}
     for text in chain_stats(chains).texts:
         measures[f"share {text.name}"] = text.share
@@ -107,5 +109,5 @@ def _judged(summary: Summary) -> dict[str, Judged]:
 
 
 def _declines(answer: Answer) -> bool:
-    """Whether an answer refuses, wholly or in part, by the offline rule (docs/decisions/0022)."""
+    """Whether an answer refuses fully or partially, by the offline rule (docs/decisions/0022)."""
     return classify(find_signs(answer.text, answer.answer)) != COMPLIANCE

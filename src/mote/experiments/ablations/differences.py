@@ -1,4 +1,4 @@
-"""What differs between a comparison of ours and the paper's, in sentences made from the settings."""
+"""How our set-up differs from the paper's, as sentences generated from the settings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from mote.models.shapes import count_parameters, find_shape
 def differences(
     wanted: Ablations, table: PaperTable, rows: Sequence[Measured], judge: str, data: Path | None
 ) -> list[str]:
-    """The sentences.
+    """One sentence per difference.
 
     Args:
-        wanted: What is compared.
+        wanted: The ablations.
         table: The paper's table.
-        rows: What was measured.
-        judge: Who judged.
-        data: Folder of the upstream files, None where the package's own questions were asked.
+        rows: The results.
+        judge: The judge.
+        data: Folder of the upstream files; None if the package's own questions were asked.
     """
     setup = paper_setup()
     settings = {**setup.settings, "batch": setup.batch}
@@ -39,8 +39,10 @@ def differences(
         notes.append(f"Asked: {most} questions a task of {prompts}; the paper's: {table.prompts}.")
         notes.append(f"Judge: {_cards(rows) or judge}; the paper's: {setup.judge}.")
         if any(card.measures == "refusal" for row in rows for card in row.judges):
-            notes.append("Refusal is not harm: what the offline rule counts as `refusal` says nothing of the paper's "
-                         "Harm or goodness, and stands in columns of its own.")  # fmt: skip
+            notes.append(
+                "Refusal is not harm: the offline rule's `refusal` does not measure the paper's Harm or goodness and "
+                "has separate columns."
+            )
         left = [task for task in wanted.tasks if task in RATED and not rates(judge)]
         if left:
             notes.append(f"Not judged: {', '.join(left)}; they are ratings, give --judge llm:MODEL or inspect:MODEL.")
@@ -58,7 +60,7 @@ def differences(
 
 
 def _size(recipe: Recipe) -> str:
-    """The model's parameters, as far as its shape tells."""
+    """The model's number of parameters, from its shape."""
     try:
         shape, _ = find_shape(recipe, [])
     except UserError:
@@ -73,7 +75,7 @@ def _counted(rows: Sequence[Measured]) -> str:
 
 
 def _cards(rows: Sequence[Measured]) -> str:
-    """Every judge with what it measures and the start of its prompt's hash."""
+    """Every judge with what it measures and the first digits of its prompt hash."""
     cards = {(card.name, card.measures): card for row in rows for card in row.judges}
     return ", ".join(
         f"{name} ({measures}{f', prompt {card.prompts[:8]}' if card.prompts else ''})"

@@ -1,4 +1,4 @@
-"""What the paper prints, as typed data (figures.yaml)."""
+"""The paper's tables and set-up as typed data (figures.yaml)."""
 
 from functools import cache
 from importlib import resources
@@ -14,10 +14,10 @@ class Column(Strict):
     """A column of the paper's table.
 
     Attributes:
-        name: As the paper has it.
-        metric: Our name of the number.
+        name: As in the paper.
+        metric: Our name for the number.
         percent: Whether it is printed in percent.
-        over: Row whose number is the unit.
+        over: The row whose number it is divided by.
     """
 
     name: str
@@ -30,10 +30,10 @@ class PaperRow(Strict):
     """A row of the paper's table.
 
     Attributes:
-        name: As the paper has it.
-        ours: What stands for it here; its name where none is given.
-        model: The row's model, where it is not that of the table.
-        values: One a column; none where the paper prints no numbers.
+        name: As in the paper.
+        ours: Our variant, mode or step for it; by default the same name.
+        model: The row's model if it differs from the table's.
+        values: One per column; empty if the paper prints no numbers.
     """
 
     name: str
@@ -43,7 +43,7 @@ class PaperRow(Strict):
 
     @property
     def key(self) -> str:
-        """Variant, mode or step of ours."""
+        """Our variant, mode or step."""
         return self.ours or self.name
 
 
@@ -51,14 +51,14 @@ class PaperTable(Strict):
     """A table or figure of the paper.
 
     Attributes:
-        title: Its number and what it is about.
-        prompts: What was asked.
-        model: The model, where the paper names one for the whole table.
+        title: Its number and subject.
+        prompts: The evaluation prompts.
+        model: The model, if the paper names one for the whole table.
         columns: The columns.
-        by: Whether our rows are variants, or parts of the only one: its modes, or the steps of its chains.
+        by: Whether our rows are variants, or parts of a single one: its modes, or the steps of its chains.
         rows: The rows.
-        says: What the text says of it.
-        here: How the numbers of ours are made, where that needs a word.
+        says: What the paper's text says about it.
+        here: How our numbers are computed, if that needs a remark.
     """
 
     title: str
@@ -72,7 +72,7 @@ class PaperTable(Strict):
 
 
 class PaperSetup(Strict):
-    """The set-up of section 4.1: `settings` by their names in a recipe, and the batch of an update."""
+    """The set-up of section 4.1: `settings` named as in a recipe, and the effective batch size."""
 
     model: str
     questions: str
@@ -94,10 +94,10 @@ def paper_setup() -> PaperSetup:
 
 
 def paper_table(name: str) -> PaperTable:
-    """A table of the paper by its name.
+    """A table of the paper by name.
 
     Raises:
-        UserError: It is not one of those that are known.
+        UserError: The name is unknown.
     """
     tables = _figures()["tables"]
     if name not in tables:

@@ -1,4 +1,4 @@
-"""Judged answers of a variant: tasks of the suite `paper`, by any judge, on upstream files or on `mote:test`."""
+"""Judge a variant's answers with tasks of the suite `paper`, on upstream files or on `mote:test`."""
 
 import re
 from pathlib import Path
@@ -13,22 +13,22 @@ from mote.experiments.ablations.ablation_recipe import Ablations, Variant
 
 RULE = "rule"
 OWN_QUESTIONS = "mote:test"
-RATED = ("hh-help", "hh-harm-help", "analysis-quality", "guidance-quality")  # tasks that need a judge that rates
+RATED = ("hh-help", "hh-harm-help", "analysis-quality", "guidance-quality")  # tasks whose judge gives ratings
 _RATERS = ("llm:", "inspect:")
 
 
 def rates(judge: str) -> bool:
-    """Whether a judge can give ratings: one that is asked in words."""
+    """Whether a judge can give ratings, as language models can."""
     return judge.startswith(_RATERS)
 
 
 def suite_of(wanted: Ablations, recipe: Recipe, judge: str, data: Path | None) -> Suite:
-    """The tasks of a comparison that the judge can judge, as a suite.
+    """The suite of those tasks that the judge can judge.
 
     Args:
         wanted: Names the tasks.
-        recipe: Its `answer` says how many questions are asked, and how long answers may be.
-        judge: Who judges.
+        recipe: Its `answer` limits the number of questions and the length of answers.
+        judge: The judge.
         data: Folder of the upstream files; without it every task asks the package's own test questions.
     """
     shipped = load_suite("paper")
@@ -47,10 +47,10 @@ def suite_of(wanted: Ablations, recipe: Recipe, judge: str, data: Path | None) -
 
 
 def check_tasks(wanted: Ablations, judge: str, data: Path | None) -> None:
-    """Make sure that everything the tasks need is there, before hours are spent on training.
+    """Check before hours of training that everything the tasks need is available.
 
     Raises:
-        UserError: It is not.
+        UserError: Something is missing.
     """
     if not wanted.tasks:
         return
@@ -59,27 +59,31 @@ def check_tasks(wanted: Ablations, judge: str, data: Path | None) -> None:
     except ModuleNotFoundError as error:
         raise UserError("tasks: inspect-ai is not installed; install mote-align[eval]") from error
     if not set(wanted.tasks) - set(RATED) and not rates(judge):
-        raise UserError(f"judge: '{judge}' can judge none of {list(wanted.tasks)}, which are ratings; give --judge "
-                        "llm:MODEL or inspect:MODEL")  # fmt: skip
+        raise UserError(
+            f"judge: '{judge}' can judge none of {list(wanted.tasks)}, which are ratings; give --judge llm:MODEL or "
+            "inspect:MODEL"
+        )
     suite = suite_of(wanted, wanted.recipe, judge, data)
     for task in suite.tasks:
         file = task_args(task, suite, judge, None, data)["file"]
         if data is not None and not Path(file).exists():
-            raise UserError(f"data: {file} of the task {task.task} does not exist; docs/evaluation.md says what "
-                            "--data holds, without --data the package's own questions are asked")  # fmt: skip
+            raise UserError(
+                f"data: {file} of the task {task.task} does not exist; docs/evaluation.md says what --data holds, "
+                "without --data the package's own questions are asked"
+            )
 
 
 def evaluate(
     wanted: Ablations, variant: Variant, recipe: Recipe, folder: Path, judge: str, data: Path | None
 ) -> Summary:
-    """Ask and judge a variant that is trained or needs no training; what is there is kept.
+    """Generate and judge a variant's answers; existing results are kept.
 
     Args:
         wanted: Names the tasks.
-        variant: What answers.
+        variant: The variant, trained or prompted.
         recipe: Its recipe.
-        folder: Its run folder; the rule's verdicts go into it, those of another judge into a folder of its name in it.
-        judge: Who judges.
+        folder: Its run folder; a judge other than the rule gets a subfolder.
+        judge: The judge.
         data: Folder of the upstream files.
     """
     from mote.evals.suite import SuiteRun

@@ -1,6 +1,6 @@
-"""Whole epochs of training: ours and TRL's `SFTTrainer` with plain LoRA, on the same chains.
+"""One epoch of `MoteTrainer` against one of TRL's `SFTTrainer` with plain LoRA, on the same chains.
 
-Run as a module, with settings and a name, it prints the peak memory of one of them.
+Run as a module with settings and an arm's name, it prints that arm's peak memory.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, TrainerCallback
+from typing_extensions import override
 
 from mote.core.errors import UserError
 from mote.core.machine import peak_memory_mb
@@ -29,22 +30,24 @@ from mote.tokens.packing import ChainDataset, collate
 from mote.train import MoteTrainer, training_arguments
 from mote.tuner import MoteConfig
 
-PADDED, PACKED = "mote, padded", "mote, packed"
-SFT_PADDED, SFT_PACKED = "SFTTrainer, padded", "SFTTrainer, packed"
+PADDED = "mote, padded"
+PACKED = "mote, packed"
+SFT_PADDED = "SFTTrainer, padded"
+SFT_PACKED = "SFTTrainer, packed"
 SFT_AGAIN = "SFTTrainer, padded again"
 ARMS = (SFT_PADDED, SFT_AGAIN, SFT_PACKED, PADDED, PACKED)
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What decides the numbers of a training.
+    """What the speed of an epoch depends on.
 
     Attributes:
-        batch: Rows of an update, one chain each; packed rows hold several, so that there are fewer of them.
-        length: Of packed rows.
-        skip_p: Chance that a later step may not see an earlier one.
+        batch: Chains per update.
+        length: Tokens of a packed row.
+        skip_p: Probability that a later step does not see an earlier one.
         device: Where it runs.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        checkpointing: Whether gradient checkpointing is on.
     """
 
     batch: int
@@ -54,14 +57,14 @@ class TrainerSettings:
     checkpointing: bool
 
     def rows_per_batch(self, workload: Workload, packed: bool) -> int:
-        """Rows of an update: packed ones hold about as many tokens as `batch` chains do."""
+        """Rows per update: `batch`, or as many packed rows as hold about the same number of tokens."""
         if not packed:
             return self.batch
         mean = sum(len(row.ids) for row in workload.rows) / len(workload.rows)
         return max(1, round(self.batch * mean / self.length))
 
     def settings(self, folder: str, rows: int) -> dict[str, Any]:
-        """Of both trainers alike."""
+        """The training arguments that both trainers share."""
         return {
             "num_train_epochs": 1,
             "per_device_train_batch_size": rows,
@@ -74,40 +77,45 @@ class TrainerSettings:
 
 
 class Epoch:
-    """One epoch of a trainer, again with each call."""
+    """Trains one epoch per call."""
 
     def __init__(self, trainer: Any, tokens: int) -> None:
-        self.trainer, self.tokens, self.clock = trainer, tokens, _Clock()
+        self.trainer = trainer
+        self.tokens = tokens
+        self.clock = _Clock()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.clock)
 
     def __call__(self) -> float:
-        """Real tokens a second, from the first batch to the last update."""
+        """Train an epoch; returns non-padding tokens per second from the first batch to the last update."""
         self.trainer.train()
         return self.tokens / self.clock.seconds
 
 
 class _Clock(TrainerCallback):
-    began = seconds = 0.0
+    began = 0.0
+    seconds = 0.0
 
+    @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         synchronize()
         self.began = time.perf_counter()
 
+    @override
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         synchronize()
         self.seconds = time.perf_counter() - self.began
 
 
 def build(name: str, workload: Workload, given: TrainerSettings) -> Epoch:
-    """A trainer of one of `ARMS` on the workload's chains."""
+    """The trainer of an arm (one of `ARMS`) on the workload's chains."""
     packed = name in (PACKED, SFT_PACKED)
     made = (_mote if name in (PADDED, PACKED) else _sft)(workload, given, packed)
     return Epoch(made, sum(len(row.ids) for row in workload.rows))
 
 
 def with_experts(workload: Workload, config: MoteConfig, flex: bool) -> Any:
-    """The base model with step experts and the markers' trained rows."""
+    """The base model with step experts and trained marker embeddings."""
     torch.manual_seed(0)
     base = share(workload.model, PADDED)
     speed_up(base)
@@ -137,9 +145,9 @@ def _mote(workload: Workload, given: TrainerSettings, packed: bool) -> MoteTrain
 
 
 def _sft(workload: Workload, given: TrainerSettings, packed: bool) -> Any:
-    """TRL's trainer with its own loss, its own packing where rows are packed, and the model as transformers loads it.
+    """TRL's trainer with its own loss and packing, on the model as transformers loads it.
 
-    On a GPU it computes in bfloat16 by autocast, its default, since PEFT keeps adapters in float32.
+    On a GPU it uses bfloat16 autocast, its default, because PEFT keeps adapters in float32.
     """
     try:
         from datasets import Dataset
@@ -150,7 +158,8 @@ def _sft(workload: Workload, given: TrainerSettings, packed: bool) -> Any:
             "only: TRL is not installed; `pip install trl`, or leave 'trainers' and 'memory' out"
         ) from error
     logging.getLogger("trl").setLevel(logging.ERROR)
-    folder, on_gpu = tempfile.mkdtemp(), given.device.startswith("cuda")
+    folder = tempfile.mkdtemp()
+    on_gpu = given.device.startswith("cuda")
     arguments = SFTConfig(
         **given.settings(folder, given.rows_per_batch(workload, packed)),
         output_dir=folder,
@@ -177,12 +186,14 @@ def _sft(workload: Workload, given: TrainerSettings, packed: bool) -> Any:
 
 
 def main() -> None:
-    """Train one epoch, and print the peak memory in MB."""
-    settings, name = json.loads(sys.argv[1]), sys.argv[2]
+    """Train one epoch and print the peak memory in MB."""
+    settings = json.loads(sys.argv[1])
+    name = sys.argv[2]
     torch.set_num_threads(settings["threads"])
     chains = settings["chains"] and Path(settings["chains"])
-    workload = prepare(settings["model"], settings["shape"], settings["device"], settings["dtype"], chains,
-                     settings["count"])  # fmt: skip
+    workload = prepare(
+        settings["model"], settings["shape"], settings["device"], settings["dtype"], chains, settings["count"]
+    )
     build(name, workload, TrainerSettings(**settings["training"]))()
     print(peak_memory_mb())
 

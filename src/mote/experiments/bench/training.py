@@ -1,9 +1,9 @@
-"""What training costs: step skipping beside the data sets it stands for, masks, packing, and TRL beside us.
+"""Cost of training: step skipping against the data sets it replaces, masks, packing, and TRL's trainer.
 
-`benchmarks/training.py` says how it is measured, and on what.
+`benchmarks/training.py` describes the method and the workload.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.experiments.bench.held_out import compare_held_out
 from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
-from mote.experiments.bench.skipping import Pass, batches, seven, step_views
+from mote.experiments.bench.skipping import MakeMask, Pass, batches, seven, step_views
 from mote.experiments.bench.timing import compare, interleave, paired, say
 from mote.experiments.bench.trainers import (
     ARMS,
@@ -29,15 +29,24 @@ from mote.experiments.bench.trainers import (
 from mote.experiments.bench.workload import Workload, facts, prepare
 from mote.models.embedded import EMBEDDED
 from mote.models.load import default_device, default_dtype
+from mote.tokens.encode import Tokens
 from mote.tokens.masks import block_mask, document_mask
 
 MEASURES = ("memory", "skipping", "masks", "trainers", "held-out")
-SEVEN, MASKED, MASKED_AGAIN = "seven data sets", "masked pass", "masked pass again"
+SEVEN = "seven data sets"
+MASKED = "masked pass"
+MASKED_AGAIN = "masked pass again"
 TWO_VIEWS = "masked pass, two views"
-CAUSAL, CAUSAL_AGAIN, MASKS = "causal", "causal again", "masked"
-FLOPS, TIME = "FLOPs of an epoch", "time of an epoch"
-SPEED, MEMORY = "training", "peak memory"
-TARGETS: tuple[tuple[str, str, str, str, float, float], ...] = (  # measure, one, other, kind, limit on a CPU, on a GPU
+CAUSAL = "causal"
+CAUSAL_AGAIN = "causal again"
+MASKS = "masked"
+FLOPS = "FLOPs of an epoch"
+TIME = "time of an epoch"
+SPEED = "training"
+MEMORY = "peak memory"
+TARGETS: tuple[
+    tuple[str, str, str, str, float, float], ...
+] = (  # measure, variant, reference, kind, limit on a CPU, on a GPU
     (FLOPS, MASKED, SEVEN, "at_most", 0.30, 0.30),
     (TIME, MASKED, SEVEN, "at_most", 0.35, 0.35),
     (FLOPS, TWO_VIEWS, SEVEN, "at_most", 0.30, 0.30),
@@ -54,24 +63,24 @@ TARGETS: tuple[tuple[str, str, str, str, float, float], ...] = (  # measure, one
 
 @dataclass(frozen=True)
 class TrainingBenchSettings:
-    """Everything that decides the numbers.
+    """Everything that the numbers depend on.
 
     Attributes:
-        model: As in a recipe, or None with a shape.
+        model: As in a recipe; None with a shape.
         shape: One of `mote.experiments.bench.expert_settings.SHAPES`.
         device: `cpu` or `cuda`.
-        dtype: Of the base model.
-        chains: A file of chains, or None for made-up rows.
-        count: How many chains.
-        whole: How many chains of all three steps, for step skipping and masks.
-        rounds: How often each is measured.
-        threads: Of PyTorch.
-        training: Rows, lengths, and the chance of skipping.
+        dtype: Dtype of the base model.
+        chains: A file of chains; None for random ones.
+        count: Number of chains.
+        whole: Number of chains with all three steps, for step skipping and masks.
+        rounds: Rounds of each measurement.
+        threads: PyTorch's threads.
+        training: Batch, lengths and skip probability.
         measures: Some of `MEASURES`.
-        first_seed: Of the held-out comparison, as are the next three.
-        seeds: How many.
-        trained_on: Most chains that each arm is trained on.
-        epochs: Epochs of each arm and seed.
+        first_seed: First seed of the held-out comparison.
+        seeds: Seeds of the held-out comparison.
+        trained_on: Chains that an arm of the held-out comparison trains on, at most.
+        epochs: Epochs of an arm of the held-out comparison.
     """
 
     model: str | None
@@ -94,10 +103,10 @@ class TrainingBenchSettings:
 def choose(
     model: str | None, shape: str | None, device: str, dtype: str, only: str | None, held_out: bool, **given: Any
 ) -> TrainingBenchSettings:
-    """TrainingBenchSettings with the device's defaults.
+    """The settings with the device's defaults.
 
     Raises:
-        UserError: A measure that is not known, or a model beside a shape.
+        UserError: An unknown measure, or a model together with a shape.
     """
     import torch
 
@@ -112,23 +121,34 @@ def choose(
         raise UserError(f"only: '{unknown[0]}' is not known; use some of {', '.join(MEASURES)}")
     defaults = {"count": 64, "batch": 8, "length": 2048} if on_gpu else {"count": 24, "batch": 8, "length": 1024}
     chosen = {"chains": None, **defaults, **{name: value for name, value in given.items() if value is not None}}
-    training = TrainerSettings(chosen.pop("batch"), chosen.pop("length"), chosen.pop("skip_p"), device,
-                        chosen.pop("checkpointing"))  # fmt: skip
+    training = TrainerSettings(
+        batch=chosen.pop("batch"),
+        length=chosen.pop("length"),
+        skip_p=chosen.pop("skip_p"),
+        device=device,
+        checkpointing=chosen.pop("checkpointing"),
+    )
     return TrainingBenchSettings(
-        model=model, shape=shape, device=device, dtype=default_dtype(device) if dtype == "auto" else dtype,
-        threads=torch.get_num_threads(), training=training, measures=names, **chosen,
-    )  # fmt: skip
+        model=model,
+        shape=shape,
+        device=device,
+        dtype=default_dtype(device) if dtype == "auto" else dtype,
+        threads=torch.get_num_threads(),
+        training=training,
+        measures=names,
+        **chosen,
+    )
 
 
 def measure_training(settings: TrainingBenchSettings, out: Path | None = None) -> dict[str, Any]:
-    """Measure everything, and write what is there so far after each measure.
+    """Measure everything; the JSON file is rewritten after each measurement.
 
     Raises:
         UserError: The chains cannot be read, or none has all three steps.
-        MoteError: Peak memory could not be measured, or the file not be written.
+        MoteError: Peak memory could not be measured, or the file could not be written.
     """
     result: dict[str, Any] = {
-        "what": "variants of training that take turns in one process; ratios round by round",
+        "what": "variants of training, interleaved in one process; ratios round by round",
         "settings": {**asdict(settings), "chains": settings.chains and "a file"},
         **environment(),
         "chains": {},
@@ -151,7 +171,7 @@ def measure_training(settings: TrainingBenchSettings, out: Path | None = None) -
 
 
 def training_targets(measures: Mapping[str, Any], on_gpu: bool) -> list[dict[str, Any]]:
-    """The bars of the project that were measured."""
+    """Each measured target with its ratio; the median decides whether it is met."""
     found = []
     for name, one, other, kind, on_cpu, on_cuda in TARGETS:
         rows = measures[name]["variants"] if name in measures else {}
@@ -165,7 +185,7 @@ def training_targets(measures: Mapping[str, Any], on_gpu: bool) -> list[dict[str
 
 def _measures(settings: TrainingBenchSettings, result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     training = settings.training
-    if "memory" in settings.measures:  # first: nothing else is in the memory yet
+    if "memory" in settings.measures:  # first, while nothing else is in memory
         peaks = {}
         for name in ARMS:
             say(f"{MEMORY}: {name}")
@@ -191,43 +211,55 @@ def _measures(settings: TrainingBenchSettings, result: dict[str, Any]) -> Iterat
 def _passes(
     settings: TrainingBenchSettings, workload: Workload, result: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is measured on chains of all three steps, and an epoch of all chains."""
-    given, on_gpu = settings.training, settings.device.startswith("cuda")
+    """The measurements of single passes: on chains with all three steps, and FLOPs of an epoch over all chains."""
+    given = settings.training
+    on_gpu = settings.device.startswith("cuda")
     model = with_experts(workload, workload.config, on_gpu)
-    make_mask, pad_id = (block_mask if on_gpu else document_mask), workload.tokenizer.pad_token_id
+    make_mask = block_mask if on_gpu else document_mask
     whole = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)][: settings.whole]
     if not whole:
         raise UserError("chains: none has analysis, guidance and response; give a file with some, or a larger --count")
     result["chains"]["of all three steps"] = facts(whole)
-
-    def packed(rows: Any, skip_p: float, draws: int = 1) -> Pass:
-        return Pass(model, batches(rows, skip_p, given.length, 1, pad_id, settings.device, draws), make_mask)
-
     if "skipping" in settings.measures:
-        built = [form for row in whole for form in seven(row)]
-        result["chains"]["step views, masked and built"] = [step_views(whole), step_views(built)]
-        passes = {SEVEN: packed(built, 0.0), MASKED: packed(whole, given.skip_p),
-                  TWO_VIEWS: packed(whole, given.skip_p, 2)}  # fmt: skip
-        flops = {name: [one.flops()] for name, one in passes.items()}
-        yield FLOPS, {"unit": "FLOP", **_compared(flops, SEVEN, None)}
-        mixed = {SEVEN: packed([f for row in workload.rows for f in seven(row)], 0.0),
-                 MASKED: packed(workload.rows, given.skip_p),
-                 TWO_VIEWS: packed(workload.rows, given.skip_p, 2)}  # fmt: skip
-        yield f"{FLOPS}, all depths", {
-            "unit": "FLOP", **_compared({name: [one.flops()] for name, one in mixed.items()}, SEVEN, None),
-        }  # fmt: skip
-        seconds = _interleaved(TIME, {**passes, MASKED_AGAIN: passes[MASKED]}, settings.rounds)
-        yield TIME, {"unit": "s", **_compared(seconds, SEVEN, (MASKED_AGAIN, MASKED))}
+        expanded = [form for row in whole for form in seven(row)]
+        result["chains"]["step views, masked and built"] = [step_views(whole), step_views(expanded)]
+        yield from _skipping(settings, workload, model, make_mask, whole)
     if "masks" in settings.measures:
+        # On a GPU the reference is SDPA, the fastest causal attention; the masked model uses FlexAttention.
+        causal_model = with_experts(workload, workload.config, False) if on_gpu else model
+        pad_id = workload.tokenizer.pad_token_id
         for case, length, per_batch in (("one chain a row", None, given.batch), ("packed rows", given.length, 1)):
             drawn = batches(whole, given.skip_p, length, per_batch, pad_id, settings.device)
-            causal = Pass(model, drawn, None)
-            if on_gpu:  # the fastest causal attention there is
-                causal = Pass(with_experts(workload, workload.config, False), drawn, None)
-            steps = {CAUSAL: causal, CAUSAL_AGAIN: causal, MASKS: Pass(model, drawn, make_mask)}
+            causal = Pass(causal_model, drawn, None)
             name = f"training step, {case}"
-            yield name, {"unit": "s", **_compared(_interleaved(name, steps, settings.rounds), CAUSAL,
-                                                  (CAUSAL_AGAIN, CAUSAL))}  # fmt: skip
+            steps = {CAUSAL: causal, CAUSAL_AGAIN: causal, MASKS: Pass(model, drawn, make_mask)}
+            seconds = _interleaved(name, steps, settings.rounds)
+            yield name, {"unit": "s", **_compared(seconds, CAUSAL, (CAUSAL_AGAIN, CAUSAL))}
+
+
+def _skipping(
+    settings: TrainingBenchSettings, workload: Workload, model: Any, make_mask: MakeMask, whole: list[Tokens]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """FLOPs and time of masked passes against passes over the seven data sets."""
+    given = settings.training
+
+    def packed(rows: Sequence[Tokens], skip_p: float, draws: int = 1) -> Pass:
+        pad_id = workload.tokenizer.pad_token_id
+        return Pass(model, batches(rows, skip_p, given.length, 1, pad_id, settings.device, draws), make_mask)
+
+    def passes(rows: list[Tokens]) -> dict[str, Pass]:
+        return {
+            SEVEN: packed([form for row in rows for form in seven(row)], 0.0),
+            MASKED: packed(rows, given.skip_p),
+            TWO_VIEWS: packed(rows, given.skip_p, draws=2),
+        }
+
+    three_steps = passes(whole)
+    for name, variants in ((FLOPS, three_steps), (f"{FLOPS}, all depths", passes(workload.rows))):
+        flops = {variant: [one.flops()] for variant, one in variants.items()}
+        yield name, {"unit": "FLOP", **_compared(flops, SEVEN, None)}
+    seconds = _interleaved(TIME, {**three_steps, MASKED_AGAIN: three_steps[MASKED]}, settings.rounds)
+    yield TIME, {"unit": "s", **_compared(seconds, SEVEN, (MASKED_AGAIN, MASKED))}
 
 
 def _interleaved(name: str, actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -239,7 +271,7 @@ def _interleaved(name: str, actions: Mapping[str, Callable[[], float]], rounds: 
 
 
 def _compared(values: dict[str, list[float]], reference: str, again: tuple[str, str] | None) -> dict[str, Any]:
-    """Each variant over the reference, and the A/A control: what is measured twice, over itself."""
+    """Each variant over the reference, and the A/A control: a variant measured twice, over itself."""
     found: dict[str, Any] = {"variants": compare(values, {"ratio": reference})}
     if again is not None:
         found["control"] = {"of": again[1], "ratio": paired(values[again[0]], values[again[1]])}
@@ -247,7 +279,7 @@ def _compared(values: dict[str, list[float]], reference: str, again: tuple[str, 
 
 
 def held_out_lines(result: Mapping[str, Any]) -> str:
-    """The held-out comparison, a line for each kind of draws; empty where there was none."""
+    """The held-out comparison, one line per masked arm; empty if it was not run."""
     lines = []
     for name, found in (result["held_out"] or {"draws": {}})["draws"].items():
         met = "met" if abs(found["median"] - 1) <= 0.01 else "NOT MET"

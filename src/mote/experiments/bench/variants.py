@@ -1,7 +1,7 @@
-"""What is compared: one base model, and on it each way to have one or several LoRA experts.
+"""The variants of `mote bench experts`: one base model with different kinds of LoRA experts.
 
-All variants share the base's frozen weights in memory; only what they add is their own. Step experts are on a base as
-`mote.load` gives it, the others on one as transformers gives it; those called fast have what `mote.load` gives.
+All variants share the base's frozen weights in memory. Step experts and the variants with the suffix `-fast` use the
+base as `mote.load` returns it, the others as transformers returns it.
 """
 
 import copy
@@ -19,7 +19,7 @@ from mote.tuner import MoteConfig
 from mote.tuner.token_gated import TokenGatedConfig, gate_loss
 
 BASE = "base"
-REFERENCE = "lora-32"  # the plain LoRA that is active with the rank of one step and the shared expert
+REFERENCE = "lora-32"  # plain LoRA with the rank of one step expert plus the shared expert
 CONTROL = "lora-32-again"
 FAST = "-fast"
 RANK = 16
@@ -31,11 +31,11 @@ class Variant:
     """A model to measure.
 
     Attributes:
-        model: What a user would call.
-        causal: The transformers model in it.
-        takes_steps: Whether it is told the step of each token.
-        starts: Ids of the start markers of the steps, where they are trained.
-        extra_loss: What is added to the model's own loss.
+        model: The model that is called.
+        causal: The transformers model inside it.
+        takes_steps: Whether its forward takes `step_ids`.
+        starts: Ids of the steps' start markers, if their embeddings are trained.
+        extra_loss: Computes a term added to the model's loss.
     """
 
     model: Any
@@ -45,7 +45,7 @@ class Variant:
     extra_loss: Callable[[], Tensor] | None = None
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
+        """The trained parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
@@ -56,7 +56,7 @@ def mote_config(**changes: Any) -> MoteConfig:
 
 def _base(base: Any) -> Variant:
     base.requires_grad_(False)
-    base.enable_input_require_grads()  # gradients go through all layers, as in training, and end at the embeddings
+    base.enable_input_require_grads()  # so that the backward pass runs through all layers, as in training
     return Variant(base, base)
 
 
@@ -113,13 +113,13 @@ BUILDERS: dict[str, Callable[[Any], Variant]] = {
     REFERENCE + FAST: _lora(32),
     "token-gated" + FAST: _token_gated("gather"),
 }
-SPED_UP = ("mote-4x16", "mote-4x16-markers")  # and those called fast
-GROWS = ("mote-4x16-markers",)  # have an embedding of their own
-UNCOMPILED = ("token-gated", "token-gated-fast")  # the sizes in its graph depend on the data
+SPED_UP = ("mote-4x16", "mote-4x16-markers")  # beside those with the suffix -fast
+GROWS = ("mote-4x16-markers",)  # need a separate, larger embedding
+UNCOMPILED = ("token-gated", "token-gated-fast")  # shapes in its graph depend on the data
 
 
 def build(name: str, base: Any, checkpointing: bool = False) -> Variant:
-    """Put a variant on a base model, in place; nothing that it adds is zero, which some GPUs multiply faster."""
+    """Add a variant to a base model in place; zero weights become random, since some GPUs multiply zeros faster."""
     if name in SPED_UP or name.endswith(FAST):
         speed_up(base)
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def build(name: str, base: Any, checkpointing: bool = False) -> Variant:
 
 
 def share(base: Any, name: str) -> Any:
-    """A copy of the base model for a variant, whose frozen weights are the same tensors."""
+    """A copy of the base model that shares its frozen weights."""
     kept = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     if name in GROWS:
         for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
