@@ -1,4 +1,4 @@
-"""Several methods and seeds on the same chains, measured in one table; the paper's tables and figures among them."""
+"""Ablations: several methods and seeds on the same chains in one table, among them the paper's tables and figures."""
 
 from mote.experiments.ablations.ablation_recipe import Ablations, Variant, load_ablations
 from mote.experiments.ablations.runner import run_ablations

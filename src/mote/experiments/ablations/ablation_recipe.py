@@ -1,4 +1,4 @@
-"""What is compared: a recipe of ablations, checked before anything starts (docs/training.md)."""
+"""The recipe of ablations, checked before anything starts (docs/training.md)."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from mote.core.scheme import ADAPTIVE, BASE, load_scheme
 from mote.evals.suite_config import TaskName
 from mote.experiments.ablations.figures import paper_table
 
-# Keys that `key=value` sets here, and not in the shared recipe, each with what may be given for it.
+# Keys that `key=value` sets here and not in the shared recipe, with what may be given for them.
 _OWN = {
     "recipe": "the path of a recipe",
     "seeds": "whole numbers, as in seeds=[0,1,2]",
@@ -26,16 +26,16 @@ _OWN = {
 
 
 class Variant(Strict):
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: Its name in the table, and of its folder.
-        kind: `trained`; `prompted`: the base model answers by the prompts of the variant's `scheme`; `chains`: only the
-            chains are counted.
-        method: What is trained.
-        settings: `key: value` settings of the recipe that differ; with another `scheme` it has chains of its own.
-        chains: A chains file of its own.
-        replies: Whether the human replies that `questions` holds are trained on, in place of the chains.
+        name: Its name in the table and of its folder.
+        kind: `trained`; `prompted`: the base model answers with the prompts of the variant's `scheme`; `chains`: only
+            statistics of the chains are reported.
+        method: The training method.
+        settings: Overrides of the recipe's settings; with another `scheme` the variant gets its own chains.
+        chains: A separate chains file.
+        replies: Whether the human replies in the `questions` file are trained on instead of the chains.
     """
 
     name: str = Field(pattern=r"^[\w .,+>-]+$")
@@ -47,25 +47,25 @@ class Variant(Strict):
 
     @property
     def folder(self) -> str:
-        """Name of its folder."""
+        """Name of the variant's folder."""
         return "-".join(self.name.lower().replace(",", " ").replace("->", " ").split())
 
     @property
     def own_scheme(self) -> bool:
-        """Whether its chains are made by another scheme than that of the shared recipe."""
+        """Whether its chains are made with another scheme than the shared recipe's."""
         return "scheme" in self.settings
 
 
 class Ablations(Strict):
-    """What is compared.
+    """Variants of one recipe, compared over several seeds.
 
     Attributes:
         name: Name of the comparison.
-        recipe: The recipe that all variants share, with its overrides.
-        seeds: Each variant is trained once with each; what is not trained is done with the first.
+        recipe: The shared recipe with its overrides.
+        seeds: Each variant is trained once per seed; untrained variants use the first.
         variants: In the order of the table.
-        tasks: Tasks of the suite `paper` that judge the answers; without them answers are counted only.
-        table: Table or figure of the paper that stands beside (figures.yaml).
+        tasks: Tasks of the suite `paper` to evaluate; without them only lengths and refusals are reported.
+        table: Table or figure of the paper to compare with (figures.yaml).
     """
 
     name: str
@@ -77,7 +77,7 @@ class Ablations(Strict):
 
     @field_validator("variants")
     @classmethod
-    def _named_apart(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+    def _distinct_folders(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
         folders = [variant.folder for variant in variants]
         if double := next((folder for folder in folders if folders.count(folder) > 1), None):
             raise ValueError(f"two variants share the folder '{double}'; name them apart")
@@ -97,20 +97,21 @@ class Ablations(Strict):
 
 
 def load_ablations(path: Path, overrides: Sequence[str] = ()) -> Ablations:
-    """Read a recipe of ablations: `recipe` (a path beside it), `settings` above that, and the fields of `Ablations`.
+    """Read a recipe of ablations: `recipe` (a path next to it), `settings` that override it, the fields of `Ablations`.
 
     Args:
         path: The YAML file.
-        overrides: `key=value` settings of the shared recipe, above those of the file; `recipe`, `seeds` and `tasks`
-            replace what the file says, and `recipe` is then a path from the working folder.
+        overrides: `key=value` settings of the shared recipe, which win over the file's; `recipe`, `seeds` and `tasks`
+            replace the file's own, and `recipe` is then relative to the working directory.
 
     Raises:
-        UserError: The file is missing or says what cannot be.
+        UserError: The file is missing or invalid.
     """
     own = {key: value for key, _, value in (one.partition("=") for one in overrides) if key in _OWN}
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        shared, settings = path.parent / data.pop("recipe"), data.pop("settings", {})
+        shared = path.parent / data.pop("recipe")
+        settings = data.pop("settings", {})
         if "recipe" in own:
             shared = Path(own["recipe"])
         data |= {key: yaml.safe_load(value) for key, value in own.items() if key != "recipe"}
@@ -124,15 +125,15 @@ def load_ablations(path: Path, overrides: Sequence[str] = ()) -> Ablations:
             raise UserError(f"{key}: '{own[key]}' will not do; give {_OWN[key]}") from error
         raise UserError(f"recipe: {path} is not a recipe of ablations: {first_line(error)}") from error
     if wanted.table is not None:
-        paper_table(wanted.table)  # must not be found out after hours of training
+        paper_table(wanted.table)  # an unknown name must not fail after hours of training
     return wanted
 
 
 def recipe_of(wanted: Ablations, variant: Variant, seed: int) -> Recipe:
-    """The shared recipe with the variant's method and settings, and the modes that it can answer in.
+    """The shared recipe with the variant's method and settings, restricted to the modes that it can answer in.
 
     Raises:
-        UserError: It cannot work.
+        UserError: The settings cannot work.
     """
     data = wanted.recipe.model_dump(mode="json")
     for key, value in {"train.method": variant.method, "seed": seed, **variant.settings}.items():
@@ -147,11 +148,14 @@ def recipe_of(wanted: Ablations, variant: Variant, seed: int) -> Recipe:
         raise UserError(f"recipe: the variant '{variant.name}': {first_line(error)}") from error
     scheme = load_scheme(recipe.scheme)
     if variant.kind == "prompted" and len(scheme.depths) > 1:
-        raise UserError(f"recipe: the variant '{variant.name}': scheme={recipe.scheme} has several chains; prompting "
-                        "alone takes a scheme with one")  # fmt: skip
+        raise UserError(
+            f"recipe: the variant '{variant.name}': scheme={recipe.scheme} has several chains; prompting alone takes a "
+            "scheme with one"
+        )
     if variant.kind != "trained":
         return recipe
-    possible = set(scheme.only(steps := steps_of(recipe, scheme)).modes_of(steps)) - {BASE}
+    steps = steps_of(recipe, scheme)
+    possible = set(scheme.only(steps).modes_of(steps)) - {BASE}
     if METHODS[variant.method].separate:
         possible -= {ADAPTIVE}
     modes = tuple(mode for mode in recipe.answer.modes if mode in possible)

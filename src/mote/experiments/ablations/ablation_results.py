@@ -1,4 +1,4 @@
-"""Typed rows of ablations: what was measured of each variant and seed, and the means over seeds."""
+"""Results of ablations: the numbers of each variant and seed, and their means over seeds."""
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class Judged(Frozen):
         judge: Name of the judge.
         low: Lower end of the 95 % interval over prompts.
         high: Its upper end.
-        n: Prompts the number was taken over.
-        unparsed: Verdicts that could not be read, which it leaves out.
-        absent: Answers without the step that was to be judged, which it leaves out too.
+        n: Prompts it is computed over.
+        unparsed: Excluded prompts whose verdict could not be parsed.
+        absent: Excluded prompts whose answer lacks the step to be judged.
     """
 
     judge: str
@@ -35,17 +35,17 @@ class Judged(Frozen):
 
 
 class Measured(Frozen):
-    """One variant with one seed.
+    """The results of one variant with one seed.
 
     Attributes:
-        variant: Its name.
-        method: What was trained; `prompted` and `chains` where nothing was.
+        variant: Name of the variant.
+        method: The training method; `prompted` or `chains` if nothing was trained.
         seed: The seed.
-        mode: The mode that its line of the paper's table shows; empty where only chains were counted.
-        trained_parameters: How many; 0 where nothing was trained.
+        mode: The mode in its row of the paper's table; empty if only chains were counted.
+        trained_parameters: Number of trained parameters; 0 if nothing was trained.
         chains: Chains that were trained on, or counted.
-        measures: Name -> number; those of answers end with their mode.
-        judged: What stands behind the judged ones of `measures`; also of those that no verdict could be read for.
+        measures: Name -> number; names of numbers about answers end with the mode.
+        judged: Details of the judged numbers, also of those without any parsed verdict.
         judges: Cards of the judges.
     """
 
@@ -61,7 +61,7 @@ class Measured(Frozen):
 
 
 class Interval(Frozen):
-    """Mean over seeds, and half the width of its 95 % interval (Student's t); None from one seed."""
+    """Mean over seeds and half-width of its 95 % interval (Student's t); None with one seed."""
 
     mean: float
     half: float | None
@@ -78,7 +78,7 @@ class Line(Frozen):
 
 
 class Result(Frozen):
-    """Everything that was measured so far."""
+    """All results so far."""
 
     name: str
     seeds: tuple[int, ...]
@@ -87,7 +87,7 @@ class Result(Frozen):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean with its 95 % interval, for values that scatter normally."""
+    """The mean with its 95 % interval, for normally distributed values."""
     count = len(values)
     if count == 1:
         return Interval(mean=values[0], half=None, seeds=1)
@@ -96,7 +96,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def summary_of(rows: Sequence[Measured]) -> tuple[Line, ...]:
-    """A line a variant, in the order in which they came."""
+    """One line per variant, in the order of the rows."""
     lines = []
     for variant in dict.fromkeys(row.variant for row in rows):
         own = [row for row in rows if row.variant == variant]
@@ -114,7 +114,7 @@ def summary_of(rows: Sequence[Measured]) -> tuple[Line, ...]:
 
 
 def markdown(result: Result) -> str:
-    """The table: a row a variant, a column a measure, `mean ± half` of the 95 % interval over seeds."""
+    """The table: one row per variant, one column per measure, `mean ± half-width` of the 95 % interval over seeds."""
     names = list(dict.fromkeys(name for line in result.summary for name in line.measures))
     head = ["variant", "method", "trained parameters", *names]
     rows = [

@@ -1,4 +1,4 @@
-"""What a comparison will do, before anything starts: `mote ablations RECIPE --dry-run`."""
+"""The plan of ablations, printed before anything starts: `mote ablations RECIPE --dry-run`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mote.models.load import default_device
 
 
 def table(wanted: Ablations, judge: str, data: Path | None) -> str:
-    """The variants with what each trains and takes, and what is asked and judged, as text.
+    """The variants with their trained parameters and time, and the judged tasks, as text.
 
     Raises:
         UserError: A setting cannot work.
@@ -27,7 +27,7 @@ def table(wanted: Ablations, judge: str, data: Path | None) -> str:
         f"{'variant':<34}{'kind':<10}{'method':<16}{'seeds':>6}{'trained':>14}{'training':>12}",
     ]
     for variant in wanted.variants:
-        recipes = [recipe for its, recipe in wanted.runs() if its == variant]
+        recipes = [recipe for other, recipe in wanted.runs() if other == variant]
         row = f"{variant.name:<34}{variant.kind:<10}"
         if variant.kind == "trained":
             own = plan(recipes[0], machine)
@@ -42,7 +42,7 @@ def table(wanted: Ablations, judge: str, data: Path | None) -> str:
 
 
 def _judged(wanted: Ablations, judge: str, data: Path | None) -> list[str]:
-    """What is judged, and what cannot be."""
+    """The judged tasks, and those that the judge cannot judge."""
     tasks = suite_of(wanted, wanted.recipe, judge, data).tasks
     most = "all" if wanted.recipe.answer.limit is None else f"at most {wanted.recipe.answer.limit}"
     modes = ", ".join(wanted.recipe.answer.modes)
@@ -57,6 +57,6 @@ def _judged(wanted: Ablations, judge: str, data: Path | None) -> list[str]:
 
 
 def _hours(seconds: float | None) -> str:
-    return (
-        "not known" if seconds is None else f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
-    )
+    if seconds is None:
+        return "not known"
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

@@ -1,6 +1,6 @@
-"""Our numbers beside the paper's: one line for us and one for the paper, and what differs between the two.
+"""Our numbers next to the paper's: a line for each, and how the set-ups differ.
 
-A refusal rate has a column of its own: it never stands under the paper's Harm.
+A refusal rate has a separate column; it is never listed under the paper's Harm.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,22 @@ from mote.experiments.ablations.ablation_results import Judged, Measured, Result
 from mote.experiments.ablations.differences import differences
 from mote.experiments.ablations.figures import Column, PaperTable, paper_table
 
-OURS, PAPER = "ours", "paper"
+OURS = "ours"
+PAPER = "paper"
 
 
 class Cell(Strict):
-    """A number: of the paper the value alone.
+    """A number of a table; the paper's have a value only.
 
     Attributes:
-        value: The number, None where nothing could be measured.
-        half: Half of the 95 % interval over seeds, where there are several.
-        low: Lower end of the 95 % interval over prompts, where there is one seed.
+        value: The number; None if nothing could be measured.
+        half: Half-width of the 95 % interval over seeds, with several seeds.
+        low: Lower end of the 95 % interval over prompts, with one seed.
         high: Its upper end.
-        n: Judged answers over all seeds; 0 of numbers that nobody judges.
-        unparsed: Verdicts that could not be read.
-        absent: Answers without the step that was to be judged.
-        judge: Name of the judge; empty of numbers that nobody judges.
+        n: Judged answers over all seeds; 0 without a judge.
+        unparsed: Verdicts that could not be parsed.
+        absent: Answers without the step to be judged.
+        judge: Name of the judge; empty without one.
     """
 
     value: float | None
@@ -40,7 +41,7 @@ class Cell(Strict):
     judge: str = ""
 
     def text(self) -> str:
-        """As a table shows it."""
+        """The cell's text."""
         if self.value is None:
             shown = "none"
         elif self.half is not None:
@@ -55,7 +56,7 @@ class Cell(Strict):
 
 
 class TableLine(Strict):
-    """A line: a row's numbers, ours or the paper's, by the names of their columns."""
+    """One row's numbers by column, ours or the paper's."""
 
     row: str
     whose: Literal["ours", "paper"]
@@ -64,16 +65,16 @@ class TableLine(Strict):
 
 
 class PaperComparison(Strict):
-    """`table.json`: the table, both sides.
+    """`table.json`: our numbers and the paper's.
 
     Attributes:
         title: The paper's table.
         columns: The paper's columns, then those that only we have.
-        of_paper: Those of them that are the paper's.
-        percent: Those that are in percent.
+        of_paper: The paper's columns.
+        percent: The columns in percent.
         lines: Row by row, ours above the paper's.
-        says: What the paper's text says of it.
-        differences: What differs, a sentence each.
+        says: What the paper's text says about it.
+        differences: How the set-ups differ, one sentence each.
     """
 
     title: str
@@ -85,7 +86,7 @@ class PaperComparison(Strict):
     differences: tuple[str, ...]
 
     def markdown(self) -> str:
-        """The table and what differs, as text."""
+        """The table and the differences as Markdown."""
         heads = [f"{name} %" if name in self.percent else name for name in self.columns]
         rows = [["row", "whose", *heads], ["---"] * (len(self.columns) + 2)]
         for line in self.lines:
@@ -105,13 +106,13 @@ class PaperComparison(Strict):
 
 
 def beside_the_paper(wanted: Ablations, result: Result, judge: str, data: Path | None) -> PaperComparison:
-    """What was measured so far beside the paper's numbers.
+    """The results so far next to the paper's numbers.
 
     Args:
-        wanted: What is compared; has a table.
-        result: What was measured.
-        judge: Who judged.
-        data: Folder of the upstream files, None where the package's own questions were asked.
+        wanted: The ablations; they name a table.
+        result: The results so far.
+        judge: The judge.
+        data: Folder of the upstream files; None if the package's own questions were asked.
     """
     table = paper_table(wanted.table or "")
     parts = (
@@ -143,8 +144,8 @@ def beside_the_paper(wanted: Ablations, result: Result, judge: str, data: Path |
 def _notes(
     wanted: Ablations, table: PaperTable, result: Result, lines: Sequence[TableLine], judge: str, data: Path | None
 ) -> list[str]:
-    built = {line.row for line in lines if line.whose == OURS}
-    missing = [row.name for row in table.rows if row.name not in built]
+    measured = {line.row for line in lines if line.whose == OURS}
+    missing = [row.name for row in table.rows if row.name not in measured]
     notes = differences(wanted, table, result.rows, judge, data)
     if table.here:
         notes.append(f"{table.here}.")
@@ -156,7 +157,7 @@ def _notes(
 
 
 def _ours(table: PaperTable, rows: Sequence[Measured], part: str) -> dict[str, Cell]:
-    """Our cells of a row: the paper's columns, then judged numbers, tokens and loss that only we have."""
+    """Our cells of a row: the paper's columns, then our own judged numbers, tokens and loss."""
     by_part = table.by == "part"
     own = [row for row in rows if by_part or row.variant == part]
     known = {column.metric for column in table.columns}
@@ -174,13 +175,13 @@ def _ours(table: PaperTable, rows: Sequence[Measured], part: str) -> dict[str, C
 
 
 def _cell(rows: Sequence[Measured], names: Sequence[str], scale: float, unit: Sequence[Measured]) -> Cell | None:
-    """One number over the seeds of a variant; None where it was not measured.
+    """One number over the seeds of a variant; None if it was not measured.
 
     Args:
-        rows: The variant, a row a seed.
-        names: Names under which the number can stand.
-        scale: What it is multiplied by.
-        unit: The rows whose number it is divided by, where there are any.
+        rows: The variant's results, one per seed.
+        names: Names the number can have.
+        scale: Factor.
+        unit: Results whose mean it is divided by, if any.
     """
     name = next((name for name in names if any(name in row.measures or name in row.judged for row in rows)), None)
     if name is None:

@@ -1,4 +1,4 @@
-"""Every variant with every seed: chains once, then trained, asked and measured, each in a run folder of its own."""
+"""Runs every variant with every seed: shared chains first, then training and evaluation in separate run folders."""
 
 import sys
 from pathlib import Path
@@ -19,21 +19,21 @@ from mote.experiments.run import Run
 
 
 def run_ablations(wanted: Ablations, folder: Path, judge: str = "rule", data: Path | None = None) -> Result:
-    """Make the shared chains, then train, ask and measure every variant with every seed; what is there is reused.
+    """Make the shared chains, then train and evaluate every variant with every seed; existing results are reused.
 
     Args:
-        wanted: What is compared.
+        wanted: The ablations.
         folder: Gets `shared/` with the chains, `<variant>/seed-<n>/` run folders, `ablations.json`, `ablations.md` and,
             with a table of the paper, `table.json` and `table.md`.
-        judge: Who judges the answers, where there are tasks.
-        data: Folder of the upstream files that the tasks ask; without it they ask `mote:test`.
+        judge: The judge of the tasks.
+        data: Folder of the upstream files of the tasks; without it they ask `mote:test`.
 
     Raises:
         UserError: A setting cannot work, or the folder holds other runs.
     """
     runs = wanted.runs()
     check_tasks(wanted, judge, data)
-    from mote.train import check_settings  # a wrong setting must not wait for the chains
+    from mote.train import check_settings  # refuse wrong settings before the chains are made
 
     for _, recipe in runs:
         check_settings(recipe, load_scheme(recipe.scheme), folder)
@@ -59,7 +59,7 @@ def run_ablations(wanted: Ablations, folder: Path, judge: str = "rule", data: Pa
 
 
 def _write(wanted: Ablations, result: Result, folder: Path, judge: str, data: Path | None) -> None:
-    """What there is so far, so that a run that is cut leaves it."""
+    """Write the results so far, so that an interrupted run keeps them."""
     here = environment()
     write_json(folder / "ablations.json", {**result.model_dump(mode="json"), "environment": here})
     write_atomic(folder / "ablations.md", markdown(result))
@@ -70,7 +70,7 @@ def _write(wanted: Ablations, result: Result, folder: Path, judge: str, data: Pa
 
 
 def _chains_of(wanted: Ablations, variant: Variant, folder: Path, run: Run) -> Path:
-    """The chains that a variant is trained on; those of another scheme are made here, once for all seeds."""
+    """The chains that a variant is trained on; with its own scheme they are made here, once for all seeds."""
     source = Path(variant.chains) if variant.chains else folder / "shared" / "chains.jsonl"
     if variant.own_scheme:
         own = Run(_with_scheme(wanted.recipe, run.recipe.scheme), folder / variant.folder / "shared")
@@ -80,12 +80,13 @@ def _chains_of(wanted: Ablations, variant: Variant, folder: Path, run: Run) -> P
         raise UserError(f"chains: {source} of the variant '{variant.name}' does not exist")
     if not variant.replies:
         return source
-    path, replies = run.folder / "chains.jsonl", folder / variant.folder / "replies"
+    path = run.folder / "chains.jsonl"
+    replies = folder / variant.folder / "replies"
     if not replies.exists():
         import_chains(Path(wanted.recipe.questions), replies)
     given = {row.id: row for row in read_rows(replies / "chains.jsonl", ChainRow)}
     rows = [row for row in read_rows(source, ChainRow) if row.id in given]
-    # What is rejected stays so, that both train on the same questions.
+    # Rejected chains stay rejected, so that both variants train on the same questions.
     rewrite_rows(path, [row.model_copy(update={"steps": given[row.id].steps, "checks": ()}) for row in rows])
     return path
 
