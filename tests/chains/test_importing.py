@@ -51,7 +51,7 @@ def turns(*contents: Any, **last: Any) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def test_star1_in_its_upstream_list(tmp_path: Path) -> None:
+def test_star1_is_imported_from_its_upstream_list(tmp_path: Path) -> None:
     (tmp_path / "STAR-1.json").write_text(json.dumps([STAR], indent=4))
     made = import_chains(tmp_path / "STAR-1.json", tmp_path / "out")
     (row,) = read_rows(tmp_path / "out" / "chains.jsonl", ChainRow)
@@ -64,12 +64,12 @@ def test_star1_in_its_upstream_list(tmp_path: Path) -> None:
     assert row.accepted and row.checks == () and row.prompts == "" and row.tokens.made == 0
 
 
-def test_the_chain_is_one_of_the_scheme(tmp_path: Path) -> None:
+def test_an_imported_chain_is_one_of_the_scheme(tmp_path: Path) -> None:
     (row,) = bring(tmp_path, [STAR])
     assert tuple(step.name for step in row.steps) in load_scheme("safety").depths.values()
 
 
-def test_hh_rlhf_gzipped(tmp_path: Path) -> None:
+def test_a_gzipped_hh_rlhf_file_is_imported(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "test.jsonl.gz", "wt") as file:
         file.write(json.dumps(HH) + "\n" + json.dumps({**HH, "chosen": "\n\nHuman: Hi\n\nAssistant:"}) + "\n")
     made = import_chains(tmp_path / "test.jsonl.gz", tmp_path / "out")
@@ -91,26 +91,26 @@ def test_hh_rlhf_gzipped(tmp_path: Path) -> None:
         (turns("Why?", "Because.", thinking="Hm."), [("analysis", "Hm."), ("response", "Because.")]),
     ],
 )
-def test_messages_with_reasoning_wherever_it_stands(
+def test_reasoning_is_read_from_any_known_field(
     row: dict[str, Any], expected: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     (chain,) = bring(tmp_path, [row])
     assert steps(chain) == expected and chain.model == "teacher:their-set"
 
 
-def test_earlier_thoughts_are_no_part_of_the_question(tmp_path: Path) -> None:
+def test_thoughts_of_earlier_turns_are_removed(tmp_path: Path) -> None:
     (row,) = bring(tmp_path, [turns("Hi", "<think>Greet.</think>Hello!", "Why?", "<think>Hm.</think>Because.")])
     assert [message.content for message in row.messages] == ["Hi", "Hello!", "Why?"]
 
 
-def test_rows_that_make_no_chain_are_counted(tmp_path: Path) -> None:
+def test_skipped_rows_are_counted(tmp_path: Path) -> None:
     rows = [turns("A?", "a"), turns(" a? ", "again"), turns("B?"), turns("C?", "<think>endless"), turns("D?", " ")]
     made = import_chains(write(tmp_path / "x.jsonl", rows), tmp_path / "out")
     assert (made.chains, made.repeated, made.unanswered) == (1, 1, 3)
     assert made.summary().startswith("1 chains, 0 of them with reasoning; left out: 1 repeated questions, 3 rows")
 
 
-def test_writer_and_limit(tmp_path: Path) -> None:
+def test_import_takes_a_writer_and_a_limit(tmp_path: Path) -> None:
     rows = bring(tmp_path, [turns("A?", "a"), turns("B?", "b"), turns("C?", "c")], writer="teacher:big", limit=2)
     assert [(row.text, row.model) for row in rows] == [("A?", "teacher:big"), ("B?", "teacher:big")]
 
@@ -126,7 +126,7 @@ def test_writer_and_limit(tmp_path: Path) -> None:
         ([turns("A?")], "auto", "holds no answered question"),
     ],
 )
-def test_what_cannot_be_read_leaves_nothing(
+def test_a_failed_import_leaves_nothing(
     rows: list[dict[str, Any]], form: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -134,7 +134,7 @@ def test_what_cannot_be_read_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["their-set.jsonl"]
 
 
-def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
+def test_import_keeps_an_existing_folder(tmp_path: Path) -> None:
     bring(tmp_path, [STAR])
     before = (tmp_path / "out" / "chains.jsonl").read_bytes()
     with pytest.raises(UserError, match="exists and is not empty"):

@@ -71,7 +71,7 @@ def test_let_pass(text: str, asked: str) -> None:
     assert not off_language(text, [asked])
 
 
-def test_any_turn_of_a_dialogue_may_set_the_language() -> None:
+def test_any_turn_of_a_dialogue_allows_its_language() -> None:
     answer = "Put the egg in boiling water for ten minutes, then cool it."
     assert not off_language(answer, ["How do I cook breakfast for my family?", "Ein Ei, bitte, und ein Brot dazu."])
     assert off_language(answer, ["Was soll ich meiner Familie zum Essen kochen?", "Ein Ei, bitte, und ein Brot dazu."])

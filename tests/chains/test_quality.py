@@ -3,7 +3,7 @@
 import pytest
 
 from mote.chains.engine import Completion
-from mote.chains.quality import fault
+from mote.chains.quality import broken_rule
 from mote.core.scheme import load_scheme
 
 SCHEME = load_scheme("safety")
@@ -14,7 +14,7 @@ ANALYSIS = "The person wants to hide the house so they can keep it. That is not 
 
 def found(text: str, question: str = ASKED, earlier: tuple[str, ...] = (), finish: str = "stop") -> str | None:
     done = Completion(text, 5, finish)  # type: ignore[arg-type]
-    return fault(done, PROMPT, question=[question], earlier=earlier, labels=SCHEME.steps)
+    return broken_rule(done, PROMPT, question=[question], earlier=earlier, labels=SCHEME.steps)
 
 
 @pytest.mark.parametrize("text", ["", " ... ", "\n\n", "---", "\U0001f642"])
@@ -116,7 +116,7 @@ def test_echo(text: str, question: str, rule: str | None) -> None:
     assert found(text, question) == rule
 
 
-def test_the_question_is_no_prompt() -> None:
+def test_words_of_the_question_are_no_echo() -> None:
     assert found("You ask how to hide your house from the court, so that they can't take it away? Don't.") is None
 
 
@@ -135,7 +135,7 @@ def test_copy(text: str, rule: str | None) -> None:
     assert found(text, earlier=("Something else was written here before all that.", ANALYSIS)) == rule
 
 
-def test_the_result_of_a_calculation_is_said_again() -> None:
+def test_a_repeated_result_is_no_copy() -> None:
     solve = (
         "Janet has 16 eggs and eats 3 of them, which leaves 13. She bakes with 4 more, which leaves 9 to sell. "
         "At 2 dollars each that makes 18. So Janet makes 18 dollars every day at the market."
@@ -143,7 +143,7 @@ def test_the_result_of_a_calculation_is_said_again() -> None:
     assert found("Janet makes 18 dollars every day at the market.", "How much does she make?", (solve,)) is None
 
 
-def test_a_question_said_again_is_no_answer() -> None:
+def test_a_repeated_question_is_a_copy() -> None:
     assert found("how can I hide my house from the court, so that they can't take it away") == "copy"
     fixed = "The weather was nice yesterday, so we walked to the lake and had a swim there."
     assert found(fixed, "Correct the spelling: The wether was nice yesterday, so we walked to the lake.") is None
@@ -153,14 +153,14 @@ def test_language() -> None:
     spanish = "Lo siento, no puedo ayudarte con eso. Un abogado puede explicarte tus opciones."
     assert found(spanish) == "language"
     assert found(spanish, "Say in Spanish that you can't help with that.") is None
-    assert fault(Completion(spanish, 9, "stop"), PROMPT) is None  # no question to compare with
+    assert broken_rule(Completion(spanish, 9, "stop"), PROMPT) is None  # no question to compare with
 
 
-def test_a_step_may_follow_its_instruction_in_language() -> None:
+def test_a_step_may_use_its_instructions_language() -> None:
     """The templates are English, so an English analysis of a German question is as it should be; the answer is not."""
     german = "Wie kann ich mein Haus vor dem Gericht verstecken, damit sie es mir nicht wegnehmen?"
     english = Completion(
         "The person wants to keep a house that the court may take, and that is not allowed.", 9, "stop"
     )
-    assert fault(english, PROMPT, question=[german]) == "language"
-    assert fault(english, PROMPT, question=[german], instructions=[SCHEME.templates["analysis"]]) is None
+    assert broken_rule(english, PROMPT, question=[german]) == "language"
+    assert broken_rule(english, PROMPT, question=[german], instructions=[SCHEME.templates["analysis"]]) is None

@@ -33,7 +33,7 @@ class Lister:
 
     async def score(self, prompt: Prompt, reply: str) -> Likelihood:
         assert reply in (WIFI, OPINION)
-        return Likelihood(self.lead if "harmful questions" in prompt.messages[0].content else 0.0, read=50)
+        return Likelihood(self.lead if "harmful questions" in prompt.messages[0].content else 0.0, prompt_tokens=50)
 
     async def write(self, prompt: Prompt) -> Completion:
         self.asked.append(prompt)
@@ -55,8 +55,10 @@ def chain(engine: Any, **changes: Any) -> ChainRow:
     return asyncio.run(make_chain(question, engine, None, SCHEME, ChainSettings(**changes), seed=0))
 
 
-def fault(step: str, text: str, category: str = "harmful", question: tuple[Message, ...] = asked(WIFI)) -> str | None:
-    return Categories(SCHEME, Lister()).fault(category, step, text, question, ())
+def broken_rule(
+    step: str, text: str, category: str = "harmful", question: tuple[Message, ...] = asked(WIFI)
+) -> str | None:
+    return Categories(SCHEME, Lister()).broken_rule(category, step, text, question, ())
 
 
 def test_a_question_gets_the_category_that_makes_it_likeliest() -> None:
@@ -148,7 +150,7 @@ def test_a_step_that_breaks_its_form_is_sampled_again() -> None:
     ],
 )
 def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> None:
-    assert fault(step, text) == rule
+    assert broken_rule(step, text) == rule
 
 
 @pytest.mark.parametrize(
@@ -161,14 +163,14 @@ def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> N
     ],
 )
 def test_rules_of_benign_questions(step: str, text: str, rule: str | None) -> None:
-    assert fault(step, text, "benign") == rule
+    assert broken_rule(step, text, "benign") == rule
 
 
 def test_words_of_earlier_turns_count_as_on_topic() -> None:
     dialogue = asked("I like the wifi of the hotel in Cuba.", "Nice.", "Which tool opens it without a lemon?")
     text = "The person wants a tool that opens the wifi of the hotel in Cuba without a lemon. This could hurt someone."
-    assert fault("analysis", text, question=dialogue) is None
-    assert fault("analysis", text, question=dialogue[2:]) == "off-topic"
+    assert broken_rule("analysis", text, question=dialogue) is None
+    assert broken_rule("analysis", text, question=dialogue[2:]) == "off-topic"
 
 
 def test_a_closed_step_restates_most_of_the_question() -> None:
@@ -178,9 +180,9 @@ def test_a_closed_step_restates_most_of_the_question() -> None:
     )
     ending = ", because it could hurt someone. Please find a way that hurts nobody."
     half = "I can't help you get a dentist to fill a cavity" + ending
-    assert fault("response", half, question=question) == "off-topic"
+    assert broken_rule("response", half, question=question) == "off-topic"
     most = "I can't help you threaten a dentist into filling a cavity without paying him" + ending
-    assert fault("response", most, question=question) is None
+    assert broken_rule("response", most, question=question) is None
 
 
 def test_every_example_keeps_the_rules_of_its_category() -> None:
@@ -188,7 +190,7 @@ def test_every_example_keeps_the_rules_of_its_category() -> None:
     for example in SCHEME.examples:
         assert example.category is not None
         for step, text in example.steps.items():
-            found = categories.fault(example.category, step, text, asked(example.question), ())
+            found = categories.broken_rule(example.category, step, text, asked(example.question), ())
             assert found != "form", text
 
 

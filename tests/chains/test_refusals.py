@@ -65,7 +65,7 @@ def make(
     return {row.id: row for row in read_rows(path, ChainRow)}
 
 
-def test_a_question_that_is_refused_is_rejected_and_the_run_goes_on(
+def test_a_refused_question_is_rejected_and_the_run_goes_on(
     fake: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = make(fake, [*long(2), *short(5), *long(4)[2:]], tmp_path / "chains.jsonl")
@@ -81,7 +81,7 @@ def test_a_question_that_is_refused_is_rejected_and_the_run_goes_on(
     assert said.count("refuses a request (400: more than 3000 characters)") == 1 and said.count("\n") == 1
 
 
-def test_a_check_that_is_refused_rejects_the_chain(fake: FakeServer, tmp_path: Path) -> None:
+def test_a_refused_check_rejects_the_chain(fake: FakeServer, tmp_path: Path) -> None:
     nearly = question("nearly", "How do I cook an egg? " * 100)  # twice in the prompt of the check
     rows = make(fake, [*short(1), nearly], tmp_path / "chains.jsonl")
     row = rows["nearly"]
@@ -90,7 +90,7 @@ def test_a_check_that_is_refused_rejects_the_chain(fake: FakeServer, tmp_path: P
 
 
 @pytest.mark.parametrize("count", [3, 400])
-def test_where_all_are_refused_the_run_stops_early_with_one_line_and_writes_none(
+def test_a_run_in_which_all_are_refused_stops_early(
     fake: FakeServer, tmp_path: Path, count: int
 ) -> None:
     with pytest.raises(UserError) as found:
@@ -101,7 +101,7 @@ def test_where_all_are_refused_the_run_stops_early_with_one_line_and_writes_none
     assert fake.refused == tried and not (tmp_path / "chains.jsonl").exists()
 
 
-def test_a_server_that_refuses_only_checks_is_told_too(fake: FakeServer, tmp_path: Path) -> None:
+def test_a_server_that_refuses_only_checks_is_reported(fake: FakeServer, tmp_path: Path) -> None:
     fake.longest = 60
     with pytest.raises(UserError, match=rf"the first {FIRST + 3} were all refused"):
         make(fake, short(400), tmp_path / "chains.jsonl")
@@ -119,7 +119,7 @@ def test_a_wrong_key_or_name_stops_at_once(fake: FakeServer, tmp_path: Path, how
     assert len(fake.seen) <= 8
 
 
-def test_refusals_that_come_before_the_first_answer_do_not_stop_the_run(fake: FakeServer, tmp_path: Path) -> None:
+def test_early_refusals_do_not_stop_the_run(fake: FakeServer, tmp_path: Path) -> None:
     """The two short questions are answered only after all that can be refused meanwhile was refused."""
     fake.usual = "wait"
 
@@ -133,7 +133,7 @@ def test_refusals_that_come_before_the_first_answer_do_not_stop_the_run(fake: Fa
     assert len(rows) == 62 and sum(row.rejected is not None for row in rows.values()) == 60
 
 
-def test_what_is_left_of_a_run_may_all_be_refused(fake: FakeServer, tmp_path: Path) -> None:
+def test_all_remaining_questions_of_a_run_may_be_refused(fake: FakeServer, tmp_path: Path) -> None:
     make(fake, short(3), tmp_path / "chains.jsonl")
     rows = make(fake, [*short(3), *long(2)], tmp_path / "chains.jsonl")
     assert sorted(rows) == ["long-0", "long-1", "short-0", "short-1", "short-2"]
@@ -142,7 +142,7 @@ def test_what_is_left_of_a_run_may_all_be_refused(fake: FakeServer, tmp_path: Pa
     assert fake.refused == before
 
 
-def test_one_chain_alone_says_that_it_is_refused(fake: FakeServer) -> None:
+def test_a_single_chain_raises_its_refusal(fake: FakeServer) -> None:
     async def main() -> None:
         engine = ServerEngine(fake.address, "some-model")
         try:
@@ -154,7 +154,7 @@ def test_one_chain_alone_says_that_it_is_refused(fake: FakeServer) -> None:
         asyncio.run(main())
 
 
-def test_held_rows_are_written_with_the_first_chain_that_is_made() -> None:
+def test_held_rows_are_written_after_the_first_success() -> None:
     refusals, row, why = Refusals(batch_size=2, made=False), made("a", "How?", response=""), Refused("no")
     for _ in range(FIRST - 1):
         assert refusals.done(row, why) == ([], 1)

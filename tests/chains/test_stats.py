@@ -44,7 +44,7 @@ def test_outcomes(folder: Path) -> None:
     assert (stats.near_questions, stats.near_chains) == (1, 1)  # c repeats b
 
 
-def test_chains_without_steps_repeat_nothing(tmp_path: Path) -> None:
+def test_chains_without_steps_are_no_near_duplicates(tmp_path: Path) -> None:
     rows = [made(name, f"question {name}", safe=False, rejected="question: unsure") for name in "ab"]
     append_rows(tmp_path / "chains.jsonl", rows)
     stats = chain_stats(tmp_path)
@@ -67,7 +67,7 @@ def test_texts_of_accepted_chains(folder: Path) -> None:
     assert (chain.chains, chain.share, chain.paper_share) == (4, 1.0, None)
 
 
-def test_the_sample_is_fixed_and_fair(tmp_path: Path) -> None:
+def test_the_sample_is_fixed_and_uniform(tmp_path: Path) -> None:
     rows = [made(str(i), f"question {i}", response=f"word{i} " * 3 + "end") for i in range(400)]
     append_rows(tmp_path / "chains.jsonl", rows)
     one, again, more = (chain_stats(tmp_path, sample=size).texts[0] for size in (20, 20, 400))
@@ -75,7 +75,7 @@ def test_the_sample_is_fixed_and_fair(tmp_path: Path) -> None:
     assert one.words == more.words  # lengths are of all
 
 
-def test_another_scheme_is_counted_by_its_own_names(tmp_path: Path) -> None:
+def test_chains_of_another_scheme_are_counted(tmp_path: Path) -> None:
     append_rows(tmp_path / "c.jsonl", [made("a", "3 x 4?", plan="Multiply.", solve="3 x 4 = 12", verify="12")])
     stats = chain_stats(tmp_path / "c.jsonl")
     assert [text.name for text in stats.texts] == ["plan", "solve", "verify", "chain"]
@@ -83,21 +83,23 @@ def test_another_scheme_is_counted_by_its_own_names(tmp_path: Path) -> None:
     assert "plan > solve > verify" in table(stats)
 
 
-def test_the_table_says_all_of_it(folder: Path) -> None:
+def test_the_table_holds_every_number(folder: Path) -> None:
     text = table(chain_stats(folder, Price(read=1.0, written=2.0)))
     for part in (
         "7 chains: 4 accepted, 1 unsafe, 2 rejected", "written by m (6), n (1)", "analysis > guidance > response",
         "analysis: looping", "71.5", "61.4", "75.52", "80.38", "tok:13a", "seed 0",
         "near-duplicates (similarity 0.8): 1 questions, 1 chains",
-        "tokens written: 210, 140 of them kept; 52.5 an accepted chain", "tokens read: 700; 175.0 an accepted chain",
-        "3.50 an accepted chain", "0.0011 USD at 1 USD a million tokens read and 2 USD a million written; 0.000280 USD",
+        "tokens generated: 210, 140 of them kept; 52.5 per accepted chain",
+        "prompt tokens: 700; 175.0 per accepted chain",
+        "3.50 per accepted chain",
+        "0.0011 USD at 1 USD per million prompt tokens and 2 per million generated; 0.000280 USD",
     ):  # fmt: skip
         assert part in text, part
     assert "money" not in table(chain_stats(folder))
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[4:]], ids=["all", "none accepted"])
-def test_the_plot_is_a_file_of_its_own(rows: list[ChainRow], tmp_path: Path) -> None:
+def test_the_plot_is_one_self_contained_file(rows: list[ChainRow], tmp_path: Path) -> None:
     append_rows(tmp_path / "chains.jsonl", rows)
     drawn = standalone(plots_of(chain_stats(tmp_path)))
     root = ET.fromstring(drawn)
@@ -108,7 +110,7 @@ def test_the_plot_is_a_file_of_its_own(rows: list[ChainRow], tmp_path: Path) -> 
     assert ("tokens an accepted chain" in words) == (len(rows) > 4)
 
 
-def test_nothing_to_count(tmp_path: Path) -> None:
+def test_a_file_without_chains_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"chains: .*/chains\.jsonl does not exist; give a run folder"):
         chain_stats(tmp_path)
     (tmp_path / "chains.jsonl").write_text("")

@@ -68,7 +68,7 @@ def test_a_reply_scores_the_mean_of_its_tokens_log_probabilities(base: Base) -> 
         logits = base.model(input_ids=torch.tensor([[*lead, *own]])).logits[0, len(lead) - 1 : -1]
         rows = logits.log_softmax(-1)[range(len(own)), own]
         assert found.mean == pytest.approx(float(rows.detach().mean()) if own else 0.0, abs=1e-5)
-        assert found.read == (len(lead) + len(own) if own else 0)
+        assert found.prompt_tokens == (len(lead) + len(own) if own else 0)
 
 
 def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Base) -> None:
@@ -81,7 +81,7 @@ def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Bas
         assert completion.text == base.tokenizer.decode(out, skip_special_tokens=True).strip()
         ended = base.tokenizer.eos_token_id in out.tolist()
         assert completion.finish == ("stop" if ended else "length")
-        assert (completion.tokens, completion.read) == (len(out), ids.shape[1])
+        assert (completion.tokens, completion.prompt_tokens) == (len(out), ids.shape[1])
 
 
 def test_sampled_rows_do_not_depend_on_their_batch(base: Base) -> None:
@@ -100,7 +100,7 @@ def test_choosing_is_the_next_words_probability(base: Base) -> None:
         ids = torch.tensor([encode_prompt(base.tokenizer, prompt(text).messages)])
         pair = base.model(input_ids=ids).logits[0, -1, [first, second]].softmax(0)
         assert score.score == pytest.approx(float(pair[0].detach()), abs=1e-5)
-        assert (score.tokens, score.read) == (0, ids.shape[1])
+        assert (score.tokens, score.prompt_tokens) == (0, ids.shape[1])
     with pytest.raises(UserError, match=r"one of .* is the beginning of the other"):
         choose(LocalEngine(base, 2), [prompt("x")], ("safe", "safe"))
 
@@ -113,7 +113,7 @@ def test_words_that_begin_alike_are_told_apart_by_what_follows(base: Base) -> No
     ids = torch.tensor([[*encode_prompt(base.tokenizer, prompt("safe").messages), first[0]]])
     pair = base.model(input_ids=ids).logits[0, -1, [first[1], second[1]]].softmax(0)
     assert score.score == pytest.approx(float(pair[0].detach()), abs=1e-5)
-    assert score.read == ids.shape[1]
+    assert score.prompt_tokens == ids.shape[1]
 
 
 def test_sampler_follows_the_distribution_inside_the_nucleus() -> None:

@@ -76,7 +76,7 @@ ANSWERS = [f"about {text}" for text in TEXTS]
 def test_a_server_is_asked_as_the_prompt_says(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     done = with_engine(fake, lambda engine: engine.write(prompt("one", temperature=0.5, top_p=0.9, seed=2**31 + 3)))
-    assert (done.text, done.tokens, done.finish, done.read) == ("about one", 5, "stop", 1)
+    assert (done.text, done.tokens, done.finish, done.prompt_tokens) == ("about one", 5, "stop", 1)
     assert fake.seen == [
         {
             "model": "some-model", "temperature": 0.5, "top_p": 0.9, "seed": 3, "max_tokens": 12,
@@ -98,7 +98,7 @@ def test_answers_that_lack_something_are_taken_as_they_are(
     fake.usual = how
     done = with_engine(fake, lambda engine: engine.write(prompt("one")))
     assert (done.text, done.tokens, done.finish) == (text, tokens, finish)
-    assert done.read == (None if how == "no usage" else 1)
+    assert done.prompt_tokens == (None if how == "no usage" else 1)
     assert len(fake.seen) == 1
 
 
@@ -326,7 +326,7 @@ def test_choosing_is_by_log_probabilities_or_by_the_word(
     fake.usual = how
     found = with_engine(fake, lambda engine: engine.choose(prompt("one"), choices))
     assert found.score == pytest.approx(score, abs=1e-6)
-    assert (found.tokens, found.read) == (5, 1)
+    assert (found.tokens, found.prompt_tokens) == (5, 1)
     assert fake.seen[0]["logprobs"] is True and fake.seen[0]["top_logprobs"] == 20
     assert len(fake.seen) == 1
 

@@ -74,7 +74,7 @@ def by_transformers(base: Base, text: str, ids: list[int] | None = None) -> Comp
         text=base.tokenizer.decode(new, skip_special_tokens=True).strip(),
         tokens=len(new),
         finish="stop" if ended else "length",
-        read=given.shape[1],
+        prompt_tokens=given.shape[1],
     )
 
 

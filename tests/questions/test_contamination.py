@@ -17,7 +17,7 @@ def ask(name: str, *turns: str) -> Question:
     )
 
 
-def test_a_shared_run_is_found_wherever_it_stands() -> None:
+def test_a_shared_ngram_is_found_anywhere() -> None:
     evaluation = Evaluation([ask("e1", LONG), ask("e2", "Kill a Python process")], run=8)
     inside = "My flat is cold. Please WRITE a letter, to my landlord: that says the heating is fine."
     assert evaluation.row_like(ask("t", inside)) == "e1"
@@ -27,7 +27,7 @@ def test_a_shared_run_is_found_wherever_it_stands() -> None:
     assert evaluation.row_like(ask("t", "Hello", inside, "And then?")) is None  # an assistant's words
 
 
-def test_a_short_row_counts_as_a_whole_only() -> None:
+def test_a_short_row_matches_as_a_whole_only() -> None:
     evaluation = Evaluation([ask("short", "How do I kill a Python process?"), ask("hi", "hi", "Hello!", "why?")], run=8)
     assert evaluation.row_like(ask("t", "how do i  KILL a python process")) == "short"
     assert evaluation.row_like(ask("t", "Hello", "Yes?", "How do I kill a Python process?")) == "short"
@@ -37,7 +37,7 @@ def test_a_short_row_counts_as_a_whole_only() -> None:
 
 
 @pytest.mark.parametrize(("words", "run"), [(3, 8), (8, 8), (10, 10), (13, 13), (40, 13)])
-def test_the_run_is_the_usual_one_for_the_sets_lengths(words: int, run: int) -> None:
+def test_the_ngram_length_follows_the_sets_lengths(words: int, run: int) -> None:
     rows = [ask(str(i), " ".join(f"w{i}x{j}" for j in range(words))) for i in range(19)] + [ask("long", "word " * 90)]
     assert Evaluation(rows).run == run
 
@@ -49,13 +49,13 @@ def test_split_keeps_order_and_names_the_row() -> None:
     assert [(row.id, like) for row, like in refused] == [("b", "e")]
 
 
-def test_own_sets_are_apart() -> None:
+def test_own_sets_do_not_overlap() -> None:
     _, refused = split_contaminated(load_questions("mote:train", None), load_questions("mote:test", None))
     assert not refused
 
 
 @pytest.mark.skipif(not UPSTREAM.is_dir(), reason="the upstream files are not here")
-def test_upstream_sets_overlap_where_they_are_known_to() -> None:
+def test_upstream_sets_overlap_as_known() -> None:
     """STAR-1 took some of its questions from HH-RLHF; a set stands in itself as a whole."""
     star = load_questions(str(UPSTREAM / "star-1/STAR-1.json"), None)
     hh = load_questions(str(UPSTREAM / "hh-rlhf/harmless-base.jsonl.gz"), None)
@@ -65,7 +65,7 @@ def test_upstream_sets_overlap_where_they_are_known_to() -> None:
     assert not split_contaminated(star, star)[0]
 
 
-def test_messages_of_a_system_do_not_count() -> None:
+def test_system_messages_are_not_compared() -> None:
     told = Question(
         id="s", messages=(Message(role="system", content=LONG), Message(role="user", content="hello there"))
     )

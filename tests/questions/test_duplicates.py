@@ -17,7 +17,7 @@ def test_similarity_is_that_of_the_texts() -> None:
     assert similarity("no", "yes") == 0.0
 
 
-def test_rewordings_are_found_and_name_the_first() -> None:
+def test_a_rewording_names_the_first_text() -> None:
     seen = NearDuplicates(0.7)
     assert seen.add("first", LOCK) is None
     assert seen.add("other", "Why is the sky blue in the morning and red at night?") is None
@@ -26,7 +26,7 @@ def test_rewordings_are_found_and_name_the_first() -> None:
     assert seen.add("far", "How do I paint the frame of a front door without a brush?") is None
 
 
-def test_hashes_agree_with_counting() -> None:
+def test_estimated_and_exact_similarity_agree() -> None:
     """Texts of every similarity: what is clearly above the threshold is found, what is clearly below is not."""
     draw = random.Random(0)
     words = [word for question in load_questions("mote:train", 60) for word in question.text.split()]
@@ -50,7 +50,7 @@ def test_own_sets_share_no_near_duplicates() -> None:
     assert max(similarity(one, other) for one in train for other in test) < 0.3
 
 
-def test_what_is_compared() -> None:
+def test_the_whole_dialogue_and_chain_are_compared() -> None:
     messages = (
         Message(role="user", content="a"),
         Message(role="assistant", content="b"),

@@ -15,12 +15,12 @@ ROW = {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": ""}
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
-def test_text_file_has_a_question_a_line(write: Write, end: str) -> None:
+def test_a_text_file_has_one_question_per_line(write: Write, end: str) -> None:
     file = write(f"\ufeffWhat is, say, a lake?\n\n  [Odd] one?  {end}", "mine.txt")
     assert [question.text for question in load_questions(file, None)] == ["What is, say, a lake?", "[Odd] one?"]
 
 
-def test_layout_is_told_from_the_bytes_not_the_name(write: Write) -> None:
+def test_the_layout_is_detected_from_the_bytes(write: Write) -> None:
     rows = json.dumps(ROW).encode() + b"\n"
     assert load_questions(write(gzip.compress(rows), "no-suffix"), None)[0].source == "hh-rlhf"
     assert load_questions(write(rows, "really.csv"), None)[0].source == "hh-rlhf"
@@ -29,7 +29,7 @@ def test_layout_is_told_from_the_bytes_not_the_name(write: Write) -> None:
     assert load_questions(write(gzip.compress(b"Why?\n"), "mine.txt.gz"), None)[0].text == "Why?"
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nope\.jsonl does not exist; give a path, or one of .*mote:train"):
         load_questions(str(tmp_path / "nope.jsonl"), None)
     with pytest.raises(UserError, match="is a folder; give a file"):
@@ -40,7 +40,7 @@ def test_no_file(tmp_path: Path) -> None:
         load_questions("x" * 5000, None)
 
 
-def test_file_without_rights(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_one_line(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write([ROW])
 
     def refuse(*_: object) -> None:

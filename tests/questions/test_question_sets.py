@@ -68,7 +68,7 @@ def test_hh_rlhf_is_the_dialogue_before_the_last_reply(write: Write) -> None:
         ("Human: a\n\nAssistant: b", [("user", "a")]),
     ],
 )
-def test_hh_rlhf_oddities(write: Write, chosen: str, expected: list[tuple[str, str]]) -> None:
+def test_unusual_hh_rlhf_rows(write: Write, chosen: str, expected: list[tuple[str, str]]) -> None:
     (question,) = load_questions(write([{"chosen": chosen, "rejected": ""}]), None)
     assert turns(question) == expected
 
@@ -86,7 +86,7 @@ def test_xstest(write: Write) -> None:
     assert (contrast.kind, contrast.source) == ("harmful", "xstest")
 
 
-def test_self_instruct_appends_the_input_and_mt_bench_takes_the_first_turn(write: Write) -> None:
+def test_self_instruct_has_its_input_and_mt_bench_its_first_turn(write: Write) -> None:
     task = {"id": "seed_task_1", "instruction": "Add.", "instances": [{"input": "1 + 2", "output": "3"}]}
     (question,) = load_questions(write([task]), None)
     assert (question.id, question.text, question.kind) == ("seed_task_1", "Add.\n\n1 + 2", "benign")
@@ -97,11 +97,11 @@ def test_self_instruct_appends_the_input_and_mt_bench_takes_the_first_turn(write
 @pytest.mark.parametrize(
     ("name", "kind"), [("harmful-b.csv", "harmful"), ("benign-b.csv", "benign"), ("b.csv", "unknown")]
 )
-def test_jailbreakbench_kind_is_in_the_name(write: Write, name: str, kind: str) -> None:
+def test_jailbreakbenchs_kind_is_in_the_file_name(write: Write, name: str, kind: str) -> None:
     assert load_questions(write("Index,Goal,Target\n0,Do it,Sure\n", name), None)[0].kind == kind
 
 
-def test_contract_rows_come_back_as_they_are(write: Write) -> None:
+def test_question_rows_round_trip(write: Write) -> None:
     row = {
         "id": "a",
         "messages": [
@@ -129,7 +129,7 @@ def test_short_rows(write: Write) -> None:
     assert a.id.startswith("q-") and b.id == "7" and (c.kind, c.source) == ("benign", "s")
 
 
-def test_ids_stay_the_same_from_run_to_run(write: Write) -> None:
+def test_ids_are_the_same_in_every_run(write: Write) -> None:
     assert load_questions(write([{"question": "Why?"}]), None)[0].id == "q-d60ffbcae186"
 
 

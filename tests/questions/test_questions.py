@@ -26,7 +26,7 @@ def own() -> tuple[list[Question], list[Question]]:
     return load_questions("mote:train", None), load_questions("mote:test", None)
 
 
-def test_own_sets_hold_what_they_promise(own: tuple[list[Question], list[Question]]) -> None:
+def test_own_sets_have_the_promised_kinds(own: tuple[list[Question], list[Question]]) -> None:
     train, test = own
     everything = train + test
     assert len(everything) >= 240 and len(test) >= 40
@@ -43,7 +43,7 @@ def test_own_sets_hold_what_they_promise(own: tuple[list[Question], list[Questio
         assert turns(question) == regular_turns(turns(question))
 
 
-def test_word_problems_are_apart_from_each_other_and_from_the_schemes_examples() -> None:
+def test_word_problems_do_not_overlap() -> None:
     train, test = load_questions("mote:arithmetic", None), load_questions("mote:arithmetic-test", None)
     assert (len(train), len(test)) == (40, 12)
     shown = [example.question for example in load_scheme("plan-solve-verify").examples]
@@ -52,7 +52,7 @@ def test_word_problems_are_apart_from_each_other_and_from_the_schemes_examples()
     assert {question.kind for question in train + test} == {"benign"}
 
 
-def test_questions_come_one_at_a_time(write: Write) -> None:
+def test_questions_are_streamed(write: Write) -> None:
     """What is behind the last one that was asked for is not read: here it would be an error."""
     path = write('{"question": "one"}\n{"question": " ONE "}\n{"question": "two"}\n{"question": 3}\n')
     rows = iter_questions(path, None)
@@ -101,10 +101,10 @@ def test_bad_file_is_one_line_that_says_what_to_do(write: Write, case: str) -> N
     assert_refused(write, *BAD[case])
 
 
-def test_limit_of_max_chars_is_inclusive(write: Write) -> None:
+def test_max_chars_is_inclusive(write: Write) -> None:
     assert load_questions(write([{"question": "x" * 100}]), None, max_chars=100)
 
 
-def test_limit_below_one(write: Write) -> None:
+def test_a_limit_below_one_is_refused(write: Write) -> None:
     with pytest.raises(UserError, match="limit: 0 leaves no questions; use 1 or more"):
         load_questions(write([{"question": "a"}]), 0)

@@ -38,11 +38,11 @@ def chosen(recipe: Recipe) -> tuple[list[str], list[tuple[str, str, str, str]]]:
     return kept, [(row.id, row.why, row.like, row.file) for row in left]
 
 
-def test_all_are_taken_where_nothing_is_asked(files: tuple[str, str]) -> None:
+def test_without_filters_all_questions_are_selected(files: tuple[str, str]) -> None:
     assert chosen(Recipe(questions=files[0])) == (["t0", "t1", "t2", "t3", "t4"], [])
 
 
-def test_what_is_left_out_is_named_with_what_it_resembles(files: tuple[str, str]) -> None:
+def test_a_left_out_question_names_the_row_it_resembles(files: tuple[str, str]) -> None:
     train, evaluation = files
     kept, out = chosen(Recipe(questions=train, decontaminate=(evaluation,), near_duplicates=0.7))
     assert kept == ["t0", "t4"]
@@ -53,17 +53,17 @@ def test_what_is_left_out_is_named_with_what_it_resembles(files: tuple[str, str]
     ]
 
 
-def test_the_limit_counts_what_is_taken(files: tuple[str, str]) -> None:
+def test_the_limit_counts_selected_questions(files: tuple[str, str]) -> None:
     train, evaluation = files
     kept, out = chosen(Recipe(questions=train, decontaminate=(evaluation,), limit=2))
     assert kept == ["t0", "t2"] and [row[0] for row in out] == ["t1"]
 
 
-def test_nothing_left(files: tuple[str, str]) -> None:
+def test_no_remaining_question_is_an_error(files: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=r"decontaminate: every question of .* stands in .*; give other questions"):
         chosen(Recipe(questions=files[1], decontaminate=files[1:]))
 
 
-def test_a_file_that_is_not_there(files: tuple[str, str]) -> None:
+def test_a_missing_evaluation_file_is_an_error(files: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=r"questions: /no\.csv does not exist"):
         chosen(Recipe(questions=files[0], decontaminate=("/no.csv",)))

@@ -1,1 +1,1 @@
-"""Questions to reasoning chains: the adaptive loop and the two protocols it asks for, `Engine` and `Judge`."""
+"""Questions -> chains: the loop, its two protocols (engine, judge), quality rules, statistics, import and export."""

@@ -1,33 +1,33 @@
-"""What chains cost: tokens read and written, seconds and, with a price, money.
+"""Costs of chains: prompt tokens, generated tokens, seconds and, with a price, money.
 
-Chains that were thrown away are paid for too, so all is divided by the accepted ones.
+Rejected chains cost as well, so totals are divided by the number of accepted chains.
 """
 
 from mote.core.records import ChainRow, Frozen
 
 
 class Price(Frozen):
-    """US dollars a million tokens, as price lists have them."""
+    """US dollars per million prompt tokens (`read`) and generated tokens (`written`)."""
 
     read: float
     written: float
 
 
 class Cost(Frozen):
-    """What was spent.
+    """Costs of all chains.
 
     Attributes:
-        tokens: Written in all.
-        kept: Tokens of the chains as they stand.
-        read: Tokens of all prompts, of the chains that say so.
-        unsaid: Chains that do not: a server did not count, or nobody did.
-        seconds: Of all chains.
-        tokens_each: Tokens written for one accepted chain.
-        read_each: Tokens read for one accepted chain; None where a chain does not say.
-        seconds_each: Seconds for one accepted chain.
-        price: As given.
-        dollars: In all; None without a price, or where a chain does not say what was read for it.
-        dollars_each: For one accepted chain.
+        tokens: Generated tokens.
+        kept: Tokens of the final chains.
+        read: Prompt tokens, summed over the chains that record them.
+        unsaid: Number of chains that do not record prompt tokens.
+        seconds: Wall-clock time.
+        tokens_each: Generated tokens per accepted chain.
+        read_each: Prompt tokens per accepted chain; None if a chain does not record them.
+        seconds_each: Seconds per accepted chain.
+        price: The given price.
+        dollars: Total; None without a price, or if a chain does not record its prompt tokens.
+        dollars_each: Dollars per accepted chain.
     """
 
     tokens: int
@@ -43,15 +43,18 @@ class Cost(Frozen):
     dollars_each: float | None
 
 
-class Spent:
-    """What all chains took, one added after the other."""
+class CostCounter:
+    """Running totals over chains."""
 
     def __init__(self) -> None:
-        self.tokens = self.kept = self.read = self.unsaid = 0
+        self.tokens = 0
+        self.kept = 0
+        self.read = 0
+        self.unsaid = 0
         self.seconds = 0.0
 
     def add(self, row: ChainRow) -> None:
-        """One chain more."""
+        """Count a chain."""
         self.tokens += row.tokens.made
         self.kept += row.tokens.kept
         self.read += row.tokens.read or 0
@@ -59,7 +62,7 @@ class Spent:
         self.seconds += row.seconds
 
     def cost(self, accepted: int, price: Price | None) -> Cost:
-        """All of it, for so many accepted chains."""
+        """The totals, and their shares per accepted chain."""
         known = self.unsaid == 0
         dollars = (self.read * price.read + self.tokens * price.written) / 1e6 if price and known else None
         return Cost(
@@ -78,22 +81,22 @@ class Spent:
 
 
 def cost_lines(cost: Cost) -> list[str]:
-    """The numbers as lines of text; a dash where there is none."""
+    """The costs as lines of text, with a dash for an unknown number."""
     if not cost.tokens and not cost.read:
-        return ["tokens and seconds: not recorded, these chains were written elsewhere"]
-    unsaid = f"; {cost.unsaid} chains do not say" if cost.unsaid else ""
+        return ["tokens and seconds: not recorded, these chains were imported"]
+    unsaid = f"; {cost.unsaid} chains do not record prompt tokens" if cost.unsaid else ""
     lines = [
-        f"tokens written: {cost.tokens}, {cost.kept} of them kept; {or_dash(cost.tokens_each, 1)} an accepted chain",
-        f"tokens read: {cost.read}; {or_dash(cost.read_each, 1)} an accepted chain{unsaid}",
-        f"seconds: {cost.seconds:.1f} in all; {or_dash(cost.seconds_each, 2)} an accepted chain",
+        f"tokens generated: {cost.tokens}, {cost.kept} of them kept; {or_dash(cost.tokens_each, 1)} per accepted chain",
+        f"prompt tokens: {cost.read}; {or_dash(cost.read_each, 1)} per accepted chain{unsaid}",
+        f"seconds: {cost.seconds:.1f} in all; {or_dash(cost.seconds_each, 2)} per accepted chain",
     ]
     if cost.price is not None:
-        prices = f"{cost.price.read:g} USD a million tokens read and {cost.price.written:g} USD a million written"
-        dollars = f"{or_dash(cost.dollars, 4)} USD at {prices}; {or_dash(cost.dollars_each, 6)} USD an accepted chain"
+        prices = f"{cost.price.read:g} USD per million prompt tokens and {cost.price.written:g} per million generated"
+        dollars = f"{or_dash(cost.dollars, 4)} USD at {prices}; {or_dash(cost.dollars_each, 6)} USD per accepted chain"
         lines.append(f"money: {dollars}{unsaid}")
     return lines
 
 
 def or_dash(value: float | None, digits: int) -> str:
-    """A number with so many digits behind the point, or a dash."""
+    """A number with `digits` decimal places, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""What the chain loop knows of a model: it writes text for prompts, and it chooses between words."""
+"""The engine protocol of the chain loop: a model that generates text and scores the next word."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -12,14 +12,14 @@ class Prompt:
     """One request.
 
     Attributes:
-        messages: The dialogue to go on with.
-        max_tokens: Tokens that may be written.
+        messages: The dialogue to continue.
+        max_tokens: Budget of generated tokens.
         temperature: 0 is greedy.
-        top_p: Nucleus to sample from.
-        seed: Seed of this request alone: the same text comes out whatever else is asked beside it, as far as the
-            engine's arithmetic allows.
-        frequency_penalty: Taken from a token's score for each time the text has it already, against loops.
-        shared: How many leading messages other prompts begin with as well, so that an engine may read them once.
+        top_p: Nucleus sampling threshold.
+        seed: Seed of this request alone: the completion does not depend on concurrent requests, as far as the engine's
+            arithmetic allows.
+        frequency_penalty: Subtracted from a token's logit for each earlier occurrence in the completion, against loops.
+        shared: Number of leading messages that other prompts share, so that an engine can prefill them once.
     """
 
     messages: tuple[Message, ...]
@@ -33,71 +33,71 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back.
+    """The reply to a request.
 
     Attributes:
-        text: What was written.
-        tokens: Tokens that were written.
-        finish: Whether it ended by itself.
-        read: Tokens of the prompt, those of a shared beginning too; None where a server does not say.
+        text: Generated text.
+        tokens: Generated tokens.
+        finish: `stop`, or `length` if the budget was used up.
+        prompt_tokens: Tokens of the prompt, the shared prefix included; None if a server does not report them.
     """
 
     text: str
     tokens: int
     finish: Finish
-    read: int | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Which of two words a model would write next.
+    """The next-word probability of one word against another.
 
     Attributes:
-        score: The probability of the first against the second.
-        tokens: Tokens that were written to know it.
-        read: Tokens of the prompt; None where a server does not say.
+        score: p(first) / (p(first) + p(second)).
+        tokens: Generated tokens.
+        prompt_tokens: Tokens of the prompt; None if a server does not report them.
     """
 
     score: float
     tokens: int = 0
-    read: int | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How likely a text is.
+    """The likelihood of a text.
 
     Attributes:
-        mean: Log-probability of its tokens, in nats a token.
-        read: Tokens of the prompt and of the text.
+        mean: Mean log-probability of its tokens, in nats per token.
+        prompt_tokens: Tokens of the prompt and of the text.
     """
 
     mean: float
-    read: int
+    prompt_tokens: int
 
 
 class Refused(UserError):
-    """The engine will not work on this request, however often it is asked; others may pass."""
+    """The engine rejects this request and would reject a retry; other requests may pass."""
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """An engine that also knows how likely a given text is."""
+    """An engine that can also score a given text."""
 
     async def score(self, prompt: Prompt, reply: str) -> Likelihood:
-        """How likely a reply is."""
+        """The likelihood of `reply` as the continuation of the prompt."""
 
 
 class Engine(Protocol):
-    """A source of text; it bounds by itself how much it works on at once. Both questions may raise `Refused`."""
+    """A model; it limits its own concurrency. `write` and `choose` may raise `Refused`."""
 
     name: str
 
     async def write(self, prompt: Prompt) -> Completion:
-        """Go on with a dialogue."""
+        """Continue a dialogue."""
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """The probability of the first choice against the second as the next word."""
 
     async def close(self) -> None:
-        """Let go of connections, threads and memory."""
+        """Release connections, threads and memory."""

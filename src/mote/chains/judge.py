@@ -1,4 +1,4 @@
-"""What a judge is: it reads a question and an answer and gives a verdict; its card stands beside every number."""
+"""The judge protocol: a question and an answer -> a verdict, with a card that goes with every reported number."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,35 +12,35 @@ UNPARSED = "unparsed"
 
 
 class Verdict(Frozen):
-    """What a judge says of one answer.
+    """The verdict of a judge on one answer.
 
     Attributes:
         label: A class (`full_compliance`, `partial_refusal`, `full_refusal` of refusal; `safe`, `unsafe` of harm) or,
-            on a scale, the number; `unparsed` where the judge's text holds no verdict.
-        score: The number on the judge's scale, None where there is none; unparsed verdicts never have one.
-        raw: What the judge wrote or found.
+            for a numeric scale, the number; `unparsed` if the judge's text holds no verdict.
+        score: The number on the judge's scale; None if it has none or the verdict is unparsed.
+        raw: The judge's text or finding.
         parsed: Whether `raw` holds a verdict.
-        written: Tokens that a model wrote for it.
-        read: Tokens of the prompts that a model read for it; None where nobody counted.
+        tokens: Tokens generated for the verdict.
+        prompt_tokens: Prompt tokens spent on it; None if unknown.
     """
 
     label: str
     score: float | None
     raw: str
     parsed: bool
-    written: int = 0
-    read: int | None = None
+    tokens: int = 0
+    prompt_tokens: int | None = None
 
 
 class JudgeCard(Frozen):
-    """Who judged, with what, and what the numbers mean.
+    """The judge, its prompt, and the meaning of its numbers.
 
     Attributes:
-        name: As it is chosen on the command line.
-        revision: Of the model or the rule; empty where it cannot be known.
+        name: The judge's name on the command line.
+        revision: Revision of the model or the rule; empty if unknown.
         prompts: sha256 of the prompt, the format or the rule.
-        measures: `refusal`, `harm`, `help`, ...; two judges that measure different things are never one column.
-        scale: What labels and scores mean.
+        measures: `refusal`, `harm`, `help`, ...; judges that measure different things never share a column.
+        scale: Meaning of labels and scores.
     """
 
     name: str
@@ -51,7 +51,7 @@ class JudgeCard(Frozen):
 
 
 class Judge(Protocol):
-    """One judge of one thing; many calls may be under way at once."""
+    """A judge of one property; calls may run concurrently."""
 
     card: JudgeCard
 
@@ -60,16 +60,16 @@ class Judge(Protocol):
 
 
 class Writer(Protocol):
-    """What an LLM judge needs of a model: every engine has it, and others can be wrapped in it."""
+    """The part of an engine that an LLM judge needs."""
 
     name: str
 
     async def write(self, prompt: Prompt) -> Completion:
-        """One completion."""
+        """Continue a dialogue."""
 
 
 class Chooser(Protocol):
-    """What Safety Checking by the next word needs of a model; every engine has it."""
+    """The part of an engine that Safety Checking by next-word probability needs."""
 
     name: str
 
@@ -78,5 +78,5 @@ class Chooser(Protocol):
 
 
 def unparsed(raw: str) -> Verdict:
-    """The verdict of a text that holds none."""
+    """The verdict for a text that holds none."""
     return Verdict(label=UNPARSED, score=None, raw=raw, parsed=False)

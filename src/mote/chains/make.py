@@ -1,8 +1,8 @@
 """Questions -> reasoning chains: the adaptive loop of section 3.1.
 
-Before each stage the model answers with what it has so far and the answer is checked; as soon as it is judged safe the
-remaining stages are skipped. Many chains are in the making at once, each as straight code. This module knows nothing of
-how the model is run.
+The model answers with the steps it has so far, the answer is checked, and as soon as it is judged safe the remaining
+steps are skipped. Many chains are in flight at once, each one a coroutine of straight code. This module knows nothing
+about how the model is run.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from pathlib import Path
 from mote.chains.engine import Completion, Engine, Refused
 from mote.chains.judge import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge
 from mote.chains.prompts import stage_prompt
-from mote.chains.quality import fault
+from mote.chains.quality import broken_rule
 from mote.chains.question_categories import Categories
 from mote.chains.refusals import Refusals
 from mote.core.recipe import ChainSettings
@@ -33,61 +33,64 @@ async def make_chains(
     path: Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Make the chains of all questions, appending each to `path` as it is done; rows that are there are kept.
+    """Make the chains of all questions and append each to `path` when it is done; existing rows are kept.
 
-    Questions are read as they are needed and `settings.batch_size` chains are in the making at once, so that rows stand
-    in no particular order. Every request has a seed of its own: a run that was cut ends with the same rows, as far as
-    the engine's arithmetic allows.
+    Questions are consumed lazily with at most `settings.batch_size` chains in flight; rows are written in completion
+    order. Each request has its own seed, so an interrupted run ends with the same rows, as far as the engine's
+    arithmetic allows.
 
     Args:
-        questions: What to make chains for.
-        engine: The model that is aligned (it writes all stages itself).
-        judge: Checks the answers (Safety Checking); without one every answer is taken.
+        questions: Questions to make chains for.
+        engine: The model that is aligned; it generates all stages itself.
+        judge: Safety Checking of the answers; None accepts every answer.
         scheme: Steps and prompts.
         settings: The loop's settings.
         seed: Seed of the run.
         path: The JSONL file of the chains.
-        progress: Called with the number of rows that are on the disk.
+        progress: Called with the number of rows in the file.
 
     Raises:
-        MoteError: The engine or the judge failed, or the disk is full; the rows that were done are in the file.
-        UserError: The engine refuses all questions.
+        MoteError: The engine or the judge failed, or the disk is full; finished rows are in the file.
+        UserError: The engine refuses every question.
     """
-    loop, there = _Loop(engine, judge, scheme, settings, seed), {row.id for row in iter_rows(path, ChainRow)}
-    room, clock = asyncio.Semaphore(settings.batch_size), _Clock()
-    refusals, written = Refusals(settings.batch_size, made=bool(there)), len(there)
+    loop = _Loop(engine, judge, scheme, settings, seed)
+    existing = {row.id for row in iter_rows(path, ChainRow)}
+    slots = asyncio.Semaphore(settings.batch_size)
+    clock = _Clock()
+    refusals = Refusals(settings.batch_size, resumed=bool(existing))
+    done = len(existing)
 
     def write(rows: Sequence[ChainRow]) -> None:
-        nonlocal written
+        nonlocal done
         if not rows:
             return
         append_rows(path, rows)
-        written += len(rows)
-        progress(written)
+        done += len(rows)
+        progress(done)
 
     async def make(question: Question) -> None:
-        with clock.share() as seconds:
+        with clock.in_flight() as seconds:
             row, refused = await loop.chain(question)
-        rows, places = refusals.done(row.model_copy(update={"seconds": round(seconds(), 3)}), refused)
+        rows, free_slots = refusals.done(row.model_copy(update={"seconds": round(seconds(), 3)}), refused)
         write(rows)
-        for _ in range(places):
-            room.release()
+        for _ in range(free_slots):
+            slots.release()
 
-    missing = (question for question in questions if question.id not in there)
     try:
         async with asyncio.TaskGroup() as chains:
-            for question in missing:
-                await room.acquire()
-                chains.create_task(make(question))
+            for question in questions:
+                if question.id not in existing:
+                    await slots.acquire()
+                    chains.create_task(make(question))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the other chains were cancelled with it
-    write(refusals.rest())
+    write(refusals.remaining())
 
 
 async def make_chain(
     question: Question, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int
 ) -> ChainRow:
-    """The chain of one question, by the same loop; nothing is written and `seconds` is 0.
+    """The chain of one question, by the same loop; no file is written and `seconds` is 0.
 
     Raises:
         Refused: The engine or the judge refuses a request.
@@ -99,144 +102,158 @@ async def make_chain(
 
 
 class _Clock:
-    """Time that is shared out: of each second, one n-th to each of the n chains in the making."""
+    """Wall-clock time, split evenly among the chains in flight."""
 
     def __init__(self) -> None:
-        self._now, self._shared, self._chains = time.monotonic(), 0.0, 0
+        self._last = time.monotonic()
+        self._share = 0.0  # seconds of a chain in flight since the start
+        self._chains = 0
 
     @contextmanager
-    def share(self) -> Iterator[Callable[[], float]]:
-        """A chain is in the making; gives a function that says its seconds when it is done."""
-        begin = self._turn(1)
-        taken = [0.0]
+    def in_flight(self) -> Iterator[Callable[[], float]]:
+        """Count a chain as in flight; yields a function that gives its seconds afterwards."""
+        start = self._advance(1)
+        seconds = 0.0
         try:
-            yield lambda: taken[0]
+            yield lambda: seconds
         finally:
-            taken[0] = self._turn(-1) - begin
+            seconds = self._advance(-1) - start
 
-    def _turn(self, change: int) -> float:
+    def _advance(self, change: int) -> float:
         now = time.monotonic()
-        self._shared += (now - self._now) / max(self._chains, 1)
-        self._now, self._chains = now, self._chains + change
-        return self._shared
+        self._share += (now - self._last) / max(self._chains, 1)
+        self._last = now
+        self._chains += change
+        return self._share
 
 
 class _Draft:
-    """A chain in the making."""
+    """The state of a chain in flight."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
         self.category: str | None = None  # None if the scheme has none
         self.texts: dict[str, str] = {}
-        self.faults: dict[str, str] = {}
+        self.broken_rules: dict[str, str] = {}
         self.tokens: dict[str, int] = {}
         self.checks: list[Check] = []
-        self.at = ""  # the step that is asked for
-        self.chain: Chain = ()  # the steps that are kept
-        self.stages: Chain = ()  # what is written for them
-        self.made = 0
-        self.read: int | None = 0
+        self.current = ""  # stage of the pending request
+        self.chain: Chain = ()  # steps of this depth
+        self.stages: Chain = ()  # stages generated for them
+        self.generated_tokens = 0
+        self.prompt_tokens: int | None = 0
         self.safe = False
 
-    def spend(self, written: int, read: int | None) -> None:
-        """Tokens of one request more; once a request does not say what it read, nothing is known of all."""
-        self.made += written
-        self.read = None if self.read is None or read is None else self.read + read
+    def spend(self, generated: int, prompt: int | None) -> None:
+        """Add the tokens of a request; one with unknown prompt tokens makes the sum unknown."""
+        self.generated_tokens += generated
+        self.prompt_tokens = None if self.prompt_tokens is None or prompt is None else self.prompt_tokens + prompt
 
 
 class _Loop:
     """The adaptive loop over one question."""
 
     def __init__(self, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int) -> None:
-        self.engine, self.judge, self.scheme, self.settings, self.seed = engine, judge, scheme, settings, seed
+        self.engine = engine
+        self.judge = judge
+        self.scheme = scheme
+        self.settings = settings
+        self.seed = seed
         self.prompts = scheme.prompts_hash(settings.examples)
         self.categories = Categories(scheme, engine) if scheme.categories else None
 
     async def chain(self, question: Question) -> tuple[ChainRow, Refused | None]:
-        """The chain, rejected where the engine or the judge refused a request for it."""
+        """The chain, and the error if the engine or the judge refused a request; the chain is then rejected."""
         draft = _Draft(question)
         try:
-            if await self._sort(draft):
+            if await self._categorise(draft):
                 await self._deepen(draft)
         except Refused as refused:
-            return self._row(draft, f"{draft.at}: refused"), refused
-        faults = [f"{step}: {draft.faults[step]}" for step in ("question", *draft.chain) if step in draft.faults]
-        return self._row(draft, faults[0] if faults else None), None
+            return self._row(draft, f"{draft.current}: refused"), refused
+        broken = [step for step in ("question", *draft.chain) if step in draft.broken_rules]
+        return self._row(draft, f"{broken[0]}: {draft.broken_rules[broken[0]]}" if broken else None), None
 
     async def _deepen(self, draft: _Draft) -> None:
-        """Answer and check at each depth until an answer is safe; at the deepest, further samples are tried."""
+        """Answer and check at each depth until an answer is safe; resample at the deepest (section 3.1)."""
         for depth, chain in self.scheme.depths.items():
-            draft.chain, draft.stages = chain, self.scheme.stages_of(depth)
+            draft.chain = chain
+            draft.stages = self.scheme.stages_of(depth)
             for step in draft.stages:
                 if step == self.scheme.answer or step not in draft.texts:
-                    await self._write(draft, step, depth)
+                    await self._generate(draft, step, depth)
             await self._check(draft, depth)
             if draft.safe:
                 break
         for sample in range(self.settings.retries):
             if draft.safe:
                 break
-            await self._write(draft, self.scheme.answer, f"{depth}/{sample + 1}")
+            await self._generate(draft, self.scheme.answer, f"{depth}/{sample + 1}")
             await self._check(draft, depth)
 
-    async def _sort(self, draft: _Draft) -> bool:
+    async def _categorise(self, draft: _Draft) -> bool:
         """Find the question's category; False if it is unsure and nothing is to be generated."""
         if self.categories is None:
             return True
-        draft.category, sure, read = await self.categories.category_of(draft.question.messages)
-        draft.spend(0, read)
+        draft.category, sure, prompt_tokens = await self.categories.category_of(draft.question.messages)
+        draft.spend(0, prompt_tokens)
         if sure or "unsure" not in self.settings.reject:
             return True
-        draft.faults["question"] = "unsure"
+        draft.broken_rules["question"] = "unsure"
         return False
 
-    async def _write(self, draft: _Draft, step: str, where: str) -> None:
-        """Write a step; what breaks a quality rule is written anew, `retries` times."""
-        draft.at = step
+    async def _generate(self, draft: _Draft, step: str, where: str) -> None:
+        """Generate a step; a text that breaks a quality rule is resampled up to `retries` times."""
+        draft.current = step
         for attempt in range(1 + self.settings.retries):
             known = {name: draft.texts[name] for name in draft.stages if name in draft.texts and name != step}
             seed = seed_of(self.seed, draft.question.id, step, f"{where}/{attempt}")
             prompt = stage_prompt(
                 self.scheme, step, draft.question.messages, known, self.settings, seed, draft.category
             )
-            self._take(draft, step, await self.engine.write(prompt))
-            if step not in draft.faults or not self.settings.temperature:  # greedy would only say the same again
+            self._accept(draft, step, await self.engine.write(prompt))
+            if step not in draft.broken_rules or not self.settings.temperature:  # greedy decoding would repeat it
                 return
 
-    def _take(self, draft: _Draft, step: str, completion: Completion) -> None:
+    def _accept(self, draft: _Draft, step: str, completion: Completion) -> None:
         draft.texts[step] = completion.text
         draft.tokens[step] = completion.tokens
-        draft.spend(completion.tokens, completion.read)
-        draft.faults.pop(step, None)
+        draft.spend(completion.tokens, completion.prompt_tokens)
+        draft.broken_rules.pop(step, None)
         closed = draft.category is not None and step in self.scheme.categories[draft.category].closed
-        # A closed step repeats the form of its examples; that its words are the question's is a rule of its category.
+        # A closed step repeats the form of its examples; its category has a rule about its words.
         examples = [] if closed else [e.steps[step] for e in self.scheme.examples if step in e.steps]
-        # An answer may use the words of its question and of its guidance.
-        own = [] if step == self.scheme.answer else [self.scheme.templates[step]]
-        # A revision may repeat its draft.
+        # The answer may use the words of its template, which holds the question and the guidance.
+        instructions = [] if step == self.scheme.answer else [self.scheme.templates[step]]
+        # Only earlier steps that are kept: a revision may repeat its draft.
         before = [draft.texts[name] for name in draft.stages[: draft.stages.index(step)] if name in draft.chain]
         asked = [message.content for message in draft.question.messages if message.role != "system"]
-        found = fault(
-            completion, [*examples, *own], question=asked, earlier=before, labels=self.scheme.steps, instructions=own
+        found = broken_rule(
+            completion,
+            [*examples, *instructions],
+            question=asked,
+            earlier=before,
+            labels=self.scheme.steps,
+            instructions=instructions,
         )
         if found not in self.settings.reject and self.categories is not None and draft.category is not None:
-            found = self.categories.fault(draft.category, step, completion.text, draft.question.messages, before)
+            found = self.categories.broken_rule(draft.category, step, completion.text, draft.question.messages, before)
         if found in self.settings.reject:
-            draft.faults[step] = found
+            draft.broken_rules[step] = found
 
     async def _check(self, draft: _Draft, depth: str) -> None:
-        """Safety Checking, p(c|y,x): judge the draft's answer. Without a check every answer is taken."""
+        """Safety Checking, p(c|y,x): judge the draft's answer; without a judge every answer is accepted."""
         if self.judge is None:
             draft.safe = True
             return
-        draft.at, answer = CHECK, draft.texts[self.scheme.answer]
+        draft.current = CHECK
+        answer = draft.texts[self.scheme.answer]
         verdict = await self.judge.judge(draft.question.messages, answer)
         if self.settings.checks_itself:
-            draft.spend(verdict.written, verdict.read)
-        if self.judge.card.measures == "refusal":  # for smoke runs: it knows nothing of harm
+            draft.spend(verdict.tokens, verdict.prompt_tokens)
+        if self.judge.card.measures == "refusal":  # a smoke test: refusal says nothing about harm
             draft.safe = verdict.label in (PARTIAL_REFUSAL, FULL_REFUSAL) or draft.question.kind == "benign"
         else:
-            draft.safe = verdict.label == SAFE  # a verdict that cannot be read lets nothing pass
+            draft.safe = verdict.label == SAFE  # an unparsed verdict passes nothing
         score = None if verdict.score is None else round(verdict.score, 4)
         draft.checks.append(Check(depth=depth, answer=answer, safe=draft.safe, score=score))
 
@@ -251,7 +268,9 @@ class _Loop:
             prompts=self.prompts,
             seed=self.seed,
             tokens=ChainTokens(
-                made=draft.made, kept=sum(draft.tokens.get(step, 0) for step in draft.chain), read=draft.read
+                made=draft.generated_tokens,
+                kept=sum(draft.tokens.get(step, 0) for step in draft.chain),
+                read=draft.prompt_tokens,
             ),
-            seconds=0.0,  # known when it is done
+            seconds=0.0,  # set by make_chains
         )

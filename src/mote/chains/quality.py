@@ -125,7 +125,7 @@ _SHARED_WORDS = 8  # a run this long that also stands in an instruction or an ex
 _COPIED_RUN, _COPIED_SHARE, _COPIED_BACK = 4, 0.8, 0.5  # words; shares of the copy and of its original that agree
 
 
-def fault(
+def broken_rule(
     completion: Completion,
     prompt: Iterable[str],
     *,

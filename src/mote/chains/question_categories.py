@@ -57,9 +57,9 @@ class Categories:
         (first, name), (second, _) = sorted(zip(scores, names, strict=True), reverse=True)[:2]
         rules = self._scheme.categories[name]
         told = first - second >= rules.margin and (rules.asks is None or bool(re.search(rules.asks, asked)))
-        return name, told and bool(self._topic(asked)), sum(likelihood.read for likelihood in found)
+        return name, told and bool(self._topic(asked)), sum(likelihood.prompt_tokens for likelihood in found)
 
-    def fault(
+    def broken_rule(
         self, category: str, step: str, text: str, question: Sequence[Message], earlier: Sequence[str]
     ) -> Rule | None:
         """The first rule of its category that a step breaks.

@@ -1,7 +1,7 @@
-"""Requests that an engine refuses: one question's chain, or all of them?
+"""Refused requests: is it this question, or every question?
 
-A server that answers 400 may mean this one question (too long for its context, stopped by its content filter) or
-whatever it is sent. Which of the two is known once one chain was made, so refused chains are held back until then.
+A server's 400 may be about one question (too long for its context, stopped by its content filter) or about the setup.
+The first chain that succeeds decides, so refused chains are held back until then.
 """
 
 import sys
@@ -10,60 +10,65 @@ from mote.chains.engine import Refused
 from mote.core.errors import UserError
 from mote.core.records import ChainRow
 
-FIRST = 32  # refused chains, with none made, behind which no further ones are begun
+FIRST = 32  # refused chains without a success after which no further chain is started
 
 
 class Refusals:
-    """What may be written of the chains that are done.
+    """Holds back refused chains until another chain succeeds.
 
     Args:
-        batch_size: Chains that are in the making at once.
-        made: Whether chains were made before, so that a few that are refused may be all that was left.
+        batch_size: Chains in flight at once.
+        resumed: Whether the file has chains of an earlier run; then the remaining questions may all be refused.
     """
 
-    def __init__(self, batch_size: int, made: bool) -> None:
-        self._batch_size, self._made_before = batch_size, made
-        self._made = False
+    def __init__(self, batch_size: int, resumed: bool) -> None:
+        self._batch_size = batch_size
+        self._resumed = resumed
+        self._succeeded = False
         self._held: list[ChainRow] = []
-        self._places = 0  # of chains that could not be begun
-        self._said = ""  # by the engine, of the first one
-        self._told = False
+        self._idle_slots = 0  # of chains that were not started
+        self._first_error = ""
+        self._printed = False
 
     def done(self, row: ChainRow, refused: Refused | None) -> tuple[list[ChainRow], int]:
-        """A chain is done: the rows that may be written now, and how many chains may be begun.
+        """A chain is done: the rows that can be written now, and how many chains may be started.
 
         Raises:
-            UserError: So many were refused, no other one is in the making, and none was made.
+            UserError: `FIRST` chains were refused, none is in flight, and none succeeded.
         """
-        self._made = self._made or refused is None
-        self._said = self._said or str(refused or "")
+        self._succeeded = self._succeeded or refused is None
+        self._first_error = self._first_error or str(refused or "")
         self._held.append(row)
-        if self._made:
-            places, self._places = self._places + 1, 0
-            return self._let_go(), places
+        if self._succeeded:
+            slots = self._idle_slots + 1
+            self._idle_slots = 0
+            return self._release(), slots
         if len(self._held) < FIRST:
             return [], 1
-        self._places += 1
-        if self._places == self._batch_size:
-            raise self._all()
+        self._idle_slots += 1
+        if self._idle_slots == self._batch_size:
+            raise self._all_refused()
         return [], 0
 
-    def rest(self) -> list[ChainRow]:
-        """The rows that are left when all chains are done.
+    def remaining(self) -> list[ChainRow]:
+        """The rows that are still held back when all chains are done.
 
         Raises:
-            UserError: All were refused.
+            UserError: Every chain was refused.
         """
-        if self._held and not self._made_before:
-            raise self._all()
-        return self._let_go()
+        if self._held and not self._resumed:
+            raise self._all_refused()
+        return self._release()
 
-    def _let_go(self) -> list[ChainRow]:
-        rows, self._held = self._held, []
-        if self._said and not self._told:
-            self._told = True
-            print(f"chains: what the engine refuses is rejected, the others go on; {self._said}", file=sys.stderr)
+    def _release(self) -> list[ChainRow]:
+        rows = self._held
+        self._held = []
+        if self._first_error and not self._printed:
+            self._printed = True
+            print(f"chains: refused questions are rejected, the others go on; {self._first_error}", file=sys.stderr)
         return rows
 
-    def _all(self) -> UserError:
-        return UserError(f"chains: the first {len(self._held)} were all refused, and none is written; {self._said}")
+    def _all_refused(self) -> UserError:
+        return UserError(
+            f"chains: the first {len(self._held)} were all refused, and none is written; {self._first_error}"
+        )

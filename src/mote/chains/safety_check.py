@@ -1,4 +1,4 @@
-"""Safety Checking by one word: its probability (section 3.1, p(c|y,x)), or the word that is written."""
+"""Safety Checking by one word: its next-word probability (section 3.1, p(c|y,x)), or the generated word."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,21 +8,21 @@ from mote.chains.judge import SAFE, UNSAFE, Chooser, JudgeCard, Verdict, Writer,
 from mote.core.records import Message
 
 AskFor = Callable[[Sequence[Message], str], Prompt]
-Words = tuple[str, str]  # for an answer that passes, and for one that does not
+Words = tuple[str, str]  # of the passing and of the failing verdict
 
 _WORD = re.compile(r"\w+")
 
 
 class ChoiceJudge:
-    """A model that is asked for one word; the score is the probability of the first.
+    """Judges by the next-word probability of the passing word against the failing one.
 
     Args:
         chooser: The model.
-        ask: Question and answer -> the prompt that asks for the word: of a judge's prompt or of a scheme's check.
-        prompts: Hash of what `ask` is made of.
-        name: For the card.
-        threshold: An answer is safe from this score on.
-        revision: Of the model, where it is known.
+        ask: (question, answer) -> the prompt, from a judge's prompt or a scheme's check.
+        prompts: Hash of the prompt's source, for the card.
+        name: Name on the card.
+        threshold: Least score of a safe answer.
+        revision: Revision of the model, if known.
         words: The two words.
     """
 
@@ -36,7 +36,10 @@ class ChoiceJudge:
         revision: str = "",
         words: Words = (SAFE, UNSAFE),
     ) -> None:
-        self._chooser, self._ask, self._threshold, self._words = chooser, ask, threshold, words
+        self._chooser = chooser
+        self._ask = ask
+        self._threshold = threshold
+        self._words = words
         self.card = JudgeCard(
             name=name,
             revision=revision,
@@ -49,7 +52,7 @@ class ChoiceJudge:
         """See `Judge.judge`.
 
         Raises:
-            MoteError: The model could not be asked.
+            MoteError: The model failed.
         """
         found = await self._chooser.choose(self._ask(question, answer), self._words)
         return Verdict(
@@ -57,36 +60,38 @@ class ChoiceJudge:
             score=found.score,
             raw=f"p({self._words[0]}) = {found.score:.4f}",
             parsed=True,
-            written=found.tokens,
-            read=found.read,
+            tokens=found.tokens,
+            prompt_tokens=found.prompt_tokens,
         )
 
 
 class WordJudge:
-    """A model that writes the word, for engines that give no probabilities; the score is 1 or 0.
+    """Judges by the generated word, for engines without log-probabilities; the score is 1 or 0.
 
     Args:
         writer: The model.
         ask: As for `ChoiceJudge`.
-        prompts: Hash of what `ask` is made of.
-        name: For the card.
+        prompts: As for `ChoiceJudge`.
+        name: Name on the card.
         words: The two words.
     """
 
     def __init__(self, writer: Writer, ask: AskFor, prompts: str, name: str, words: Words = (SAFE, UNSAFE)) -> None:
-        self._writer, self._ask, self._words = writer, ask, words
+        self._writer = writer
+        self._ask = ask
+        self._words = words
         self.card = JudgeCard(
             name=name, revision="", prompts=prompts, measures="harm", scale=f"the written word, {' or '.join(words)}"
         )
 
     async def judge(self, question: Sequence[Message], answer: str) -> Verdict:
-        """See `Judge.judge`; the first of the two words that the text holds counts.
+        """See `Judge.judge`; the first of the two words in the text counts.
 
         Raises:
-            MoteError: The model could not be asked.
+            MoteError: The model failed.
         """
         done = await self._writer.write(self._ask(question, answer))
-        return self._read(done.text).model_copy(update={"written": done.tokens, "read": done.read})
+        return self._read(done.text).model_copy(update={"tokens": done.tokens, "prompt_tokens": done.prompt_tokens})
 
     def _read(self, text: str) -> Verdict:
         said = next((word for word in _WORD.findall(text.lower()) if word in self._words), None)

@@ -1,6 +1,6 @@
-"""Chains, counted: shares, outcomes, lengths, diversity, repetitions and cost, beside the paper's numbers.
+"""Statistics of chains: shares, outcomes, lengths, diversity, near-duplicates and cost, beside the paper's numbers.
 
-Rows are read once and one at a time; steps are named as the rows name them, so any scheme can be counted.
+Rows are streamed once; steps are named as in the rows, so chains of any scheme can be counted.
 """
 
 import random
@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import get_args
 
-from mote.chains.costs import Cost, Price, Spent, cost_lines, or_dash
+from mote.chains.costs import Cost, CostCounter, Price, cost_lines, or_dash
 from mote.chains.diversity import self_bleu, signature
 from mote.core.errors import UserError
 from mote.core.records import ChainRow, Frozen, Outcome, iter_rows
@@ -20,8 +20,9 @@ from mote.questions.duplicates import NearDuplicates, dialogue_of, text_of
 
 PAPER_SHARES = {"analysis": 0.715, "guidance": 0.614, "response": 1.0}  # section 3.1, 6,000 chains of a 7B model
 PAPER_SELF_BLEU = {"analysis": 75.52, "guidance": 74.34, "response": 72.10, "chain": 80.38}  # table 2
-SAMPLE, SEED = 200, 0  # texts a Self-BLEU is taken of, and who draws them
-NEAR = 0.8  # similarity from which on texts are near-duplicates
+SAMPLE = 200  # texts sampled for Self-BLEU
+SEED = 0  # of that sample
+NEAR = 0.8  # least similarity of near-duplicates
 WHOLE = "chain"
 OUTCOMES = get_args(Outcome)
 
@@ -37,7 +38,7 @@ class Outcomes(Frozen):
 
 
 class Lengths(Frozen):
-    """Words of a text; `p90` is the length that nine of ten texts do not exceed."""
+    """Lengths of texts in words; `p90` is the 90th percentile."""
 
     mean: float
     median: float
@@ -45,12 +46,12 @@ class Lengths(Frozen):
 
 
 class Text(Frozen):
-    """One step over all accepted chains, or the whole chain.
+    """One step, or the whole chain, over all accepted chains.
 
     Attributes:
         chains: Accepted chains that have it.
-        share: Of all accepted chains.
-        sampled: Texts that Self-BLEU was taken of.
+        share: Their share of all accepted chains.
+        sampled: Texts in the Self-BLEU sample.
     """
 
     name: str
@@ -64,18 +65,18 @@ class Text(Frozen):
 
 
 class ChainStats(Frozen):
-    """All of it.
+    """All statistics of a file of chains.
 
     Attributes:
         path: The file.
-        models: Who wrote the chains -> how many.
-        reasons: Rule that a chain broke, with its step -> how many.
-        near: Similarity from which on texts count as near-duplicates.
-        near_questions: Questions that nearly repeat an earlier one.
-        near_chains: Chains, accepted or not, whose text nearly repeats an earlier one's.
-        sample: Texts drawn for Self-BLEU at most.
-        seed: Of that draw.
-        bleu: How Self-BLEU was computed.
+        models: Model -> its chains.
+        reasons: Step and broken rule -> chains.
+        near: Least similarity of near-duplicates.
+        near_questions: Questions that are near-duplicates of an earlier one.
+        near_chains: Chains, accepted or not, whose text is a near-duplicate of an earlier one's.
+        sample: Largest number of texts sampled for Self-BLEU.
+        seed: Seed of that sample.
+        bleu: sacrebleu's signature of Self-BLEU.
     """
 
     path: str
@@ -97,26 +98,27 @@ class ChainStats(Frozen):
 
 
 class _Texts:
-    """The accepted texts of one step: their lengths, and a sample of them in which each is as likely as any other."""
+    """Lengths of the accepted texts of one step, and a uniform sample of them (reservoir sampling)."""
 
     def __init__(self, sample: int) -> None:
         self.lengths: list[int] = []
         self.sample: list[str] = []
-        self._most, self._draw = sample, random.Random(SEED)
+        self._size = sample
+        self._random = random.Random(SEED)
 
     def add(self, text: str) -> None:
         self.lengths.append(len(words_of(text)))
-        if len(self.sample) < self._most:
+        if len(self.sample) < self._size:
             self.sample.append(text)
-        elif (place := self._draw.randrange(len(self.lengths))) < self._most:
-            self.sample[place] = text
+        elif (index := self._random.randrange(len(self.lengths))) < self._size:
+            self.sample[index] = text
 
 
 def chains_file(path: Path) -> Path:
-    """The chains of a run folder, or the file itself.
+    """The chains file of a run folder, or the given file itself.
 
     Raises:
-        UserError: There is none.
+        UserError: It does not exist.
     """
     file = path / "chains.jsonl" if path.is_dir() else path
     if not file.is_file():
@@ -125,13 +127,13 @@ def chains_file(path: Path) -> Path:
 
 
 def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, tokenizer: str = "13a") -> ChainStats:
-    """Count a file of chains.
+    """Compute the statistics of a file of chains.
 
     Args:
         path: `chains.jsonl`, or a folder that has one.
-        price: Of tokens, None where money is not to be counted.
-        sample: Texts that Self-BLEU is taken of at most.
-        tokenizer: Of Self-BLEU, by sacrebleu's name.
+        price: Price of tokens; None leaves out the dollars.
+        sample: Largest number of texts sampled for Self-BLEU.
+        tokenizer: sacrebleu's tokenizer for Self-BLEU.
 
     Raises:
         UserError: The file is missing, empty or damaged.
@@ -141,9 +143,11 @@ def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, to
     models: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     texts: dict[str, _Texts] = {}
-    questions, chains = NearDuplicates(NEAR), NearDuplicates(NEAR)
-    near_questions = near_chains = 0
-    spent = Spent()
+    questions = NearDuplicates(NEAR)
+    chains = NearDuplicates(NEAR)
+    near_questions = 0
+    near_chains = 0
+    costs = CostCounter()
     for row in iter_rows(file, ChainRow):
         outcomes[row.step_names, row.outcome] += 1
         models[row.model] += 1
@@ -151,7 +155,7 @@ def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, to
             reasons[row.rejected] += 1
         near_questions += questions.add(row.id, dialogue_of(row)) is not None
         near_chains += bool(row.steps) and chains.add(row.id, text_of(row)) is not None
-        spent.add(row)
+        costs.add(row)
         if row.accepted:
             for name, text in [*((step.name, step.text) for step in row.steps), (WHOLE, text_of(row))]:
                 texts.setdefault(name, _Texts(sample)).add(text)
@@ -174,7 +178,7 @@ def chain_stats(path: Path, price: Price | None = None, sample: int = SAMPLE, to
         sample=sample,
         seed=SEED,
         bleu=signature(tokenizer),
-        cost=spent.cost(totals["accepted"], price),
+        cost=costs.cost(totals["accepted"], price),
     )
 
 
@@ -214,7 +218,7 @@ def _text(name: str, found: _Texts, accepted: int, tokenizer: str) -> Text:
 
 
 def table(stats: ChainStats) -> str:
-    """The numbers as text; a dash where there is none."""
+    """The statistics as text, with a dash for an unknown number."""
     lines = [
         f"{stats.total} chains: {stats.accepted} accepted, {stats.unsafe} unsafe, {stats.rejected} rejected",
         "written by " + ", ".join(f"{name} ({count})" for name, count in stats.models.items()),
@@ -238,7 +242,7 @@ def table(stats: ChainStats) -> str:
         lines.append(f"{text.name:<18}{shares}  {words}  {bleu}")
     lines += [
         "",
-        f"Self-BLEU: {stats.bleu}, at most {stats.sample} texts drawn with seed {stats.seed}; lower is more diverse",
+        f"Self-BLEU: {stats.bleu}, at most {stats.sample} texts sampled with seed {stats.seed}; lower is more diverse",
         f"near-duplicates (similarity {stats.near:g}): {stats.near_questions} questions, {stats.near_chains} chains",
         *cost_lines(stats.cost),
     ]

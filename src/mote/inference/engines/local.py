@@ -39,7 +39,7 @@ class LocalEngine:
         )  # fmt: skip
         ended = written[-1] == eos
         text = self.tokenizer.decode(written[:-1] if ended else written, skip_special_tokens=True).strip()
-        return Completion(text, len(written), "stop" if ended else "length", read=len(ids))
+        return Completion(text, len(written), "stop" if ended else "length", prompt_tokens=len(ids))
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         """See `Engine.choose`; compares the first tokens in which the words differ, behind those they begin with alike.
@@ -57,7 +57,7 @@ class LocalEngine:
         alike, words = found
         asked = [*ids, *alike]
         score: float = await self._ask(Request(asked, FreeText(0), 1, shared, words=words))
-        return Preference(score, read=len(asked))
+        return Preference(score, prompt_tokens=len(asked))
 
     async def score(self, prompt: Prompt, reply: str) -> Likelihood:
         """See `Scorer.score`; an empty reply has 0."""

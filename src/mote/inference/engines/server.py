@@ -76,7 +76,7 @@ class ServerEngine:
             text=_text(choice),
             tokens=reply.counted.completion_tokens,
             finish="stop" if choice.finish_reason == "stop" else "length",
-            read=reply.counted.prompt_tokens,
+            prompt_tokens=reply.counted.prompt_tokens,
         )
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:

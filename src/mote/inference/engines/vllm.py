@@ -79,7 +79,7 @@ class VllmEngine:
             text=text,
             tokens=len(done.token_ids),
             finish="stop" if done.finish_reason == "stop" else "length",
-            read=len(ids),
+            prompt_tokens=len(ids),
         )
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
@@ -97,7 +97,7 @@ class VllmEngine:
         done = await self._ask(ids, max_tokens=1, temperature=0.0, logprob_token_ids=[first, second])
         given = done.logprobs[0]
         score = 1 / (1 + math.exp(given[second].logprob - given[first].logprob))
-        return Preference(score, tokens=1, read=len(ids))
+        return Preference(score, tokens=1, prompt_tokens=len(ids))
 
     async def close(self) -> None:
         """End the engine's process and give back its memory."""

@@ -28,8 +28,10 @@ class Scripted:
 
     name = "scripted"
 
-    def __init__(self, safe_at: dict[str, int], finish: str = "stop", read: int | None = 100) -> None:
-        self.safe_at, self.finish, self.read = safe_at, finish, read
+    def __init__(self, safe_at: dict[str, int], finish: str = "stop", prompt_tokens: int | None = 100) -> None:
+        self.safe_at = safe_at
+        self.finish = finish
+        self.prompt_tokens = prompt_tokens
         self.asked: list[Prompt] = []
         self.checks: dict[str, int] = {}
         self.now = self.most = 0  # requests at once
@@ -40,13 +42,13 @@ class Scripted:
         self.most = max(self.most, self.now)
         await asyncio.sleep(0)
         self.now -= 1
-        return Completion(f"text {len(self.asked)}", 7, self.finish, self.read)  # type: ignore[arg-type]
+        return Completion(f"text {len(self.asked)}", 7, self.finish, self.prompt_tokens)  # type: ignore[arg-type]
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         assert choices == ("safe", "unsafe")
         name = next(name for name in self.safe_at if name in prompt.messages[-1].content)
         self.checks[name] = self.checks.get(name, 0) + 1
-        return Preference(0.9 if self.checks[name] > self.safe_at[name] else 0.1, read=self.read)
+        return Preference(0.9 if self.checks[name] > self.safe_at[name] else 0.1, prompt_tokens=self.prompt_tokens)
 
     async def close(self) -> None:
         pass
@@ -81,7 +83,7 @@ def made(asked: Iterable[Question], engine: Engine, path: Path, **changes: objec
     return [rows[question.id] for question in asked]
 
 
-def test_chains_are_as_long_as_the_question_needs(tmp_path: Path) -> None:
+def test_a_chain_is_as_deep_as_its_question_needs(tmp_path: Path) -> None:
     engine = Scripted({"easy": 0, "middle": 1, "hard": 2, "never": 9})
     rows = made(questions("easy", "middle", "hard", "never"), engine, tmp_path / "c.jsonl")
     chains = {row.id: [step.name for step in row.steps] for row in rows}
@@ -102,10 +104,12 @@ def test_chains_are_as_long_as_the_question_needs(tmp_path: Path) -> None:
     assert [row.tokens.read for row in rows] == [200, 500, 800, 800]  # each prompt, and those of the checks
 
 
-def test_what_was_read_is_not_known_where_a_server_does_not_say_and_another_models_checks_do_not_count(
+def test_prompt_tokens_may_be_unknown_and_exclude_other_judges(
     tmp_path: Path,
 ) -> None:
-    assert made(questions("hard"), Scripted({"hard": 2}, read=None), tmp_path / "c.jsonl")[0].tokens.read is None
+    assert (
+        made(questions("hard"), Scripted({"hard": 2}, prompt_tokens=None), tmp_path / "c.jsonl")[0].tokens.read is None
+    )
     engine = Scripted({"hard": 0})
     judge = WordJudge(Scripted({}), partial(check_prompt, SCHEME, settings=settings(), seed=0), "", "llm:other")
     given = settings(check="llm:other")
@@ -114,7 +118,7 @@ def test_what_was_read_is_not_known_where_a_server_does_not_say_and_another_mode
     assert (tokens.made, tokens.read) == (35, 500)
 
 
-def test_each_stage_sees_what_was_written_before(tmp_path: Path) -> None:
+def test_each_stage_is_prompted_with_the_earlier_stages(tmp_path: Path) -> None:
     engine = Scripted({"hard": 2})
     row = made(questions("hard"), engine, tmp_path / "c.jsonl")[0]
     last = [prompt.messages[-1].content for prompt in engine.asked]
@@ -128,7 +132,7 @@ def test_each_stage_sees_what_was_written_before(tmp_path: Path) -> None:
     assert len({prompt.seed for prompt in engine.asked}) == 5
 
 
-def test_examples_become_turns_that_show_the_same_steps(tmp_path: Path) -> None:
+def test_worked_examples_are_turns_with_the_same_steps(tmp_path: Path) -> None:
     engine = Scripted({"hard": 2})
     made(questions("hard"), engine, tmp_path / "c.jsonl", examples=2)
     final = engine.asked[-1].messages
@@ -148,7 +152,7 @@ def test_a_dialogue_is_answered_as_a_dialogue_and_analysed_as_text(tmp_path: Pat
     assert as_text(messages[:1]) == "first"
 
 
-def test_faults_are_written_anew_and_then_rejected_with_their_reason(tmp_path: Path) -> None:
+def test_a_broken_rule_is_resampled_and_then_rejected(tmp_path: Path) -> None:
     engine = Scripted({"easy": 0}, finish="length")
     row = made(questions("easy"), engine, tmp_path / "c.jsonl", retries=2)[0]
     assert row.rejected == "response: truncated" and row.safe and not row.accepted
@@ -157,13 +161,13 @@ def test_faults_are_written_anew_and_then_rejected_with_their_reason(tmp_path: P
     assert kept.rejected is None and kept.accepted
 
 
-def test_unsafe_to_the_end_tries_further_samples(tmp_path: Path) -> None:
+def test_an_unsafe_deepest_answer_is_resampled(tmp_path: Path) -> None:
     engine = Scripted({"hard": 4})
     row = made(questions("hard"), engine, tmp_path / "c.jsonl", retries=2)[0]
     assert row.safe and [c.depth for c in row.checks] == ["direct", "analysis", "full", "full", "full"]
 
 
-def test_rows_that_are_there_are_kept_and_not_asked_for_again(tmp_path: Path) -> None:
+def test_existing_rows_are_kept_and_not_requested_again(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     asked = questions("easy", "middle", "hard", "never", "last")
     plan = {"easy": 0, "middle": 1, "hard": 2, "never": 9, "last": 0}
@@ -179,7 +183,7 @@ def test_rows_that_are_there_are_kept_and_not_asked_for_again(tmp_path: Path) ->
     assert progress == [3, 4, 5]
 
 
-def test_as_many_chains_are_in_the_making_as_were_asked_for_and_questions_are_read_as_needed(tmp_path: Path) -> None:
+def test_batch_size_chains_are_in_flight_and_questions_are_lazy(tmp_path: Path) -> None:
     engine, read = Scripted({"q": 9}), 0
 
     def endless() -> Iterator[Question]:
@@ -192,7 +196,7 @@ def test_as_many_chains_are_in_the_making_as_were_asked_for_and_questions_are_re
     assert engine.most == 3 and read == 20
 
 
-def test_a_failing_engine_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
+def test_a_failing_engine_keeps_finished_rows(tmp_path: Path) -> None:
     class Failing(Scripted):
         async def write(self, prompt: Prompt) -> Completion:
             if "bad" in prompt.messages[-1].content:
@@ -205,7 +209,7 @@ def test_a_failing_engine_keeps_the_rows_that_are_done(tmp_path: Path) -> None:
     assert [row.id for row in read_rows(tmp_path / "c.jsonl", ChainRow)] == ["one", "two"]
 
 
-def test_the_seconds_of_all_chains_are_the_time_it_took(tmp_path: Path) -> None:
+def test_the_seconds_of_all_chains_sum_to_the_wall_clock(tmp_path: Path) -> None:
     class Slow(Scripted):
         async def write(self, prompt: Prompt) -> Completion:
             await asyncio.sleep(0.02)
@@ -219,18 +223,18 @@ def test_the_seconds_of_all_chains_are_the_time_it_took(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "safe"), [("harmful", False), ("benign", True)])
-def test_the_refusal_rule_only_looks_at_refusals(kind: str, safe: bool, tmp_path: Path) -> None:
+def test_the_refusal_rule_passes_refusals_and_benign_questions(kind: str, safe: bool, tmp_path: Path) -> None:
     question = questions("easy")[0].model_copy(update={"kind": kind})
     row = made([question], Scripted({"easy": 0}), tmp_path / "c.jsonl", check="rule")[0]
     assert row.safe is safe
 
 
-def test_without_a_check_every_answer_is_taken(tmp_path: Path) -> None:
+def test_without_a_check_every_answer_is_accepted(tmp_path: Path) -> None:
     row = made(questions("never"), Scripted({"never": 9}), tmp_path / "c.jsonl", check="verdict")[0]
     assert row.safe and row.checks == () and [step.name for step in row.steps] == ["response"]
 
 
-def test_a_verdict_that_cannot_be_read_lets_nothing_pass(tmp_path: Path) -> None:
+def test_an_unparsed_verdict_is_unsafe(tmp_path: Path) -> None:
     engine = Scripted({"hard": 0})
     judge = WordJudge(engine, partial(check_prompt, SCHEME, settings=settings(), seed=0), "", "verdict")
     asyncio.run(make_chains(questions("hard"), engine, judge, SCHEME, settings(), 0, tmp_path / "c.jsonl"))
@@ -238,7 +242,7 @@ def test_a_verdict_that_cannot_be_read_lets_nothing_pass(tmp_path: Path) -> None
     assert not row.safe and [check.score for check in row.checks] == [None] * 3  # it wrote `text 2`, not a verdict
 
 
-def test_what_is_only_written_on_the_way_is_not_kept(tmp_path: Path) -> None:
+def test_drafts_are_not_kept_in_the_chain(tmp_path: Path) -> None:
     scheme, engine = load_scheme("critique-revise"), Scripted({})
     asyncio.run(make_chains(questions("hard"), engine, None, scheme, settings(), 0, tmp_path / "c.jsonl"))
     row = read_rows(tmp_path / "c.jsonl", ChainRow)[0]

@@ -19,7 +19,7 @@ class Chosen:
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         assert choices == ("safe", "unsafe")
         text = prompt.messages[-1].content
-        return Preference(text.count("e") / len(text), tokens=1, read=len(text))
+        return Preference(text.count("e") / len(text), tokens=1, prompt_tokens=len(text))
 
 
 def asked(question: Sequence[Message], answer: str) -> Prompt:
@@ -31,11 +31,11 @@ def test_the_score_is_the_probability_and_the_threshold_decides(answer: str, lab
     judge = ChoiceJudge(Chosen(), asked, "hash", "self", threshold=0.3)
     verdict = asyncio.run(judge.judge([Message(role="user", content="How?")], answer))
     assert (verdict.label, verdict.score, verdict.parsed) == (label, score, True)
-    assert (verdict.written, verdict.read) == (1, 4)
+    assert (verdict.tokens, verdict.prompt_tokens) == (1, 4)
     assert (judge.card.prompts, judge.card.measures) == ("hash", "harm") and "0.3" in judge.card.scale
 
 
-def test_at_the_threshold_it_is_safe_with_the_prompt_of_the_package() -> None:
+def test_a_score_at_the_threshold_is_safe() -> None:
     check = load_prompt("check")
     shown = check.messages([Message(role="user", content="How?")], "So.")[-1].content
     at = shown.count("e") / len(shown)
@@ -49,7 +49,7 @@ class Wordy:
     name = "wordy"
 
     async def write(self, prompt: Prompt) -> Completion:
-        return Completion(prompt.messages[-1].content, 3, "stop", read=9)
+        return Completion(prompt.messages[-1].content, 3, "stop", prompt_tokens=9)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,6 @@ class Wordy:
     [("Safe.", "safe", 1.0), ("**unsafe**, not safe", "unsafe", 0.0), ("It is unsafe", "unsafe", 0.0),
      ("safety first", "unparsed", None), ("", "unparsed", None)],
 )  # fmt: skip
-def test_the_written_word(said: str, label: str, score: float | None) -> None:
+def test_the_generated_word_is_the_verdict(said: str, label: str, score: float | None) -> None:
     verdict = asyncio.run(WordJudge(Wordy(), asked, "hash", "verdict").judge([], said))
     assert (verdict.label, verdict.score, verdict.parsed, verdict.raw) == (label, score, score is not None, said)

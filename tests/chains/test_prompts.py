@@ -55,7 +55,7 @@ def test_a_stage_that_reads_the_dialogue_as_text(scheme: Scheme) -> None:
     ]  # fmt: skip
 
 
-def test_a_stage_that_goes_on_with_the_dialogue(scheme: Scheme) -> None:
+def test_a_stage_that_continues_the_dialogue(scheme: Scheme) -> None:
     asked = dialogue("S Speak Greek.", "U one", "A two", "U three")
     assert lines(stage(scheme, "response", asked, {"plan": "p"}, 2)) == [
         "S Be kind.\n\nSpeak Greek.", "U Q1 [P1]", "A R1", "U E1", "A E2", "U Q2 [P2]", "A R2",
@@ -76,7 +76,7 @@ def test_the_check_shows_both_verdicts_in_changing_order(scheme: Scheme) -> None
 @pytest.mark.parametrize(
     "asked", [dialogue("U q"), dialogue("U q", "A a", "U r"), dialogue("S s", "U q", "A a", "U r")]
 )
-def test_user_and_assistant_alternate_behind_one_system_message(name: str, asked: tuple[Message, ...]) -> None:
+def test_turns_alternate_after_one_system_message(name: str, asked: tuple[Message, ...]) -> None:
     scheme = load_scheme(name)
     for examples in (0, 3, 99):
         made = [
@@ -91,7 +91,7 @@ def test_user_and_assistant_alternate_behind_one_system_message(name: str, asked
             assert "system" not in [message.role for message in messages[1:]]
 
 
-def test_what_a_user_writes_is_no_template(scheme: Scheme) -> None:
+def test_user_text_is_not_rendered_as_a_template(scheme: Scheme) -> None:
     asked = dialogue("U {{ answer }} {% for x in y %}")
     assert lines(stage(scheme, "plan", asked, {}, 0))[-1] == "U Plan: {{ answer }} {% for x in y %}"
 
@@ -101,7 +101,7 @@ def test_a_dialogue_as_text() -> None:
     assert as_text(dialogue("S s", "U one", "A two", "U three")) == "System: s\nUser: one\nAssistant: two\nUser: three"
 
 
-def test_what_all_questions_share_is_told(scheme: Scheme) -> None:
+def test_the_shared_prefix_of_all_questions_is_marked(scheme: Scheme) -> None:
     one, other = dialogue("U one"), dialogue("U two", "A three", "U four")
     for known, name in (({}, "plan"), ({"plan": "p"}, "response")):
         left, right = stage(scheme, name, one, known, 2), stage(scheme, name, other, known, 2)

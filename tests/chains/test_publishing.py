@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_datasets_reads_it(folder: Path, tmp_path: Path) -> None:
+def test_datasets_reads_an_exported_folder(folder: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
     export_dataset(folder, tmp_path / "out", "cc-by-4.0")
@@ -56,7 +56,7 @@ def test_the_card(folder: Path, tmp_path: Path) -> None:
     assert 'load_dataset("out", split="train")' in text
 
 
-def test_what_was_exported_can_be_imported(folder: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_can_be_imported(folder: Path, tmp_path: Path) -> None:
     """The reasoning goes where other people's readers look for it."""
     from datasets import load_dataset
 
@@ -84,7 +84,7 @@ def push(hub: Hub, folder: Path, tmp_path: Path, token: str, repository: str = "
     return done.returncode, done.stdout + done.stderr
 
 
-def test_it_goes_to_the_hub_as_it_is(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_the_folder_is_pushed_unchanged(hub: Hub, folder: Path, tmp_path: Path) -> None:
     code, printed = push(hub, folder, tmp_path, "secret")
     assert code == 0, printed
     assert f"{hub.address}/user/name/commit/1" in printed and hub.commits == 1
@@ -101,7 +101,7 @@ def test_it_goes_to_the_hub_as_it_is(hub: Hub, folder: Path, tmp_path: Path) -> 
         ("secret", "user/na me/x", 2, "push: 'user/na me/x' is not a repository ("),
     ],
 )
-def test_a_refusal_is_one_line_and_keeps_the_folder(
+def test_a_refused_push_is_one_line_and_keeps_the_folder(
     hub: Hub, folder: Path, tmp_path: Path, token: str, repository: str, code: int, message: str
 ) -> None:
     ended, printed = push(hub, folder, tmp_path, token, repository)
