@@ -126,9 +126,7 @@ def test_import_takes_a_writer_and_a_limit(tmp_path: Path) -> None:
         ([turns("A?")], "auto", "holds no answered question"),
     ],
 )
-def test_a_failed_import_leaves_nothing(
-    rows: list[dict[str, Any]], form: str, message: str, tmp_path: Path
-) -> None:
+def test_a_failed_import_leaves_nothing(rows: list[dict[str, Any]], form: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         bring(tmp_path, rows, form)
     assert [path.name for path in tmp_path.iterdir()] == ["their-set.jsonl"]

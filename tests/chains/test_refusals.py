@@ -90,9 +90,7 @@ def test_a_refused_check_rejects_the_chain(fake: FakeServer, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("count", [3, 400])
-def test_a_run_in_which_all_are_refused_stops_early(
-    fake: FakeServer, tmp_path: Path, count: int
-) -> None:
+def test_a_run_in_which_all_are_refused_stops_early(fake: FakeServer, tmp_path: Path, count: int) -> None:
     with pytest.raises(UserError) as found:
         make(fake, long(count), tmp_path / "chains.jsonl")
     text, tried = str(found.value), min(count, FIRST + 3)
