@@ -1,10 +1,10 @@
-"""What a client does that sends one request a step to plain LoRAs, beside the model itself: logits and tokens read.
+"""Answering with one request per step to plain LoRAs against the MoTE model: agreement of logits, and prompt tokens.
 
     .venv/bin/python benchmarks/chained.py --adapter runs/quickstart/adapter    # 3 minutes; writes chained.json
 
-The engine has the LoRAs of `mote export --format engine-steps`; here `peft-steps` computes the same.
-Each request reads everything before its step with its own step's LoRA. Answers of the model itself, in `full` mode, are
-read by both; the steps' tokens are compared.
+An engine would serve the LoRAs of `mote export --format engine-steps`; here `peft-steps` computes the same. Each request
+prefills everything before its step with that step's own LoRA. Both score the MoTE model's answers in `full` mode, and
+the tokens of the steps are compared.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/chains.py        # about 20 minutes a round on two cores; writes benchmarks/chains.json
 
-All make chains for the same questions with the same loop, prompts and settings; only the engine differs. The plain loop
-is so slow that it makes a few of the chains each round. `A/A` is continuous batching against itself: what it differs
-from 1 is noise.
+All make chains for the same questions with the same prompts and settings; only the engine differs. The plain loop is so
+slow that it makes only a few of the chains per round. `A/A` is continuous batching against itself: its distance from 1
+is noise.
 """
 
 import argparse

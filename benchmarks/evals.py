@@ -1,11 +1,10 @@
-"""What the harness costs: an Inspect evaluation against bare generation of the same prompts by the same model.
+"""Overhead of the evaluation harness: an Inspect evaluation against plain generation for the same prompts.
 
     .venv/bin/python benchmarks/evals.py        # about 10 minutes on two cores; writes benchmarks/evals.json
 
-Both answer the same questions in base mode by the same running batch; the evaluation also judges them by the offline
-rule and writes its log. They take turns in one process; `bare again` is the A/A control: what it differs from 1 is
-noise.
-The CPU time of the process is given as well, since on a busy machine the clock says little.
+Both answer the same questions in base mode with continuous batching; the evaluation also judges them with the offline
+rule and writes its log. They alternate in one process; `bare again` is the A/A control. CPU time is reported too,
+because wall time means little on a busy machine.
 """
 
 import argparse

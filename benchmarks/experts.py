@@ -1,10 +1,10 @@
-"""Step experts beside plain LoRA and their rivals: `mote bench experts`, where mote is not installed.
+"""Step experts against plain LoRA and other baselines: `mote bench experts`, for machines without mote installed.
 
 .venv/bin/python benchmarks/experts.py           # on a CPU; writes benchmarks/experts.json
 PYTHONPATH=src python benchmarks/experts.py --device cuda --out benchmarks/experts-h200.json
 
-On a CPU glibc maps large tensors anew in every pass, which takes a variant 0.1 to 1.5 s a step as it happens to lie.
-With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps its memory; the JSON says so.
+On a CPU glibc maps and unmaps large tensors in every forward pass, which costs a variant a varying 0.1 to 1.5 s a step.
+With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps the memory; the JSON records this.
 """
 
 import argparse

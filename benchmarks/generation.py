@@ -1,9 +1,9 @@
-"""Decoding with grouped SDPA and a preallocated cache against transformers' own `sdpa` and growing cache, on a CPU.
+"""CPU decoding with grouped SDPA and a preallocated KV cache against transformers' `sdpa` and growing cache.
 
     .venv/bin/python benchmarks/generation.py        # about 7 minutes; writes benchmarks/generation.json
 
-Rows of one prompt length are decoded by the same `generate` call; variants take turns in one process. `A/A` is the
-reference against itself: what it differs from 1 is noise.
+All variants decode the same prompts with the same `generate` call, interleaved in one process. `A/A` is the reference
+against itself: its distance from 1 is noise.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""A server on loopback under load: clients that leave, that do not read, that send garbage; every answer is checked.
+"""Load test of the server: clients that disconnect, stop reading or send garbage; every answer is checked.
 
     .venv/bin/python benchmarks/load.py                                   # 64 clients for ten minutes
     .venv/bin/python benchmarks/load.py --seconds 60 --out /tmp/load.json
 
-The answers of every question in every mode are written down first, one at a time; under load, each answer must be the
-same, and every request must end with an answer or an error of a known kind. It exits with 1 where one does not, or
-where memory grew by more than 5 % after the first fifth of the time.
+First every question is answered in every mode, one at a time. Under load each answer must be the same, and every
+request must end with an answer or an expected error. The exit code is 1 if one does not, or if memory grows by more than
+5 % after the first fifth of the time.
 """
 
 import argparse

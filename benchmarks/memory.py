@@ -1,10 +1,10 @@
-"""Memory of `mote chains` while it makes chains for 100,000 questions, with a server that answers at once.
+"""Memory of `mote chains` over 100,000 questions, with a fake server that answers immediately.
 
     .venv/bin/python benchmarks/memory.py        # about half an hour on one core; writes benchmarks/memory.json
 
-The command runs as a user runs it, in a process of its own, against `tests/support/fake_server.py` in another one. Its
-resident memory is read from /proc whenever a mark of finished chains is passed. What a chain leaves behind would show
-as growth between the marks; what stands before the first one is Python, the libraries and the ids of the questions.
+The command runs in a separate process against `tests/support/fake_server.py` in another one. Its resident memory is
+read from /proc at given numbers of finished chains. A leak per chain would show as growth between them; before the first
+one the memory is Python, the libraries and the question ids.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""The client of OpenAI-compatible servers: its own cost, and its tokens per second beside vLLM's benchmark client.
+"""Our client for OpenAI-compatible servers: overhead per request, and throughput against vLLM's benchmark client.
 
     .venv/bin/python benchmarks/server.py                           # the client's cost alone, about a minute
     .venv/bin/python benchmarks/server.py --vllm VENV/bin/python    # and a real vLLM server, about 15 minutes
 
-VENV has vLLM (docs/engines.md) and pandas, which vLLM's benchmark reads prompts with.
+VENV has vLLM (docs/engines.md) and pandas, which vLLM's benchmark needs to read prompts.
 
-The cost is the time of a request at 256 in flight against `tests/support/fake_server.py`, which answers at once from a
-process of its own: wall time and processor time of this process over the number of requests. `again` is the same client
-once more (A/A). `official` is the same official client called as its manual shows, with either transport.
+The overhead is the wall and CPU time of this process per request, with 256 requests in flight against
+`tests/support/fake_server.py`, which answers immediately from another process. `again` is the A/A control. `official` is
+the official client used as its manual shows, with either transport.
 
-Against vLLM both clients send the same prompts, with the same number in flight, in turns; the ratio is over the tokens
-per second that `vllm bench serve` prints of itself.
+Against vLLM both clients alternate with the same prompts and the same number in flight; the ratio is over the tokens per
+second that `vllm bench serve` reports.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""What answering costs: rows of the running batch against transformers' `generate` of the frozen base, and the server.
+"""Cost of answering: continuous batching with experts against `generate` of the frozen base model, and the server.
 
     .venv/bin/python benchmarks/serving.py                      # about 20 minutes on two idle cores
     .venv/bin/python benchmarks/serving.py --rounds 1 --new 8 --out /tmp/serving.json
 
-Every answer has a random adapter of rank 16. The variants of a measure take turns in one process, each ratio is taken
-within a round, and the reference runs a second time as the A/A control: what that one differs from 1 is noise. The
-reference is the base as transformers loads it; for one row it also runs as `mote.load` prepares it (faster
-products, weights laid out by columns): what is above that is what the experts cost.
+Answers use a random adapter of rank 16. Variants are interleaved in one process, ratios are taken per round, and the
+reference runs twice as the A/A control. The reference is the base model as transformers loads it; for one sequence also
+as `mote.load` prepares it (faster matmuls, column-major weights): the rest of the ratio is the cost of the experts.
 """
 
 import argparse

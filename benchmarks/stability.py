@@ -2,9 +2,9 @@
 
     python benchmarks/stability.py --chains runs/quickstart/chains.jsonl
 
-Both train on the same chains with the same settings. Written are a JSON file with every curve, and an SVG. Shown are
-how much the seeds differ, how often a gradient is a spike, and how evenly the gates use their experts; MoTE has no gate
-and no balance loss, so a token's experts are those of its step.
+Both train on the same chains with the same settings. The script writes a JSON file with every curve and an SVG: the
+spread between seeds, how often the gradient spikes, and how evenly the gates use their experts. MoTE has no gate and no
+balance loss: a token's experts are those of its step.
 """
 
 import argparse

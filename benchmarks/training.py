@@ -1,24 +1,24 @@
-"""What training costs, as ratios in one run: step skipping, masks, packing, and TRL's `SFTTrainer` beside ours.
+"""Cost of training as ratios within one run: step skipping, masks, packing, and TRL's `SFTTrainer` as a baseline.
 
 .venv/bin/python benchmarks/training.py --chains runs/own/chains.jsonl    # on a CPU; writes benchmarks/training.json
 .venv/bin/python benchmarks/training.py --only held-out --chains runs/own/chains.jsonl --out benchmarks/held-out.json
-PYTHONPATH=src python benchmarks/training.py --device cuda --out benchmarks/training-h200.json   # 8B, made-up rows
+PYTHONPATH=src python benchmarks/training.py --device cuda --out benchmarks/training-h200.json   # 8B, random chains
 
-Variants take turns, and one of each measure is measured twice (A/A). Without --chains, rows are random tokens of the
-shape of chains; the JSON says which.
+Variants are interleaved, and one variant of each measurement is run twice (A/A). Without --chains, rows are random
+tokens with realistic lengths; the JSON records which.
 
-skipping: an epoch of masked chains (x, a, g, y) over an epoch of the seven data sets of the paper's appendix B built
-    from the same chains, both packed. Seen examples are chains: both arms see each chain once, one of them in seven
-    rows, the other in one row with one draw of what its steps see. That row shows the shorter chains in expectation
-    over epochs, not all of them at once: it trains 3 steps where the seven rows train 12, and the JSON has both counts.
-    FLOPs are counted by PyTorch, forward and backward; "all depths" counts an epoch of all chains, where shorter ones
-    have fewer forms. The bar is judged on chains of all three steps, since only they have seven forms.
-held-out: the loss on held-out chains after as many updates of each arm, over five seeds; three epochs are the paper's.
-    Masked passes have the default's draws, those of skip_p 0.5, and two views of each chain (train.skip_views).
-masks: a training step with step skipping over the same step with plain causal attention of the same rows.
-trainers: real tokens a second of an epoch of `MoteTrainer` (four experts of rank 16, markers trained) and of TRL's
-    `SFTTrainer` (PEFT's LoRA of rank 32), padded and packed: same chains, tokens, dtype, rows and settings.
-memory: their peaks, each in a process of its own.
+skipping: an epoch over masked chains (x, a, g, y) against an epoch over the seven data sets of the paper's appendix B
+    made of the same chains, both packed. Both arms see each chain once: one in seven rows, the other in one row with one
+    draw of the visibility. Over epochs that row shows all shorter chains in expectation; in one epoch it trains 3 steps
+    where the seven rows train 12, and the JSON has both counts. PyTorch counts the FLOPs, forward and backward; "all
+    depths" is an epoch over all chains, where shorter ones have fewer forms. The target is judged on chains with all
+    three steps, since only they have seven forms.
+held-out: held-out loss after the same number of updates of each arm, over five seeds; three epochs as in the paper. The
+    masked arms are the default, skip_p 0.5, and skip_p 0.5 with two draws per chain (train.skip_views).
+masks: a training step with step skipping against the same step with causal attention on the same rows.
+trainers: non-padding tokens per second over an epoch of `MoteTrainer` (four experts of rank 16, trained markers) and of
+    TRL's `SFTTrainer` (PEFT's LoRA of rank 32), padded and packed: same chains, tokens, dtype, rows and settings.
+memory: their peak memory, each in a separate process.
 """
 
 import argparse

@@ -1,19 +1,18 @@
-"""vLLM with step experts against vLLM with their base model: the same prompts, 32 at once, on a CPU.
+"""Throughput of vLLM with step experts against vLLM with the base model: 32 concurrent requests on a CPU.
 
     make .venv-vllm/.installed
     .venv-vllm/bin/python benchmarks/vllm_experts.py    # 12 minutes on an idle core; writes vllm_experts.json
     .venv-vllm/bin/python benchmarks/vllm_experts.py --shape wide --out benchmarks/vllm_wide.json  # 16 GB
 
-A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), on a model of a folder, or on a random model as wide as
-Llama-3.2-1B (`wide`) with 6 layers, which share the multiplications with the vocabulary as its 16 do: what the experts
-of a layer cost beside it goes with 1 / width. Three engines in one process with one thread take turns pass by pass, so
-that what slows the machine down slows them all: base, base again (A/A: what differs from 1 is noise), experts, each
-round in another order; once without compiled graphs, once with them. Every answer has the same number of tokens. The
-processor's own time stands beside the clock's: others on the machine move it less.
+A random adapter of rank 16 on SmolLM2-135M-Instruct (`small`), on a local model, or on a random model as wide as
+Llama-3.2-1B (`wide`) with 6 layers, which share the cost of the output head as its 16 do: the relative cost of the
+experts falls with the width. Three engines in one process with one thread alternate step by step, in another order each
+round: base, base again (A/A), experts; first eager, then compiled. Every answer has the same number of tokens. CPU time
+is reported beside wall time, because other load affects it less.
 
-Which pages an engine happens to get moves its speed by some percent, for as long as it runs, and glibc maps large
-tensors anew in every pass. In the environment GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0
-MALLOC_TRIM_THRESHOLD_=17179869184 weights lie in large pages and memory is kept; the JSON says what was set.
+Memory placement changes an engine's speed by some percent for as long as it runs, and glibc maps and unmaps large
+tensors in every step. With GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0
+MALLOC_TRIM_THRESHOLD_=17179869184 in the environment weights lie in huge pages and memory is kept; the JSON records it.
 """
 
 import argparse
@@ -46,12 +45,12 @@ from mote.tokens.encode import add_markers
 from mote.tuner import MoteConfig
 
 RANK = 16
-NEW = 64  # tokens of an answer
-MODES = {"direct": 62, "analysis": 30, "full": 20}  # budgets of a step with which the steps fill an answer
+NEW = 64  # tokens per answer
+MODES = {"direct": 62, "analysis": 30, "full": 20}  # step budgets with which the steps fill an answer
 
 
 def base_folder(shape: str, folder: Path) -> str:
-    """The base model: the embedded one, a random one of another width with its tokenizer, or that of a folder."""
+    """The base model: the embedded one, a wider random one with its tokenizer, or a local one."""
     embedded = model_folder(EMBEDDED)
     if shape != "wide":
         return embedded if shape == "small" else shape
@@ -78,7 +77,7 @@ def serve_random_experts(base_name: str, folder: Path) -> Path:
 
 
 def share(served: Path) -> float:
-    """Multiplications that all experts add to those of the layers they are on."""
+    """Multiplications of all experts over those of their layers."""
     tensors = load_file(served / EXPERTS)
     pairs = [(first, tensors[name.replace("mote_A", "mote_B")]) for name, first in tensors.items() if "mote_A" in name]
     return sum(a.numel() + b.numel() for a, b in pairs) / sum(a.shape[1] * b.shape[0] for a, b in pairs)
@@ -90,30 +89,31 @@ def engine(folder: Path | str, eager: bool, rows: int) -> LLM:
 
 
 def seconds(engines: Sequence[LLM], prompts: Sequence[Any], experts: int) -> list[tuple[float, float]]:
-    """Of all answers of each engine, prompts included: by the clock, and of the processor.
+    """Wall and CPU seconds of each engine for all answers, prefill included.
 
-    The engines take turns pass by pass, so that what slows the machine down for a second slows them all.
+    The engines alternate step by step, so that other load on the machine slows all of them down.
 
     Args:
         engines: In the order of their turns.
         prompts: The same for each.
-        experts: Which of them has the experts.
+        experts: Index of the engine with the experts.
     """
     modes = [list(MODES)[i % len(MODES)] for i in range(len(prompts))]
-    for place, llm in enumerate(engines):
+    for index, llm in enumerate(engines):
         for number, (prompt, mode) in enumerate(zip(prompts, modes, strict=True)):
-            extra = {"mode": mode, "max_step_tokens": MODES[mode]} if place == experts else None
+            extra = {"mode": mode, "max_step_tokens": MODES[mode]} if index == experts else None
             params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args=extra)
             llm.llm_engine.add_request(str(number), prompt, params)
-    taken, written = [(0.0, 0.0)] * len(engines), 0
+    taken = [(0.0, 0.0)] * len(engines)
+    generated = 0
     while any(llm.llm_engine.has_unfinished_requests() for llm in engines):
-        for place, llm in enumerate(engines):
+        for index, llm in enumerate(engines):
             clock, processor = time.perf_counter(), time.process_time()
             for answer in llm.llm_engine.step():
-                written += len(answer.outputs[0].token_ids) if answer.finished else 0
-            before = taken[place]
-            taken[place] = before[0] + time.perf_counter() - clock, before[1] + time.process_time() - processor
-    assert written == NEW * len(prompts) * len(engines)
+                generated += len(answer.outputs[0].token_ids) if answer.finished else 0
+            before = taken[index]
+            taken[index] = before[0] + time.perf_counter() - clock, before[1] + time.process_time() - processor
+    assert generated == NEW * len(prompts) * len(engines)
     return taken
 
 
