@@ -4,7 +4,7 @@
 PYTHONPATH=src python benchmarks/experts.py --device cuda --out benchmarks/experts-h200.json
 
 On a CPU glibc maps and unmaps large tensors in every forward pass, which costs a variant a varying 0.1 to 1.5 s a step.
-With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps the memory; the JSON records this.
+With MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment it keeps the memory; the JSON records it.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/load.py --seconds 60 --out /tmp/load.json
 
 First every question is answered in every mode, one at a time. Under load each answer must be the same, and every
-request must end with an answer or an expected error. The exit code is 1 if one does not, or if memory grows by more than
-5 % after the first fifth of the time.
+request must end with an answer or an expected error. The exit code is 1 if one does not, or if memory grows by more
+than 5 % after the first fifth of the time.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/memory.py        # about half an hour on one core; writes benchmarks/memory.json
 
 The command runs in a separate process against `tests/support/fake_server.py` in another one. Its resident memory is
-read from /proc at given numbers of finished chains. A leak per chain would show as growth between them; before the first
-one the memory is Python, the libraries and the question ids.
+read from /proc at given numbers of finished chains. A leak per chain would show as growth between them; before the
+first one the memory is Python, the libraries and the question ids.
 """
 
 import argparse

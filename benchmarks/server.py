@@ -6,11 +6,11 @@
 VENV has vLLM (docs/engines.md) and pandas, which vLLM's benchmark needs to read prompts.
 
 The overhead is the wall and CPU time of this process per request, with 256 requests in flight against
-`tests/support/fake_server.py`, which answers immediately from another process. `again` is the A/A control. `official` is
-the official client used as its manual shows, with either transport.
+`tests/support/fake_server.py`, which answers immediately from another process. `again` is the A/A control. `official`
+is the official client used as its manual shows, with either transport.
 
-Against vLLM both clients alternate with the same prompts and the same number in flight; the ratio is over the tokens per
-second that `vllm bench serve` reports.
+Against vLLM both clients alternate with the same prompts and the same number in flight; the ratio is over the tokens
+per second that `vllm bench serve` reports.
 """
 
 import argparse
