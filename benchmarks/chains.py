@@ -40,7 +40,7 @@ SETTINGS = {"max_tokens": 72, "temperature": 0.7, "top_p": 0.9, "examples": 2, "
 
 
 class FixedBatches:
-    """Requests in batches of `generate`, each until its longest text is done; of one row it is the plain loop."""
+    """Fixed batches of `generate`, each as long as its longest text; with one row it is the plain loop."""
 
     def __init__(self, base: Base, batch_size: int) -> None:
         self.name, self.base, self.batch_size = base.name, base, batch_size
@@ -68,7 +68,7 @@ class FixedBatches:
         return await future
 
     def _settle(self, turns: int) -> None:
-        """Let every chain that can go on ask before a batch is made."""
+        """Collect the requests of all chains that can continue before a batch is formed."""
         loop = asyncio.get_running_loop()
         if turns:
             loop.call_soon(self._settle, turns - 1)
@@ -116,7 +116,7 @@ class FixedBatches:
 
 
 def chains_a_minute(engine: Engine, questions: Sequence[Question], batch_size: int) -> tuple[float, list[ChainRow]]:
-    """Make the chains; their number per minute, and they themselves."""
+    """Make the chains; returns chains per minute and the chains."""
     settings = ChainSettings.model_validate({**SETTINGS, "batch_size": batch_size})
     scheme = load_scheme("safety")
     asked = partial(check_prompt, scheme, settings=settings, seed=0)

@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def measure(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds on the clock and of CPU time."""
+    """Wall and CPU seconds."""
     clock, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - clock, time.process_time() - cpu

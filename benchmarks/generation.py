@@ -26,7 +26,7 @@ VARIANTS = {"reference": ("sdpa", False), "again": ("sdpa", False), "grouped": (
 
 
 def decode(model: Any, ids: torch.Tensor, attention: str, preallocated: bool) -> tuple[float, torch.Tensor]:
-    """Seconds for the new tokens alone, and the tokens: the prompt is in the cache before the clock starts."""
+    """Seconds of decoding, without the prefill, and the tokens."""
     model.set_attn_implementation(attention)
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW) if preallocated else None
     mask = torch.ones_like(ids)

@@ -39,7 +39,7 @@ GARBAGE = [
 
 
 class Load:
-    """Clients, and what became of their requests."""
+    """The clients and the outcomes of their requests."""
 
     def __init__(self, address: str, expected: dict[tuple[str, str], str], tokens: int, seconds: float) -> None:
         self.address, self.expected, self.tokens = address, expected, tokens
@@ -50,7 +50,7 @@ class Load:
         self.memory: list[tuple[float, float]] = []
 
     async def run(self, clients: int) -> None:
-        """All clients at once, and a look at the memory every second."""
+        """Run all clients concurrently and sample the memory every second."""
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=WAIT, limits=limits) as connection:
             watch = asyncio.create_task(self._watch())
@@ -132,13 +132,13 @@ class Load:
 
 
 def growth(memory: list[tuple[float, float]]) -> float:
-    """Memory in the last fifth of the time over that in the second fifth: the first one is warm-up."""
+    """Memory in the last fifth of the time over the second fifth; the first fifth is warm-up."""
     sizes, fifth = [size for _, size in memory], max(1, len(memory) // 5)
     return statistics.median(sizes[-fifth:]) / statistics.median(sizes[fifth : 2 * fifth])
 
 
 def expected_of(model: Model, tokens: int) -> dict[tuple[str, str], str]:
-    """The reference: each question alone."""
+    """The reference answers: each question alone."""
     return {
         (question, mode): model.answer(question, mode, max_step_tokens=tokens).answer
         for question in QUESTIONS
@@ -147,7 +147,7 @@ def expected_of(model: Model, tokens: int) -> dict[tuple[str, str], str]:
 
 
 def main() -> None:
-    """Run the load, print what became of it and write it."""
+    """Run the load test, print and write the outcome."""
     parser = argparse.ArgumentParser(description="A server under load.")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--adapter", help="a random one where none is given")

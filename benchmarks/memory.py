@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def write_questions(path: Path, count: int) -> None:
-    """Questions that are all different, of words of the package's own set, as long as those."""
+    """Distinct questions made of words of the package's own set, with the same lengths."""
     own = [words_of(question.text) for question in load_questions("mote:train", None)]
     words = sorted({word for text in own for word in text})
     draw = random.Random(0)
@@ -74,7 +74,7 @@ def write_questions(path: Path, count: int) -> None:
 
 
 def watched(running: "subprocess.Popen[bytes]", chains: Path, marks: list[int]) -> dict[int, float]:
-    """Megabytes at each mark of finished chains, or as far as the process came."""
+    """Resident megabytes at each number of finished chains that the process reached."""
     found: dict[int, float] = {}
     finished = place = 0
     while len(found) < len(marks) and running.poll() is None:
@@ -91,7 +91,7 @@ def watched(running: "subprocess.Popen[bytes]", chains: Path, marks: list[int]) 
 
 
 def resident_mb(pid: int) -> float:
-    """What Linux says that a process holds in memory."""
+    """Resident memory of a process on Linux."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 

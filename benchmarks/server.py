@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def client_cost(requests: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a request, wall and processor."""
+    """Wall and CPU milliseconds per request."""
     prompts = [worked_examples(i) for i in range(requests)]
     with process([sys.executable, str(FAKE)], "/v1/models") as address:
         clients = {
@@ -116,7 +116,7 @@ def client_cost(requests: int, rounds: int) -> dict[str, Any]:
 
 
 def worked_examples(index: int) -> Prompt:
-    """A prompt of the size that a small model gets: system, three examples, the question."""
+    """A typical prompt for a small model: system message, three examples, the question."""
     turns = [Message(role="system", content="You think about safety before you answer. " * 6)]
     for example in range(3):
         turns.append(Message(role="user", content=f"Example {example}: " + "what would you say to this? " * 12))
@@ -146,7 +146,7 @@ def official_client(address: str, http: Any) -> tuple[Ask, Callable[[], Awaitabl
 
 
 async def timed(ask: Ask, close: Callable[[], Awaitable[None]], prompts: list[Prompt]) -> tuple[float, float]:
-    """Wall and processor milliseconds a request, once the connections are there."""
+    """Wall and CPU milliseconds per request over open connections."""
     await asyncio.gather(*(ask(prompt) for prompt in prompts[:IN_FLIGHT]))
     wall, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(ask(prompt) for prompt in prompts))
@@ -203,7 +203,7 @@ def mote_tokens(address: str, texts: list[str], given: argparse.Namespace) -> fl
 
 
 def vllm_tokens(address: str, texts: list[str], given: argparse.Namespace, folder: str, scratch: Path) -> float:
-    """Tokens per second that vLLM's benchmark client says of itself."""
+    """Tokens per second that vLLM's benchmark client reports."""
     data, out = scratch / "prompts.jsonl", scratch / "result.json"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     command = [str(given.vllm), "-c", VLLM_BENCH_SERVE, "--backend", "openai-chat",
@@ -230,7 +230,7 @@ def vllm_environment() -> dict[str, str]:
 
 @contextmanager
 def process(command: list[str], healthy: str, flag: str | None = None) -> Iterator[str]:
-    """A server in a process of its own; its /v1 address once it answers."""
+    """A server in a separate process; yields its /v1 address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

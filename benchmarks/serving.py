@@ -47,7 +47,7 @@ TARGETS = {"one row": 1.10, "16 rows": 1.08, "16 clients": 4.0, "time to first t
 
 
 def random_adapter(name: str, folder: Path) -> Path:
-    """An adapter of rank 16 whose experts all do something."""
+    """An adapter of rank 16 without zero experts."""
     base = load_base(name, device="cpu")
     config = mote.MoteConfig(r=16, lora_alpha=32, init_weights=False, base_fingerprint=fingerprint(base.model))
     add_markers(base.tokenizer, config, base.model)
@@ -72,21 +72,21 @@ def prompts(model: Model, rows: int, tokens: int) -> list[list[int]]:
 
 
 class Clock(BaseStreamer):
-    """When each token came; the prompt itself comes first."""
+    """Times at which tokens arrive; `generate` sends the prompt first."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
 
     def put(self, value: Any) -> None:
-        """A token of every row is there."""
+        """One token of every row arrived."""
         self.moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Generation ended."""
 
 
 def generated(base: Any, ids: list[list[int]], new: int) -> float:
-    """Seconds a token of transformers' `generate` of the frozen base, from the first token on."""
+    """Seconds per token of `generate` with the frozen base, after the first token."""
     rows, clock = torch.tensor(ids), Clock()
     given = {"attention_mask": torch.ones_like(rows), "do_sample": False, "streamer": clock}
     with torch.inference_mode():
@@ -95,7 +95,7 @@ def generated(base: Any, ids: list[list[int]], new: int) -> float:
 
 
 class Endless(FreeText):
-    """Any text but the end of the turn: every row writes as many tokens as the others."""
+    """Grammar that forbids the end of turn, so that every sequence has the same length."""
 
     def __init__(self, eos_id: int) -> None:
         super().__init__(eos_id, [eos_id])
@@ -127,7 +127,7 @@ def batched(model: Model, ids: list[list[int]], new: int) -> float:
 
 
 def prefill(base: Any, ids: list[int]) -> float:
-    """Seconds in which the frozen base reads a prompt."""
+    """Seconds of prefilling a prompt with the frozen base."""
     began = time.perf_counter()
     with torch.inference_mode():
         base(input_ids=torch.tensor([ids]), logits_to_keep=1)
@@ -170,7 +170,7 @@ async def clients(address: str, concurrent: int, requests: int, new: int) -> flo
 
 
 def first_token(address: str, question: str) -> float:
-    """Seconds from a request to the first piece of text."""
+    """Time to first token."""
     release_pool()  # of the reference, which computes in this thread: a server's process has none
     with openai.OpenAI(base_url=address, api_key="none") as client:
         client.models.list()  # the connection is there
@@ -184,7 +184,7 @@ def first_token(address: str, question: str) -> float:
 
 
 def in_turn(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measures of all variants, one after the other in each round; a first round warms up."""
+    """Interleaved measurements of all variants; the first round is warm-up."""
     measured: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, measure in variants.items():
@@ -195,7 +195,7 @@ def in_turn(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 
 
 def ratios(measured: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Each variant over the reference, taken within a round."""
+    """Ratio of each variant to the reference, round by round."""
     result = {}
     for name, values in measured.items():
         if name != reference:

@@ -37,7 +37,7 @@ WINDOW = 10
 def curves(
     chains: list[ChainRow], method: str, seed: int, settings: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
-    """One training: its losses and gradient norms, and for gates the share of the choices on each expert."""
+    """Train once; losses, gradient norms and, for gates, the share of choices per expert."""
     recipe = Recipe.model_validate(
         {
             "model": settings.model, "device": settings.device, "seed": seed,
@@ -71,7 +71,7 @@ def curves(
 
 
 def spikes(norms: list[float]) -> int:
-    """Updates whose gradient is far above those before it."""
+    """Updates whose gradient norm is far above the preceding ones."""
     return sum(norm > SPIKE * statistics.median(norms[i - WINDOW : i]) for i, norm in enumerate(norms) if i >= WINDOW)
 
 
@@ -81,7 +81,7 @@ def spread(curves: list[list[float]]) -> float:
 
 
 def summary(runs: list[dict[str, Any]], method: str) -> dict[str, float]:
-    """What the curves of a method say."""
+    """Summary statistics of a method's curves."""
     own = [run for run in runs if run["method"] == method]
     found = {
         "loss spread over seeds": spread([run["loss"] for run in own]),
@@ -97,7 +97,7 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, float]:
 
 
 def drawing(runs: list[dict[str, Any]]) -> str:
-    """The curves as one SVG: loss above, gradient norm below, a line a seed."""
+    """The curves as one SVG: loss above, gradient norm below, one line per seed."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "stability"}):
         figure = Figure(figsize=(9, 6), layout="constrained")
         panels = figure.subplots(2, len(METHODS), sharex=True, sharey="row")
