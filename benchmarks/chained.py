@@ -16,8 +16,9 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 import mote
+from mote.core.generation import Limits
 from mote.core.machine import environment
-from mote.inference.model import Limits, as_question
+from mote.inference.inputs import as_question
 from mote.models.embedded import EMBEDDED
 from mote.questions.load import load_questions
 from mote.serve.export import export_steps

@@ -19,24 +19,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor
 
 from mote.chains.engine import Completion, Engine, Preference, Prompt
 from mote.chains.make import make_chains
 from mote.chains.prompts import check_prompt
 from mote.chains.safety_check import ChoiceJudge
 from mote.core.files import write_json
+from mote.core.generation import Sampling
 from mote.core.machine import environment
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, Question, read_rows
 from mote.core.scheme import load_scheme
 from mote.inference.engines.local import LocalEngine
-from mote.inference.sampling import SeededSampler
+from mote.inference.sampling import draw
 from mote.models.embedded import EMBEDDED
 from mote.models.load import Base, load_base
 from mote.questions.load import load_questions
 from mote.tokens.encode import encode_prompt
 
 SETTINGS = {"max_tokens": 72, "temperature": 0.7, "top_p": 0.9, "examples": 2, "threshold": 0.17, "retries": 1}
+
+
+class SeededSampler(LogitsProcessor):
+    """The running batch's sampling for transformers' `generate`: the drawn token is the only choice left."""
+
+    def __init__(self, samplings: Sequence[Sampling], prompt_length: int) -> None:
+        self.samplings = samplings
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) with all but the drawn token at minus infinity."""
+        generated = input_ids.shape[1] - self.prompt_length
+        tokens = draw(scores, self.samplings, [generated] * len(self.samplings))
+        return torch.full_like(scores, float("-inf")).scatter(1, tokens[:, None], 0.0)
 
 
 class FixedBatches:
@@ -93,7 +110,8 @@ class FixedBatches:
     def _write(self, prompts: Sequence[Prompt]) -> list[Completion]:
         ids, mask = self._padded(prompts)
         first, eos = prompts[0], self.base.tokenizer.eos_token_id
-        sampler = SeededSampler([prompt.seed for prompt in prompts], ids.shape[1], first.temperature, first.top_p)
+        samplings = [Sampling(first.temperature, first.top_p, prompt.seed) for prompt in prompts]
+        sampler = SeededSampler(samplings, ids.shape[1])
         out = self.base.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=first.max_tokens, do_sample=False,
             logits_processor=[sampler], eos_token_id=eos, pad_token_id=self.base.tokenizer.pad_token_id,

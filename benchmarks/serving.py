@@ -26,10 +26,12 @@ from peft import get_peft_model
 from transformers.generation import BaseStreamer
 
 import mote
+from mote.core.generation import Limits
 from mote.core.machine import environment
 from mote.inference.grammar import FreeText
+from mote.inference.inputs import as_question
 from mote.inference.load import load
-from mote.inference.model import Limits, Model, as_question
+from mote.inference.model import Model
 from mote.inference.threads import release_pool
 from mote.models.embedded import EMBEDDED
 from mote.models.linear import lay_out_by_columns, speed_up

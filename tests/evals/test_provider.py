@@ -24,7 +24,7 @@ import mote
 from mote.core.errors import UserError
 from mote.evals.provider import _MODELS, MoteAPI, dialogue
 from mote.evals.systems import fingerprint
-from mote.inference.model import as_question
+from mote.inference.inputs import as_question
 from mote.tokens.encode import encode_prompt
 
 

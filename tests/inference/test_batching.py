@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.sampling import SeededSampler
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,10 +26,10 @@ from transformers import (
 )
 
 from mote.core.errors import UserError
+from mote.core.generation import Sampling
 from mote.inference import batching
 from mote.inference.batching import Batcher, Request
 from mote.inference.grammar import FreeText
-from mote.inference.sampling import SeededSampler
 
 VOCAB, EOS = 60, 59
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -48,14 +49,14 @@ def random_ids(length: int, seed: int) -> list[int]:
     return torch.randint(0, VOCAB - 1, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def requests(count: int = 9, shared: int = 21, **changes: Any) -> list[Request]:
+def requests(count: int = 9, shared: int = 21, temperature: float = 0.0) -> list[Request]:
     """Prompts of all lengths; two of three begin with one of two shared beginnings."""
     begins = [[], random_ids(shared, 100), random_ids(shared - 6, 101)]
     made = []
     for i in range(count):
         begin = begins[i % 3]
         ids = begin + random_ids(2 + 5 * i % 17, i)
-        made.append(Request(ids, FreeText(EOS), 3 + 4 * i % 11, len(begin), seed=i, **changes))
+        made.append(Request(ids, FreeText(EOS), 3 + 4 * i % 11, len(begin), Sampling(temperature, 0.9, i)))
     return made
 
 
@@ -63,8 +64,8 @@ def alone(model: Any, request: Request) -> list[int]:
     """The same text from transformers' `generate`."""
     ids = torch.tensor([list(request.ids)])
     processors = []
-    if request.temperature:
-        processors.append(SeededSampler([request.seed], ids.shape[1], request.temperature, request.top_p))
+    if request.sampling.temperature:
+        processors.append(SeededSampler([request.sampling], ids.shape[1]))
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.limit, do_sample=False,
         eos_token_id=EOS, pad_token_id=0, logits_processor=processors,
@@ -85,7 +86,7 @@ def test_rows_equal_those_of_plain_generation(
     model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int, temperature: float
 ) -> None:
     monkeypatch.setattr(batching, "_READ_TOKENS", stretch)
-    asked = requests(temperature=temperature, top_p=0.9)
+    asked = requests(temperature=temperature)
     running = Batcher(model, slots)
     written = [future.result(60) for future in [running.submit(request) for request in asked]]
     assert written == [alone(model, request) for request in asked]

@@ -13,13 +13,15 @@ from support.checked import EXPERTS, QUESTIONS
 
 import mote
 from mote.core.errors import UserError
+from mote.core.generation import Limits
 from mote.core.recipe import Recipe
 from mote.core.records import Answer, StepText, read_rows
 from mote.core.scheme import CHECKED
 from mote.experiments.run import Run
 from mote.inference.events import Event, Item
 from mote.inference.grammar import StepGrammar
-from mote.inference.model import Limits, Model, as_question
+from mote.inference.inputs import as_question
+from mote.inference.model import Model
 from mote.tokens.encode import encode_choice, encode_prompt, special_ids
 
 MOST = 6

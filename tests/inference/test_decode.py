@@ -11,13 +11,15 @@ from support.adapters import QUESTIONS
 
 import mote
 from mote.core.errors import UserError
+from mote.core.generation import Limits
 from mote.core.recipe import Recipe
 from mote.core.records import Answer, read_rows
 from mote.core.scheme import load_scheme
 from mote.experiments.run import answer_questions
 from mote.inference.events import Event
 from mote.inference.grammar import StepGrammar
-from mote.inference.model import Limits, Model, as_question
+from mote.inference.inputs import as_question
+from mote.inference.model import Model
 from mote.models.load import load_base
 from mote.tokens.encode import encode_prompt
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.sampling import SeededSampler
 
 from mote.chains.engine import Completion, Engine, Likelihood, Preference, Prompt
 from mote.core.errors import UserError
+from mote.core.generation import Sampling
 from mote.core.records import Message
 from mote.inference.engines.local import LocalEngine
-from mote.inference.sampling import SeededSampler
 from mote.models.load import Base, load_base
 from mote.tokens.encode import encode_prompt, encode_text
 
@@ -118,9 +119,9 @@ def test_words_that_begin_alike_are_told_apart_by_what_follows(base: Base) -> No
 
 def test_sampler_follows_the_distribution_inside_the_nucleus() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    seeds = list(range(6000))
-    scores = probabilities.log().repeat(len(seeds), 1)
-    drawn = SeededSampler(seeds, 3, 1.0, top_p=0.9)(torch.zeros(len(seeds), 3), scores).argmax(1)
-    share = torch.bincount(drawn, minlength=4) / len(seeds)
+    samplings = [Sampling(1.0, 0.9, seed) for seed in range(6000)]
+    scores = probabilities.log().repeat(len(samplings), 1)
+    drawn = SeededSampler(samplings, 3)(torch.zeros(len(samplings), 3), scores).argmax(1)
+    share = torch.bincount(drawn, minlength=4) / len(samplings)
     nucleus = torch.tensor([0.5, 0.3, 0.15, 0.0])
     torch.testing.assert_close(share, nucleus / nucleus.sum(), atol=0.02, rtol=0)

@@ -15,7 +15,9 @@ from support.adapters import QUESTIONS, save_random_adapter
 from support.servers import ask, served, wait_until
 
 import mote
-from mote.inference.model import Limits, Model, as_question
+from mote.core.generation import Limits
+from mote.inference.inputs import as_question
+from mote.inference.model import Model
 from mote.serve.server import Server
 
 MODES = ["adaptive", "direct", "analysis", "full", "base"]

@@ -16,7 +16,8 @@ import mote
 from mote.core.recipe import AnswerSettings
 from mote.core.records import Answer
 from mote.core.scheme import CHECKED
-from mote.inference.model import Model, as_question
+from mote.inference.inputs import as_question
+from mote.inference.model import Model
 from mote.tokens.encode import encode_prompt
 
 THRESHOLD = 0.5  # some of the questions' answers pass, some never do

@@ -206,7 +206,7 @@ def test_separate_models_answer_as_each_one_alone_would(tiny: Path, tmp_path: Pa
     assert events[-1].tokens == answer.tokens.total
     from peft import PeftModel
 
-    from mote.inference.model import as_question
+    from mote.inference.inputs import as_question
     from mote.tokens.encode import decode_steps, encode_prompt, special_ids
 
     ids = encode_prompt(model.tokenizer, as_question(asked).messages)

@@ -7,7 +7,9 @@ import click
 
 from mote.cli.options import adapter_of, mote, options, settings_of
 from mote.core.errors import UserError
+from mote.core.generation import Limits, Sampling
 from mote.core.recipe import AnswerSettings
+from mote.inference.inputs import as_question
 
 if TYPE_CHECKING:
     from mote.inference.events import Event
@@ -45,13 +47,11 @@ def talk(model: "Model", mode: str, settings: AnswerSettings, seed: int, show_st
         if not line:
             continue
         history.append({"role": "user", "content": line})
-        answer = model.answer(
-            history,
+        [answer] = model.answer_questions(
+            [as_question(history)],
             mode,
-            max_step_tokens=settings.max_step_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=seed,
+            Limits(settings.max_step_tokens),
+            Sampling(settings.temperature, settings.top_p, seed),
             check_threshold=settings.check_threshold,
             on_event=lambda event: _show(event, model.scheme.answer, show_steps),
         )

@@ -27,6 +27,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from typing_extensions import override
 
 from mote.core.errors import UserError
+from mote.core.generation import Limits, Sampling
 from mote.core.records import Message, StepText
 from mote.core.scheme import BASE, CHECKED
 from mote.evals.shared_model import GeneratedAnswer, GenerationSettings, SharedModel
@@ -209,11 +210,10 @@ class MoteAPI(InProcessAPI):
     @override
     async def answer(self, messages: tuple[Message, ...], config: GenerateConfig) -> ModelOutput:
         settings = GenerationSettings(
-            max_step_tokens=self.max_step_tokens,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature or 0.0,
-            top_p=0.95 if config.top_p is None else config.top_p,
-            seed=config.seed or 0,
+            limits=Limits(self.max_step_tokens, config.max_tokens),
+            sampling=Sampling(
+                config.temperature or 0.0, 0.95 if config.top_p is None else config.top_p, config.seed or 0
+            ),
             check_threshold=self.check_threshold,
         )
         return self._as_output(await self.shared_model().answer(messages, self.mode, settings))

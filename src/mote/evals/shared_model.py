@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+from mote.core.generation import Limits, Sampling
 from mote.core.records import Answer, Message
 from mote.core.scheme import BASE
+from mote.inference.inputs import as_question
 from mote.tokens.encode import encode_prompt
 
 if TYPE_CHECKING:
@@ -21,11 +23,8 @@ if TYPE_CHECKING:
 class GenerationSettings(NamedTuple):
     """How one answer is generated."""
 
-    max_step_tokens: int
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    seed: int
+    limits: Limits
+    sampling: Sampling
     check_threshold: float
 
 
@@ -59,23 +58,18 @@ class SharedModel:
         model = self._model
         if model is None:  # a single loader thread, so concurrent first requests load the model once
             model = await asyncio.get_running_loop().run_in_executor(self._loader, self._load_once)
-        from mote.inference.model import Limits, as_question
-
         question = as_question([message.model_dump() for message in messages])
-        limits = Limits(settings.max_step_tokens, settings.max_tokens)
         started = time.monotonic()
         future = model.submit(
             question,
             mode,
-            limits,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
+            settings.limits,
+            settings.sampling,
             check_threshold=settings.check_threshold,
             shared=mode != BASE and len(self.modes - {BASE}) > 1,
         )
         generated = await asyncio.wrap_future(future)
-        answer = model.read(question, generated, mode, limits, seconds=round(time.monotonic() - started, 3))
+        answer = model.read(question, generated, mode, settings.limits, seconds=round(time.monotonic() - started, 3))
         return GeneratedAnswer(answer, model.scheme.answer, len(encode_prompt(model.tokenizer, question.messages)))
 
     @property

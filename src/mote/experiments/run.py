@@ -20,6 +20,7 @@ from mote.chains.prompts import check_prompt
 from mote.chains.safety_check import ChoiceJudge, WordJudge
 from mote.core.errors import UserError
 from mote.core.files import sha256_of, write_atomic
+from mote.core.generation import Limits, Sampling
 from mote.core.machine import is_first_process
 from mote.core.methods import steps_of
 from mote.core.progress import Progress
@@ -314,13 +315,11 @@ def answer_questions(
     for start in range(0, len(questions), settings.batch_size):
         batch = [question for question in questions[start : start + settings.batch_size] if question.id not in done]
         if batch:
-            answers = model.answer(
+            answers = model.answer_questions(
                 batch,
                 mode,
-                max_step_tokens=settings.max_step_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=recipe.seed,
+                Limits(settings.max_step_tokens),
+                Sampling(settings.temperature, settings.top_p, recipe.seed),
                 check_threshold=settings.check_threshold,
                 system=settings.system,
             )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mote.core.errors import UserError
+from mote.core.generation import GREEDY, Sampling
 from mote.inference.kv_slots import EMPTY, SLOTS, Pass, Prefix, Reading, SlotCache, running
 from mote.inference.sampling import draw
 from mote.inference.threads import release_pool
@@ -44,9 +45,7 @@ class Request:
         grammar: What may be written, and when it ends.
         limit: Tokens that may be written.
         shared: Tokens that other prompts begin with as well; they are computed and kept once.
-        temperature: 0 is greedy.
-        top_p: Nucleus to sample from.
-        seed: Seed of this request's draws.
+        sampling: How to sample; its seed is this request's own.
         frequency_penalty: Taken from a token's logit for each time it was written before.
         adapted: Read and write with the adapter, where there is one.
         words: Write nothing; give the probability of the first of these token ids against the second.
@@ -62,9 +61,7 @@ class Request:
     grammar: Grammar
     limit: int
     shared: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: Sampling = GREEDY
     frequency_penalty: float = 0.0
     adapted: bool = True
     words: tuple[int, int] | None = None
@@ -335,9 +332,8 @@ class Batcher:
             return ended
         rows = [rows[i] for i in places]
         masked = torch.stack([_masked(logits_B_V[i], row) for i, row in zip(places, rows, strict=True)])
-        draws = [(row.request.seed, len(row.written)) for row in rows]
-        temperatures, nuclei = [row.request.temperature for row in rows], [row.request.top_p for row in rows]
-        for row, token in zip(rows, draw(masked, draws, temperatures, nuclei).tolist(), strict=True):
+        tokens = draw(masked, [row.request.sampling for row in rows], [len(row.written) for row in rows])
+        for row, token in zip(rows, tokens.tolist(), strict=True):
             row.written.append(token)
             if self._markers is not None and row.request.adapted:
                 row.step = next_step(row.step, token, self._markers)

@@ -1,42 +1,28 @@
 """Answers from a trained model: the steps of a mode, or as many as the model chooses (section 3.2, figure 6)."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
 import mote.tuner.token_gated  # noqa: F401 (makes PEFT know their adapters)
 from mote.core.errors import UserError
-from mote.core.records import Answer, AnswerTokens, Check, Finish, Message, Question, StepText
+from mote.core.generation import GREEDY, Limits, Sampling
+from mote.core.records import Answer, AnswerTokens, Check, Finish, Question, StepText
 from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme
 from mote.core.seeds import seed_of
 from mote.inference.batching import Batcher, Request
 from mote.inference.events import Event, Events, Item, settle
 from mote.inference.grammar import LEAST, FreeText, OpenStep, StepGrammar
+from mote.inference.inputs import Input, as_questions
 from mote.inference.self_check import SelfCheck, Verdicts
 from mote.inference.separate import Steps, submit_steps
 from mote.models.load import Base
 from mote.tokens.encode import decode_steps, encode_choice, encode_prompt, special_ids
 from mote.tokens.routing import Markers
 from mote.tuner import MoteConfig
-
-Asked = str | Sequence[dict[str, str]] | Question
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much may be written.
-
-    Attributes:
-        max_step_tokens: Budget of one step; it is then closed and the answer goes on.
-        max_tokens: Budget in all, markers included; half of it is the answer's. None for none.
-    """
-
-    max_step_tokens: int = 256
-    max_tokens: int | None = None
 
 
 class Model:
@@ -59,7 +45,7 @@ class Model:
 
     def answer(
         self,
-        asked: Asked | Sequence[Asked],
+        asked: Input | Sequence[Input],
         mode: str = "adaptive",
         *,
         max_step_tokens: int = 256,
@@ -92,22 +78,47 @@ class Model:
         Raises:
             UserError: The mode is not one of the scheme's, or a question is not a dialogue that ends with the user.
         """
-        single = isinstance(asked, str | Question) or (bool(asked) and isinstance(asked[0], dict))
-        batch: Sequence[Asked] = [asked] if single else asked  # type: ignore[list-item, assignment]
-        questions = [as_question(item) for item in batch]
+        questions, single = as_questions(asked)
+        answers = self.answer_questions(
+            questions,
+            mode,
+            Limits(max_step_tokens, max_tokens),
+            Sampling(temperature, top_p, seed),
+            check_threshold=check_threshold,
+            system=system,
+            on_event=on_event,
+        )
+        return answers[0] if single else answers
+
+    def answer_questions(
+        self,
+        questions: Sequence[Question],
+        mode: str,
+        limits: Limits,
+        sampling: Sampling = GREEDY,
+        *,
+        check_threshold: float = 0.5,
+        system: str = "mote",
+        on_event: Callable[[Event], None] | None = None,
+    ) -> list[Answer]:
+        """Answer questions in one running batch; the arguments are those of `answer`."""
         if on_event is not None and len(questions) != 1:
             raise UserError("answer: events are given for one question at a time")
         if not questions:
             return []
-        began, limits = time.monotonic(), Limits(max_step_tokens, max_tokens)
+        began = time.monotonic()
         tokens: SimpleQueue[Item | None] = SimpleQueue()
         futures = [
             self.submit(
-                question, mode, limits, temperature=temperature, top_p=top_p, seed=seed,
-                check_threshold=check_threshold, on_token=tokens.put if on_event is not None else None,
+                question,
+                mode,
+                limits,
+                sampling,
+                check_threshold=check_threshold,
+                on_token=tokens.put if on_event is not None else None,
             )
             for question in questions
-        ]  # fmt: skip
+        ]
         try:
             if on_event is not None:  # called in this thread: what it raises is the caller's
                 futures[0].add_done_callback(lambda _: tokens.put(None))
@@ -117,21 +128,18 @@ class Model:
             for future in futures:
                 future.cancel()
         seconds = round((time.monotonic() - began) / len(questions), 3)
-        answers = [
+        return [
             self.read(question, items, mode, limits, system, seconds)
             for question, items in zip(questions, written, strict=True)
         ]
-        return answers[0] if single else answers
 
     def submit(
         self,
         question: Question,
         mode: str,
         limits: Limits,
+        sampling: Sampling = GREEDY,
         *,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        seed: int = 0,
         check_threshold: float = 0.5,
         shared: bool = False,
         on_token: Callable[[Item], None] | None = None,
@@ -142,9 +150,8 @@ class Model:
             A future of what is written, for `read`; cancelling it ends the row.
         """
         request = self.request(
-            question, mode, limits, temperature=temperature, top_p=top_p, seed=seed, check_threshold=check_threshold,
-            shared=shared, on_token=on_token,
-        )  # fmt: skip
+            question, mode, limits, sampling, check_threshold=check_threshold, shared=shared, on_token=on_token
+        )
         if mode == BASE or self.config is None or not self.config.whole_rows:
             return self.batcher.submit(request)
         return submit_steps(self.batcher, self._apart(request, self._chains(mode), limits))
@@ -154,10 +161,8 @@ class Model:
         question: Question,
         mode: str,
         limits: Limits,
+        sampling: Sampling = GREEDY,
         *,
-        temperature: float = 0.0,
-        top_p: float = 0.95,
-        seed: int = 0,
         check_threshold: float = 0.5,
         shared: bool = False,
         on_token: Callable[[Item], None] | None = None,
@@ -168,9 +173,7 @@ class Model:
             question: To be answered.
             mode: As for `answer`.
             limits: Budgets.
-            temperature: 0 is greedy.
-            top_p: Nucleus to sample from.
-            seed: Seed of the sampling.
+            sampling: Its seed is mixed with the question's id.
             check_threshold: As for `answer`.
             shared: The same question is asked in other modes about now: it is read once for all that use the adapter.
             on_token: Called with each token and each verdict, in the batch's thread; it must not raise.
@@ -196,9 +199,14 @@ class Model:
             grammar = self._grammar(chains, limits)
         ids = encode_prompt(self.tokenizer, question.messages)
         request = Request(
-            ids, grammar, most, shared=len(ids) - 1 if shared else 0, temperature=temperature, top_p=top_p,
-            seed=seed_of(seed, question.id), adapted=mode != BASE, on_token=on_token,
-        )  # fmt: skip
+            ids,
+            grammar,
+            most,
+            shared=len(ids) - 1 if shared else 0,
+            sampling=replace(sampling, seed=seed_of(sampling.seed, question.id)),
+            adapted=mode != BASE,
+            on_token=on_token,
+        )
         if mode == CHECKED:
             depths = {depth: self._chains(depth)[0] for depth in self.scheme.depths}
             SelfCheck(
@@ -305,25 +313,6 @@ class Model:
                 on_event(event)
         for event in events.end():
             on_event(event)
-
-
-def as_question(asked: Asked) -> Question:
-    """A text or a message list as a `Question`.
-
-    Raises:
-        UserError: The dialogue does not end with a user turn.
-    """
-    if isinstance(asked, Question):
-        return asked
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
-    try:
-        turns = tuple(Message.model_validate(message) for message in messages)
-    except ValueError as error:
-        raise UserError("answer: a message has a `role` (system, user, assistant) and a `content`") from error
-    if not turns or turns[-1].role != "user":
-        raise UserError("answer: the last message must be the user's")
-    digest = hashlib.sha256(repr([(turn.role, turn.content) for turn in turns]).encode()).hexdigest()
-    return Question(id=f"asked-{digest[:12]}", messages=turns)
 
 
 def step_lengths(ids: Sequence[int], markers: Markers, experts: Chain) -> dict[str, int]:

@@ -103,7 +103,7 @@ class SelfCheck:
             ids=[*self._first.ids, *self._ids],
             grammar=Begun(self._grammar(deeper), self._ids),
             limit=self._first.limit - len(self._ids),
-            seed=seed_of(self._first.seed, deeper),
+            sampling=replace(self._first.sampling, seed=seed_of(self._first.sampling.seed, deeper)),
         )
 
     def _starts(self) -> list[int]:

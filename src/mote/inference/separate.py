@@ -49,10 +49,14 @@ def submit_steps(batcher: Batcher, steps: Steps) -> "Future[list[Item]]":
         written = [*written, grammar.start]
         if on_token is not None:
             on_token(grammar.start)
+        sampling = steps.request.sampling
         request = replace(
-            steps.request, ids=[*steps.request.ids, *written], grammar=grammar, limit=grammar.max_step_tokens + 1,
-            seed=seed_of(steps.request.seed, number),
-        )  # fmt: skip
+            steps.request,
+            ids=[*steps.request.ids, *written],
+            grammar=grammar,
+            limit=grammar.max_step_tokens + 1,
+            sampling=replace(sampling, seed=seed_of(sampling.seed, number)),
+        )
         batcher.submit(request).add_done_callback(lambda done: end(done, written, number))
 
     def end(done: "Future[list[int]]", written: list[int], number: int) -> None:

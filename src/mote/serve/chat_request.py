@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mote.core.errors import UserError, first_line
+from mote.core.generation import Limits, Sampling
 from mote.core.records import Question
 from mote.core.scheme import ADAPTIVE, CHECKED
-from mote.inference.model import Limits, as_question
+from mote.inference.inputs import as_question
 from mote.serve.api_error import ApiError
 from mote.serve.server_settings import ServeSettings
 
@@ -87,9 +88,7 @@ class ChatRequest:
         mode: Mode to answer in.
         limits: Token budgets.
         bounded: Whether the request set a total budget (`max_tokens`).
-        temperature: 0 is greedy.
-        top_p: Nucleus sampling threshold.
-        seed: Seed of the first answer; the i-th after it uses `seed + i`.
+        sampling: Of the first answer; the i-th after it uses `seed + i`.
         n: Number of answers.
         stop: Strings that end a response.
         stream: Whether to stream the answer.
@@ -102,9 +101,7 @@ class ChatRequest:
     mode: str
     limits: Limits
     bounded: bool
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: Sampling
     n: int
     stop: tuple[str, ...]
     stream: bool
@@ -136,16 +133,17 @@ def parse_request(data: bytes, settings: ServeSettings, modes: Sequence[str]) ->
     answers = settings.answers
     # Without max_step_tokens, max_tokens is the budget of each step as well.
     max_step_tokens = body.max_step_tokens or max_tokens or answers.max_step_tokens
-    temperature = answers.temperature if body.temperature is None else body.temperature
     return ChatRequest(
         model=body.model,
         question=question,
         mode=_mode(body, settings.name, modes),
         limits=Limits(min(max_step_tokens, settings.max_tokens), max_tokens),
         bounded=max_tokens is not None,
-        temperature=temperature,
-        top_p=answers.top_p if body.top_p is None else body.top_p,
-        seed=secrets.randbelow(2**62) if body.seed is None else body.seed,
+        sampling=Sampling(
+            answers.temperature if body.temperature is None else body.temperature,
+            answers.top_p if body.top_p is None else body.top_p,
+            secrets.randbelow(2**62) if body.seed is None else body.seed,
+        ),
         n=body.n or 1,
         stop=tuple(body.stop or ()),
         stream=bool(body.stream),

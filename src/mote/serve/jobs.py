@@ -165,15 +165,15 @@ class Jobs:
                 "messages",
                 "context_length_exceeded",
             )
-        return [first] + [self._request(replace(chat, seed=chat.seed + i)) for i in range(1, chat.n)]
+        seeds = range(chat.sampling.seed + 1, chat.sampling.seed + chat.n)
+        others = [replace(chat, sampling=replace(chat.sampling, seed=seed)) for seed in seeds]
+        return [first, *map(self._request, others)]
 
     def _request(self, chat: ChatRequest) -> Request:
         return self.model.request(
             chat.question,
             chat.mode,
             chat.limits,
-            temperature=chat.temperature,
-            top_p=chat.top_p,
-            seed=chat.seed,
+            chat.sampling,
             check_threshold=self.settings.answers.check_threshold,
         )

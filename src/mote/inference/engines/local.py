@@ -6,6 +6,7 @@ from typing import Any
 
 from mote.chains.engine import Completion, Likelihood, Preference, Prompt
 from mote.core.errors import UserError
+from mote.core.generation import Sampling
 from mote.core.records import Message
 from mote.inference.batching import Batcher, Request
 from mote.inference.grammar import FreeText
@@ -33,10 +34,14 @@ class LocalEngine:
         eos: int = self.tokenizer.eos_token_id
         written = await self._ask(
             Request(
-                ids, FreeText(eos), prompt.max_tokens, self._shared_tokens(prompt, ids),
-                prompt.temperature, prompt.top_p, prompt.seed, prompt.frequency_penalty,
+                ids,
+                FreeText(eos),
+                prompt.max_tokens,
+                self._shared_tokens(prompt, ids),
+                Sampling(prompt.temperature, prompt.top_p, prompt.seed),
+                prompt.frequency_penalty,
             )
-        )  # fmt: skip
+        )
         ended = written[-1] == eos
         text = self.tokenizer.decode(written[:-1] if ended else written, skip_special_tokens=True).strip()
         return Completion(text, len(written), "stop" if ended else "length", prompt_tokens=len(ids))
