@@ -12,7 +12,7 @@ import pytest
 from support.hub_server import Hub
 from support.tiny import Write, make_tiny_model
 
-pytest_plugins = ("support.commands", "support.judged_runs")
+pytest_plugins = ("support.adapters", "support.commands", "support.judged_runs")
 
 # One thread: tiny models are faster so, and test processes side by side do not wait for each other's threads.
 os.environ["OMP_NUM_THREADS"] = "1"

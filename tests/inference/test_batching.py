@@ -142,7 +142,9 @@ def test_requests_that_follow_go_on_in_their_slot(
             found[number] = expected
             continue
         judged = replace(request, ids=[*request.ids, *expected, *random_ids(4, number)], words=(7, 9))
-        behind = replace(request, ids=[*request.ids, *random_ids(30, number)], limit=9, seed=number + 50)
+        behind = replace(
+            request, ids=[*request.ids, *random_ids(30, number)], limit=9, sampling=Sampling(seed=number + 50)
+        )
         pair = model(input_ids=torch.tensor([list(judged.ids)])).logits[0, -1, [7, 9]].softmax(0)
         found[number] = [expected, pytest.approx(float(pair[0].detach()), abs=1e-5), alone(model, behind)]
         computed += 1 + 4 + 30 + len(found[number][2]) - 1  # the last written token was not in the slot
