@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/chained.py --adapter runs/quickstart/adapter    # 3 minutes; writes chained.json
 
 An engine would serve the LoRAs of `mote export --format engine-steps`; here `peft-steps` computes the same. Each
-request prefills everything before its step with that step's own LoRA. Both score the MoTE model's answers in `full` mode,
-and the tokens of the steps are compared.
+request prefills everything before its step with that step's own LoRA. Both score the MoTE model's answers in `full`
+mode, and the tokens of the steps are compared.
 """
 
 import argparse

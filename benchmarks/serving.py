@@ -108,11 +108,12 @@ class Endless(FreeText):
 
 
 def batched(model: Model, ids: list[list[int]], new: int) -> float:
-    """Seconds a pass of the running batch with the experts of a step, over the passes that write a token of every row.
+    """Seconds per step of continuous batching with experts, over the steps that decode a token of every sequence.
 
-    Rows that were read first write while the others are read, so they are given tokens enough to stay to the end.
+    Sequences prefilled first decode while the others are prefilled, so all get enough tokens to last until the end.
     """
-    start, reading = model.markers.starts[0], sum(map(len, ids)) // 256
+    start = model.markers.starts[0]
+    reading = sum(map(len, ids)) // 256
     times: list[list[float]] = [[] for _ in ids]
     requests = []
     for prompt, seen in zip(ids, times, strict=True):

@@ -11,8 +11,8 @@ skipping: an epoch over masked chains (x, a, g, y) against an epoch over the sev
     made of the same chains, both packed. Both arms see each chain once: one in seven rows, the other in one row with
     one draw of the visibility. Over epochs that row shows all shorter chains in expectation; in one epoch it trains 3
     steps where the seven rows train 12, and the JSON has both counts. PyTorch counts the FLOPs, forward and backward;
-    "all depths" is an epoch over all chains, where shorter ones have fewer forms. The target is judged on chains with all
-    three steps, since only they have seven forms.
+    "all depths" is an epoch over all chains, where shorter ones have fewer forms. The target is judged on chains with
+    all three steps, since only they have seven forms.
 held-out: held-out loss after the same number of updates of each arm, over five seeds; three epochs as in the paper. The
     masked arms are the default, skip_p 0.5, and skip_p 0.5 with two draws per chain (train.skip_views).
 masks: a training step with step skipping against the same step with causal attention on the same rows.
