@@ -87,7 +87,7 @@ def untimed(row: ChainRow) -> str:
     return row.model_copy(update={"seconds": 0.0}).model_dump_json()
 
 
-def test_a_hundred_random_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
+def test_random_kills_neither_lose_nor_repeat_chains(tmp_path: Path) -> None:
     code = f"import pathlib, test_chains_killed as t; t.kill_often(pathlib.Path({str(tmp_path)!r}))"
     where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT / "tests"), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True)

@@ -162,7 +162,7 @@ def test_two_processes_train_as_one(scenario: Callable[[int, Path], Any], alone:
             torch.testing.assert_close(again(input_ids=batch()["input_ids"]).logits, logits, atol=1e-4, rtol=1e-4)
 
 
-def test_an_expert_that_no_row_has_gets_a_gradient_of_zero(alone: Any) -> None:
+def test_expert_without_tokens_gets_a_zero_gradient(alone: Any) -> None:
     """So DDP waits for nothing, with `find_unused_parameters` as it is by default."""
     gradients = alone[0]["gradients"]
     first = {name: gradient for name, gradient in gradients.items() if "mote_A" in name}

@@ -92,13 +92,13 @@ def test_two_processes_train_as_one(extra: dict[str, str], alone: Path, tiny: Pa
     assert not (folder / "checkpoints").exists()
 
 
-def test_other_stages_want_one_process(tiny: Path, tmp_path: Path) -> None:
+def test_other_stages_refuse_several_processes(tiny: Path, tmp_path: Path) -> None:
     prepare = functools.partial(set_up, {"WORLD_SIZE": "2", "RANK": "1"})
     code, printed = processes.finish(["answer", "--out", str(tmp_path)], tmp_path / "log", prepare)
     assert code == 2 and "WORLD_SIZE=2: only `mote train` runs in several processes" in printed
 
 
-def test_quantised_weights_are_trained_on_and_the_adapter_loads(tiny: Path, tmp_path: Path) -> None:
+def test_training_on_quantised_weights_gives_an_adapter(tiny: Path, tmp_path: Path) -> None:
     """QLoRA: the frozen weights in 4 bits; what is trained is as large and answers on the plain model."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this system")
     folder = tmp_path / "run"

@@ -157,7 +157,7 @@ def assert_kept(folder: Folder, name: str, before: list[dict[str, Any]]) -> None
 # --- kill -9 in every stage
 
 
-def test_killed_in_chains(recipe: Path, reference: Folder, tmp_path: Path) -> None:
+def test_killed_while_making_chains(recipe: Path, reference: Folder, tmp_path: Path) -> None:
     folder = killed(recipe, tmp_path, lambda f: 0 < lines(f / "chains.jsonl") < QUESTIONS)
     before = rows_of(folder / "chains.jsonl")
     printed = again(recipe, folder)
@@ -179,7 +179,7 @@ def test_killed_in_training(recipe: Path, reference: Folder, tmp_path: Path) -> 
     assert (folder / "chains.jsonl").read_bytes() == chains
 
 
-def test_killed_with_the_newest_checkpoint_torn(recipe: Path, reference: Folder, tmp_path: Path) -> None:
+def test_killed_with_an_incomplete_newest_checkpoint(recipe: Path, reference: Folder, tmp_path: Path) -> None:
     folder = killed(recipe, tmp_path, lambda f: len(whole_checkpoints(f)) > 1 and not (f / "adapter").exists())
     *_, older, newest = whole_checkpoints(folder)
     torn = folder / "checkpoints" / f"checkpoint-{newest}"
@@ -233,7 +233,7 @@ def die_in_a_report() -> None:
     report_page.write_json = lambda *_: die()
 
 
-def test_killed_before_a_checkpoint_is_marked_whole(recipe: Path, reference: Folder, tmp_path: Path) -> None:
+def test_killed_before_a_checkpoint_is_marked_complete(recipe: Path, reference: Folder, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     killed_by_itself(recipe, folder, die_before_a_checkpoint_is_whole)
     assert (folder / "checkpoints" / f"checkpoint-{SAVE_STEPS}" / "optimizer.pt").exists()
@@ -272,7 +272,7 @@ def test_killed_between_training_and_answering(recipe: Path, reference: Folder, 
     assert_same(folder, reference)
 
 
-def test_killed_in_answers(recipe: Path, reference: Folder, tmp_path: Path) -> None:
+def test_killed_while_answering(recipe: Path, reference: Folder, tmp_path: Path) -> None:
     total = ANSWERED * len(MODES)
     folder = killed(recipe, tmp_path, lambda f: 0 < answered(f) < total)
     before = {path.name: rows_of(path) for path in (folder / "answers").glob("*.jsonl")}
@@ -296,7 +296,7 @@ def test_killed_in_the_report(recipe: Path, reference: Folder, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["chains.jsonl", f"answers/mote-{MODES[-1]}.jsonl"])
-def test_torn_last_line_is_mended(name: str, recipe: Path, reference: Folder, tmp_path: Path) -> None:
+def test_incomplete_last_line_is_repaired(name: str, recipe: Path, reference: Folder, tmp_path: Path) -> None:
     folder = shutil.copytree(reference, tmp_path / "run")
     path = folder / name
     *whole, last = path.read_bytes().splitlines(keepends=True)
@@ -309,7 +309,7 @@ def test_torn_last_line_is_mended(name: str, recipe: Path, reference: Folder, tm
 
 
 @pytest.mark.parametrize("name", ["questions.jsonl", "recipe.yaml", "environment.json", "report.json"])
-def test_scratch_of_a_killed_writer_is_no_obstacle(name: str, recipe: Path, reference: Folder, tmp_path: Path) -> None:
+def test_leftover_temporary_files_are_ignored(name: str, recipe: Path, reference: Folder, tmp_path: Path) -> None:
     folder = shutil.copytree(reference, tmp_path / "run")
     (folder / name).unlink()
     (folder / f".{name}.tmp").write_text("{ torn")
@@ -351,7 +351,7 @@ def test_stages_alone_make_the_same_rows(recipe: Path, reference: Folder, tmp_pa
     assert_same(folder, reference)
 
 
-def test_chains_of_other_settings_step_aside_and_come_back(tmp_path: Path, recipe: Path, reference: Folder) -> None:
+def test_chains_of_other_settings_are_set_aside_and_restored(tmp_path: Path, recipe: Path, reference: Folder) -> None:
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
     own, before = ["chains", "--recipe", str(recipe), "--out", str(folder)], (folder / "chains.jsonl").read_bytes()
@@ -368,7 +368,7 @@ def test_chains_of_other_settings_step_aside_and_come_back(tmp_path: Path, recip
     assert code == 0 and "they stay" in printed and (folder / "chains.jsonl").read_bytes() == before
 
 
-def test_stages_refuse_what_other_settings_made(tmp_path: Path, recipe: Path, reference: Folder) -> None:
+def test_stages_refuse_results_of_other_settings(tmp_path: Path, recipe: Path, reference: Folder) -> None:
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
     own = ["--recipe", str(recipe), "--out", str(folder)]

@@ -33,7 +33,7 @@ def files(folder: Path, tiny: Path, variants: list[dict[str, Any]], seeds: list[
     return folder / "ablations.yaml"
 
 
-def test_variants_are_trained_answered_with_and_counted(tiny: Path, tmp_path: Path) -> None:
+def test_every_variant_is_trained_and_measured(tiny: Path, tmp_path: Path) -> None:
     own = {"chains": str(tmp_path / "chains.jsonl")}
     variants = [
         {"name": "MoTE", **own},
@@ -69,7 +69,7 @@ def test_variants_are_trained_answered_with_and_counted(tiny: Path, tmp_path: Pa
     assert weights.stat().st_mtime_ns == before
 
 
-def test_chains_are_made_once_for_all(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chains_are_shared_by_all_variants(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     def chains(run: Run) -> None:
@@ -81,7 +81,7 @@ def test_chains_are_made_once_for_all(tiny: Path, tmp_path: Path, monkeypatch: p
     assert made == [9]
 
 
-def test_human_replies_take_the_place_of_chains(tiny: Path, tmp_path: Path) -> None:
+def test_human_replies_replace_the_chains(tiny: Path, tmp_path: Path) -> None:
     """On the same questions; those that the file does not answer are left out."""
     human = tmp_path / "hh.jsonl"
     asked = [row.model_copy(update={"id": ""}) for row in checked(6)]
@@ -103,7 +103,7 @@ def test_human_replies_take_the_place_of_chains(tiny: Path, tmp_path: Path) -> N
     assert [[step.text for step in row.steps] for row in found] == [[f"people say {i}"] for i in range(4)]
 
 
-def test_keys_of_the_file_itself_are_overridden_too(tiny: Path, tmp_path: Path) -> None:
+def test_overrides_reach_keys_of_the_ablations_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({"model": "other/model", "limit": 5}))
     path = files(tmp_path, tiny, [{"name": "a"}], [0])
     wanted = load_ablations(path, ["seeds=[4, 5]", "tasks=[hh-harm]", f"recipe={tmp_path / 'other.yaml'}", "limit=7"])
@@ -117,7 +117,7 @@ def test_keys_of_the_file_itself_are_overridden_too(tiny: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("given", ["seeds=1", "seeds=[]", "seeds=[0, x]", "tasks=7"])
-def test_wrong_keys_of_the_command_line_say_what_may_be_given(given: str, tiny: Path, tmp_path: Path) -> None:
+def test_invalid_overrides_name_the_valid_values(given: str, tiny: Path, tmp_path: Path) -> None:
     key, _, value = given.partition("=")
     with pytest.raises(UserError) as caught:
         load_ablations(files(tmp_path, tiny, [{"name": "a"}], [0]), [given])
@@ -125,7 +125,7 @@ def test_wrong_keys_of_the_command_line_say_what_may_be_given(given: str, tiny: 
     assert said.startswith(f"{key}: '{value}' will not do; give ") and f"as in {key}=[" in said
 
 
-def test_intervals_are_students() -> None:
+def test_intervals_use_students_t() -> None:
     assert interval([2.0]).half is None
     three = interval([1.0, 2.0, 4.5])
     spread = math.sqrt(((1 - 2.5) ** 2 + (2 - 2.5) ** 2 + (4.5 - 2.5) ** 2) / 2)
@@ -148,12 +148,12 @@ def test_intervals_are_students() -> None:
         ([{"name": "a", "kind": "guessed"}], "variants.0.kind"),
     ],
 )
-def test_wrong_recipes_are_named(variants: Any, complaint: str, tiny: Path, tmp_path: Path) -> None:
+def test_invalid_ablation_recipes_are_refused(variants: Any, complaint: str, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=complaint):
         load_ablations(files(tmp_path, tiny, variants, [0]))
 
 
-def test_wrong_variants_are_named_before_anything_starts(tiny: Path, tmp_path: Path) -> None:
+def test_invalid_variants_are_refused_before_the_run(tiny: Path, tmp_path: Path) -> None:
     for settings, complaint in (
         ({"train.skip_p": 2}, "the variant 'a': train.skip_p"),
         ({"train.learning_rat": 2}, r"unknown setting 'train\.learning_rat'"),
@@ -170,9 +170,7 @@ def test_wrong_variants_are_named_before_anything_starts(tiny: Path, tmp_path: P
         load_ablations(tmp_path / "no.yaml")
 
 
-def test_the_recipe_of_all_methods_has_them_all_and_its_plan_is_printed(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_methods_recipe_plans_every_method(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = ROOT / "recipes" / "comparisons" / "methods.yaml"
     assert path.read_text().startswith("# mote ablations recipes/comparisons/methods.yaml ")
     assert [variant.method for variant in load_ablations(path).variants] == [m for m in METHODS if m != "mote-built"]

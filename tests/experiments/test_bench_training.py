@@ -53,7 +53,7 @@ def workload() -> Workload:
     return prepare(None, "tiny", "cpu", "float32", None, 8)
 
 
-def test_a_chain_has_seven_forms_and_shorter_ones_have_fewer() -> None:
+def test_full_chain_has_seven_forms() -> None:
     assert [sorted(set(form.steps)) for form in seven(CHAIN)] == [
         [0, 1], [0, 2], [0, 3], [0, 1, 2], [0, 1, 3], [0, 2, 3], [0, 1, 2, 3],
     ]  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_chain_has_seven_forms_and_shorter_ones_have_fewer() -> None:
     assert len(seven(forms[4])) == 3 and len(seven(forms[2])) == 1
 
 
-def test_flops_are_those_of_the_products() -> None:
+def test_counted_flops_equal_the_matmul_flops() -> None:
     """The in-place product and the CPU's attention, which PyTorch's counter leaves out."""
 
     def counted(action: Any) -> int:
@@ -86,7 +86,7 @@ def test_flops_are_those_of_the_products() -> None:
     assert backward == 7 * (2 * 2 * 4 * 6 * 6 * 8)
 
 
-def test_a_masked_pass_has_at_most_030_of_the_flops_of_the_seven_data_sets(workload: Workload) -> None:
+def test_masked_pass_needs_at_most_30_percent_of_the_flops(workload: Workload) -> None:
     model = with_experts(workload, workload.config, False)
     whole = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)]
     built = [form for row in whole for form in seven(row)]
@@ -97,7 +97,7 @@ def test_a_masked_pass_has_at_most_030_of_the_flops_of_the_seven_data_sets(workl
     assert 1 / 7 < masked / all_forms < 0.30
 
 
-def test_everything_measured_is_in_the_file(tmp_path: Path) -> None:
+def test_training_bench_writes_every_measure(tmp_path: Path) -> None:
     out = tmp_path / "training.json"
     result = measure_training(quick("skipping,masks,trainers,held-out"), out)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
@@ -131,7 +131,7 @@ def test_training_targets_are_judged_by_the_median() -> None:
     assert not target["met"]
 
 
-def test_the_peak_of_each_trainer_is_printed(
+def test_each_trainer_prints_its_peak_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["trainers", json.dumps(asdict(quick("memory", count=3))), ARMS[-1]])
@@ -139,7 +139,7 @@ def test_the_peak_of_each_trainer_is_printed(
     assert float(capsys.readouterr().out.split()[-1]) > 100
 
 
-def test_real_chains_are_the_accepted_ones(tiny: Path, tmp_path: Path) -> None:
+def test_only_accepted_chains_are_benchmarked(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "chains.jsonl"
     rows = [made("one", "How?", response="So."), made("two", "Why?", analysis="It asks.", response="Hence.")]
     append_rows(file, [*rows, made("three", "What?", safe=False, response="No.")])
@@ -151,7 +151,7 @@ def test_real_chains_are_the_accepted_ones(tiny: Path, tmp_path: Path) -> None:
         measure_training(replace(quick("skipping"), model=str(tiny), shape=None, chains=str(file)))
 
 
-def test_made_up_chains_have_the_papers_depths() -> None:
+def test_random_chains_have_the_papers_depths() -> None:
     rows = random_rows(400, 100, Markers((101, 103, 105), (102, 104, 106)))
     one, two, three = facts(rows)["chains of one, two, three steps"]
     assert abs(three / 400 - 0.614) < 0.08 and abs(two / 400 - 0.101) < 0.05 and one + two + three == 400

@@ -86,11 +86,11 @@ def lines_of(table: PaperComparison, whose: str) -> dict[str, TableLine]:
     return {line.row: line for line in table.lines if line.whose == whose}
 
 
-def test_there_is_a_recipe_for_each() -> None:
+def test_every_table_has_a_recipe() -> None:
     assert list(RECIPES) == NAMES
 
 
-def test_recipes_ablations_is_the_same_folder_by_another_name() -> None:
+def test_recipes_ablations_is_an_alias() -> None:
     other = ROOT / "recipes" / "ablations"
     if not other.is_symlink():  # git without symbolic links writes a file that holds the name
         assert other.read_text() == "paper"
@@ -101,7 +101,7 @@ def test_recipes_ablations_is_the_same_folder_by_another_name() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipes_open_with_their_commands_and_every_variant_can_work(name: str, tmp_path: Path) -> None:
+def test_paper_recipes_open_with_their_command(name: str, tmp_path: Path) -> None:
     head = [line for line in RECIPES[name].read_text().splitlines() if line.startswith("#")]
     assert head[0].startswith(f"# mote ablations recipes/paper/{name}.yaml ")
     small = next(line for line in head if line.startswith(f"#   mote ablations recipes/paper/{name}.yaml"))
@@ -120,7 +120,7 @@ def test_recipes_open_with_their_commands_and_every_variant_can_work(name: str, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_gives_the_papers_rows_beside_ours(
+def test_tables_list_the_papers_rows_beside_ours(
     name: str, small: Path, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(name, small, pool, tmp_path / "out")
@@ -160,7 +160,9 @@ def test_a_recipe_gives_the_papers_rows_beside_ours(
         assert {len(json.loads(line)["steps"]) for line in chains.splitlines()} == {1}
 
 
-def test_a_cut_comparison_goes_on(small: Path, pool: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_ablations_resume(
+    small: Path, pool: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """What is trained and judged stays; another judge finds the adapters."""
     run("figure6", small, pool, tmp_path / "out")
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.eval")}
@@ -172,7 +174,7 @@ def test_a_cut_comparison_goes_on(small: Path, pool: Path, tmp_path: Path, capfd
     assert table_of(tmp_path / "out") == first
 
 
-def test_a_dry_run_says_what_would_be_done(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_lists_variants_and_tasks(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         words = ["ablations", RECIPES["table1"], f"recipe={small / 'small.yaml'}", "--dry-run", "--out", tmp_path / "o"]
         patch.setattr("sys.argv", ["mote", *map(str, words)])
@@ -192,7 +194,7 @@ def test_a_dry_run_says_what_would_be_done(small: Path, tmp_path: Path, capsys: 
         ("figure5", "rule", None, "can judge none of"),
     ],
 )
-def test_what_the_tasks_lack_is_found_before_training(
+def test_missing_task_data_is_refused_before_training(
     name: str, judge: str, data: str | None, complaint: str, small: Path, tmp_path: Path
 ) -> None:
     from mote.experiments.ablations import run_ablations
@@ -204,7 +206,7 @@ def test_what_the_tasks_lack_is_found_before_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_that_the_paper_lacks_is_refused(tmp_path: Path) -> None:
+def test_unknown_paper_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.yaml"
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
     path.write_text(yaml.safe_dump({"name": "t", "table": "table9", "recipe": recipe, "variants": [{"name": "a"}]}))
@@ -231,7 +233,7 @@ def compared(name: str, rows: list[Measured], judge: str = "llm:x", overrides: t
     return beside_the_paper(wanted, result, judge, Path("upstream"))
 
 
-def test_a_rate_is_in_percent_with_the_interval_over_prompts_or_over_seeds() -> None:
+def test_rates_are_percentages_with_intervals() -> None:
     interval = {"harmless adaptive": {"low": 0.6, "high": 0.9, "n": 20}}
     one = lines_of(compared("table4", [row("MoTE", 0, {"harmless adaptive": 0.8}, interval)]), OURS)["MoTE"]
     assert one.cells["Harm"] == Cell(value=80, low=60, high=90, n=20, judge="llm:x")
@@ -242,7 +244,7 @@ def test_a_rate_is_in_percent_with_the_interval_over_prompts_or_over_seeds() -> 
     assert two.half == pytest.approx(12.706 * 5) and two.text() == "75 ± 64 (n 40)"
 
 
-def test_a_number_that_no_verdict_was_read_for_is_shown_as_none() -> None:
+def test_number_without_parsed_verdicts_is_none() -> None:
     measured = row("LoRA", 0, {}, {"help adaptive": {"low": None, "high": None, "n": 0}})
     judged = measured.judged["help adaptive"].model_copy(update={"unparsed": 12, "absent": 1})
     table = compared("table4", [measured.model_copy(update={"judged": {"help adaptive": judged}})])
@@ -252,7 +254,7 @@ def test_a_number_that_no_verdict_was_read_for_is_shown_as_none() -> None:
     assert "| LoRA | paper, Wizard-Vicuna-Uncensored-7B | 7.12 | 90.89 | 5.43 |" in text
 
 
-def test_costs_are_in_units_of_another_row() -> None:
+def test_costs_are_relative_to_a_reference_row() -> None:
     costs = [("built chains", 400.0, 30.0), ("MoTE", 100.0, 15.0)]
     rows = [row(name, 0, {"tokens of training": t, "seconds of training": s}, {}) for name, t, s in costs]
     ours = lines_of(compared("table6", rows), OURS)
@@ -260,7 +262,7 @@ def test_costs_are_in_units_of_another_row() -> None:
     assert not lines_of(compared("table6", rows[1:]), OURS)  # nothing to measure it by yet
 
 
-def test_what_differs_is_said_from_the_settings() -> None:
+def test_differences_follow_from_the_settings() -> None:
     overrides = [f"recipe={ROOT / 'recipes' / 'quickstart.yaml'}", "limit=50", "answer.limit=9"]
     wanted = load_ablations(RECIPES["table4"], overrides)
     rows = [row("MoTE", 0, {}, {}, chains=17), row("LoRA", 0, {}, {}, chains=17)]
@@ -275,7 +277,7 @@ def test_what_differs_is_said_from_the_settings() -> None:
     assert "Training: the paper's rank, epochs, rate, batch." in same
 
 
-def test_the_papers_numbers_are_the_same_everywhere() -> None:
+def test_paper_numbers_match_the_docs() -> None:
     values = {row.key: row.values[0] for row in paper_table("table2").rows}
     assert {key: values[key] for key in PAPER_SELF_BLEU} == PAPER_SELF_BLEU
     for name in NAMES:

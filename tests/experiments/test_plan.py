@@ -62,14 +62,14 @@ def test_only_targeted_layers_count(targets: str | list[str], per_layer: int) ->
     assert found == 30 * 16 * 4 * per_layer + 2 * 3 * 576
 
 
-def test_targets_that_are_not_there() -> None:
+def test_unknown_target_modules_are_refused() -> None:
     with pytest.raises(UserError, match=r"experts\.target_modules=\['c_attn'\] names no linear layer; .*q_proj"):
         count_trainable(recipe(experts={"target_modules": ["c_attn"]}), SMOLLM2, steps=3)
     with pytest.raises(UserError, match=r"target_modules='\(' is not a regular expression"):
         count_trainable(recipe(experts={"target_modules": "("}), SMOLLM2, steps=3)
 
 
-def test_parameters_of_known_models() -> None:
+def test_parameter_counts_of_known_models() -> None:
     llama = ModelShape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256)
     vicuna = ModelShape(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, vocab=32000)
     assert count_parameters(SMOLLM2) == 134_515_008
@@ -80,7 +80,7 @@ def test_parameters_of_known_models() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("mix", [0.5, 1.0])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
-def test_counts_are_those_of_a_real_model(tied: bool, mix: float, targets: str | list[str]) -> None:
+def test_counts_equal_those_of_a_real_model(tied: bool, mix: float, targets: str | list[str]) -> None:
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -106,7 +106,7 @@ def test_counts_are_those_of_a_real_model(tied: bool, mix: float, targets: str |
     assert count_trainable(settings, shape, steps=3) == trained
 
 
-def test_heads_of_their_own_width() -> None:
+def test_head_size_may_differ_from_hidden_over_heads() -> None:
     assert linear_shapes(ModelShape(**TINY))["self_attn.o_proj"] == (32, 32)
     assert linear_shapes(ModelShape(**TINY, head_dim=16))["self_attn.o_proj"] == (64, 32)
 
@@ -137,13 +137,13 @@ def test_shape_of_a_local_model(tmp_path: Path) -> None:
     assert not any("model type" in note for note in result.notes)
 
 
-def test_another_kind_of_model_is_said(tmp_path: Path) -> None:
+def test_other_architectures_are_noted(tmp_path: Path) -> None:
     assert any(
         "model type 'mixtral'" in note for note in planned(model=config_folder(tmp_path, model_type="mixtral")).notes
     )
 
 
-def test_shape_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_model_shape_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
         UserError, match=r"shape of 'no-such/model' is not known here; .*add shape: .*layers.*to the recipe"
@@ -163,7 +163,7 @@ def test_shape_of_the_recipe_comes_first() -> None:
 # --- expectations
 
 
-def test_expected_lengths_are_the_papers() -> None:
+def test_expected_lengths_follow_the_papers_shares() -> None:
     scheme = load_scheme("safety")
     assert expected_steps(scheme, "adaptive") == pytest.approx(1 + 0.715 + 0.614)
     assert expected_steps(scheme, "adaptive+check") == pytest.approx(1 + 2 * 0.715 + 3 * 0.614)
@@ -185,7 +185,7 @@ def test_stages_in_order_with_positive_numbers() -> None:
     assert result.training_bytes > 4 * result.parameters + 16 * result.trainable
 
 
-def test_estimates_move_the_right_way() -> None:
+def test_estimates_are_monotonic() -> None:
     def stage(name: str, **settings: Any) -> float:
         return next(stage.seconds or 0 for stage in planned(**settings).stages if stage.name == name)
 
@@ -209,7 +209,7 @@ def test_estimates_move_the_right_way() -> None:
     assert fast.seconds < plain.seconds
 
 
-def test_memory_of_training_is_near_a_measured_peak() -> None:
+def test_training_memory_is_near_a_measured_peak() -> None:
     """SmolLM2-135M on a CPU, 4 rows of 490 tokens: 4.7 GB at the peak."""
     settings = {"per_device_train_batch_size": 4, "max_length": 490}
     assert planned(train=settings).training_bytes == pytest.approx(4.68e9, rel=0.1)
@@ -218,7 +218,7 @@ def test_memory_of_training_is_near_a_measured_peak() -> None:
 # --- notes and errors
 
 
-def test_questions_that_are_not_there_yet_are_noted() -> None:
+def test_missing_question_file_is_noted() -> None:
     result = planned(questions="not-yet.jsonl", limit=77)
     assert result.stages[0].what == "77 from not-yet.jsonl"
     assert any("not-yet.jsonl is not here" in note and "77" in note for note in result.notes)
@@ -226,7 +226,7 @@ def test_questions_that_are_not_there_yet_are_noted() -> None:
     assert any("a guess" in note for note in planned(questions="not-yet.jsonl").notes)
 
 
-def test_questions_that_are_bad_are_an_error(tmp_path: Path) -> None:
+def test_invalid_question_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("{}\n")
     with pytest.raises(UserError, match=r"q\.jsonl line 1"):
@@ -242,12 +242,12 @@ def test_questions_that_are_bad_are_an_error(tmp_path: Path) -> None:
         ({"questions": "mote:dev"}, "'mote:dev' is not a set"),
     ],
 )
-def test_settings_that_cannot_work_are_found_before_the_run(settings: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_found_by_the_plan(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         planned(**settings)
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_plans_that_exceed_memory_are_noted() -> None:
     small = MACHINE.model_copy(update={"memory": 4_000_000_000})
     assert any("training may not fit" in note and "batch_size" in note for note in plan(recipe(), small).notes)
     tiny = MACHINE.model_copy(update={"memory": 1_000_000_000})
@@ -255,14 +255,14 @@ def test_what_does_not_fit_is_said() -> None:
     assert planned(limit=8, train={"max_length": 128}).notes == ()
 
 
-def test_server_makes_the_chains() -> None:
+def test_chains_of_a_server_have_no_time_estimate() -> None:
     result = planned(engine="http://localhost:8000/v1")
     assert result.stages[1].seconds is None
     assert any("http://localhost:8000/v1" in note for note in result.notes)
     assert " ? " in result.table()
 
 
-def test_gpu_that_is_not_here() -> None:
+def test_plan_for_a_missing_gpu_is_noted() -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -288,7 +288,7 @@ def test_table() -> None:
     assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("note"))
 
 
-def test_this_machine_is_measured() -> None:
+def test_throughput_is_measured() -> None:
     machine = measure("cpu", seconds=0.1)
     assert machine.dtype == "float32"
     assert machine.flops > 1e8 and machine.bandwidth > 1e8 and machine.memory > 1e8
@@ -297,7 +297,7 @@ def test_this_machine_is_measured() -> None:
 # --- shipped recipes
 
 
-def test_recipes_are_there() -> None:
+def test_shipped_recipes_exist() -> None:
     assert {path.stem for path in RECIPES} >= {"hh-rlhf", "paper-llama-3.1-8b", "paper-wizard-vicuna-7b"}
 
 
@@ -313,7 +313,7 @@ def test_recipe_opens_with_its_command_and_can_be_planned(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["paper-llama-3.1-8b", "paper-wizard-vicuna-7b"])
-def test_paper_recipes_are_the_papers_set_up(name: str) -> None:
+def test_paper_recipes_use_the_papers_set_up(name: str) -> None:
     settings = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     train, experts = settings.train, settings.experts
     assert (experts.r, experts.mix, experts.target_modules) == (16, 0.5, "all-linear")

@@ -26,7 +26,7 @@ def test_tensorboard_gets_the_losses(tiny: Path, tmp_path: Path) -> None:
     assert not (folder / "checkpoints").exists()
 
 
-def test_trackers_that_are_not_there_are_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_trackers_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mote.train.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(UserError, match=r"train\.report_to=wandb: it is not installed; `pip install wandb`"):
         check_settings(recipe(tiny, report_to=["tensorboard", "wandb"]), SCHEME, tmp_path)
@@ -55,7 +55,7 @@ def test_training_stops_when_the_held_out_loss_does_not_improve(tiny: Path, tmp_
         assert torch.equal(weights_of(folder)[name], weight), name
 
 
-def test_the_best_checkpoint_is_kept_at_steps_too(tiny: Path, tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_when_evaluating_by_steps(tiny: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     losses, folder = evaluated(tiny, tmp_path, **changes)
     assert [row["step"] for row in rows_of(folder, "eval_loss")][:3] == [2, 4, 6]
@@ -63,13 +63,13 @@ def test_the_best_checkpoint_is_kept_at_steps_too(tiny: Path, tmp_path: Path) ->
     assert f"{min(losses):.4f}" in (folder / "adapter" / "README.md").read_text()
 
 
-def test_the_best_of_nothing_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_best_checkpoint_needs_held_out_chains(tiny: Path, tmp_path: Path) -> None:
     for changes in ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}):
         with pytest.raises(UserError, match=r"train\.held_out=0\.0: the best checkpoint is that of the lowest"):
             check_settings(recipe(tiny, held_out=0.0, **changes), SCHEME, tmp_path)
 
 
-def test_loss_on_the_response_alone_is_a_weight_of_0_for_the_rest(tiny: Path, tmp_path: Path) -> None:
+def test_response_loss_equals_zero_weights_on_other_steps(tiny: Path, tmp_path: Path) -> None:
     whole = trained(tiny, tmp_path / "a", loss="response")
     weighed = trained(tiny, tmp_path / "b", step_weights={"analysis": 0, "guidance": 0})
     assert rows_of(whole, "loss")[0]["loss"] == rows_of(weighed, "loss")[0]["loss"]
@@ -80,6 +80,6 @@ def test_loss_on_the_response_alone_is_a_weight_of_0_for_the_rest(tiny: Path, tm
         check_settings(recipe(tiny, loss="response", step_weights={"response": 2}), SCHEME, tmp_path)
 
 
-def test_a_push_needs_a_name(tiny: Path, tmp_path: Path) -> None:
+def test_push_to_hub_needs_a_repository(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.push_to_hub=true: give the repository too"):
         training_arguments(recipe(tiny, push_to_hub=True), tmp_path)

@@ -13,7 +13,7 @@ from support.training import chains, recipe, rows_of, trained
 from mote.core.records import rewrite_rows
 
 
-def test_the_card_says_what_was_trained(tiny: Path, tmp_path: Path) -> None:
+def test_model_card_states_what_was_trained(tiny: Path, tmp_path: Path) -> None:
     folder = trained(tiny, tmp_path, count=24, held_out=0.25)
     card = (folder / "adapter" / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
@@ -41,7 +41,7 @@ def push(hub: Hub, tiny: Path, folder: Path, token: str) -> subprocess.Completed
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=100, check=False)
 
 
-def test_the_hub_gets_the_adapter_and_a_refusal_keeps_it(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+def test_adapter_is_pushed_and_kept_if_the_hub_refuses(hub: Hub, tiny: Path, tmp_path: Path) -> None:
     done = push(hub, tiny, tmp_path / "run", "secret")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"pushed to {hub.address}/user/name/commit/1" in done.stderr

@@ -51,7 +51,7 @@ def gradients(model: Any, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("markers", [True, False])
-def test_tiles_have_the_losses_and_gradients_of_all_logits(
+def test_tiled_loss_and_gradients_equal_full_logits(
     tied: bool, markers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "TILE", 7)
@@ -72,7 +72,7 @@ def test_tiles_have_the_losses_and_gradients_of_all_logits(
         torch.testing.assert_close(found_grads[name], grad, atol=1e-5 * largest, rtol=1e-4, msg=name)
 
 
-def test_gradients_are_the_numeric_ones() -> None:
+def test_gradients_equal_numeric_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, rows = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (9, 11, 2))
     labels = torch.randint(11, (9,), generator=generator)
@@ -84,7 +84,7 @@ def test_gradients_are_the_numeric_ones() -> None:
     assert torch.autograd.gradcheck(sums, (x.requires_grad_(), rows.requires_grad_()), eps=1e-2, atol=2e-3)
 
 
-def test_a_batch_without_labels_has_no_loss_and_still_a_gradient(tiny: Path) -> None:
+def test_batch_without_labels_has_zero_loss_and_a_gradient(tiny: Path) -> None:
     model = trained(tiny)
     inputs, labels = batch(model)
     head = plain_head(model)
@@ -95,7 +95,7 @@ def test_a_batch_without_labels_has_no_loss_and_still_a_gradient(tiny: Path) -> 
     assert all(not p.grad.any() for p in model.parameters() if p.requires_grad and p.grad is not None)
 
 
-def test_without_gradients_none_are_computed(tiny: Path) -> None:
+def test_no_gradients_are_computed_under_no_grad(tiny: Path) -> None:
     model = trained(tiny)
     inputs, labels = batch(model)
     head = plain_head(model)
@@ -107,7 +107,7 @@ def test_without_gradients_none_are_computed(tiny: Path) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_no_logits_of_all_tokens_are_kept(tiny: Path) -> None:
+def test_full_logits_are_never_materialised(tiny: Path) -> None:
     model = trained(tiny)
     inputs, labels = batch(model)
     head = plain_head(model)
@@ -128,7 +128,7 @@ def test_no_logits_of_all_tokens_are_kept(tiny: Path) -> None:
     assert max(kept) >= all_logits
 
 
-def test_a_head_that_is_trained_or_of_another_family_is_left_alone(tiny: Path) -> None:
+def test_trained_or_unknown_heads_use_the_plain_loss(tiny: Path) -> None:
     model = trained(tiny)
     model.get_base_model().get_output_embeddings().original_module.weight.requires_grad_(True)
     assert plain_head(model) is None

@@ -118,7 +118,7 @@ def test_every_method_trains_and_answers_with_the_same_call(
         assert strict.safe is False and strict.checks[-1].depth == "full" and 0 < strict.checks[-1].score < 1
 
 
-def test_a_lora_is_pefts_own(tiny: Path) -> None:
+def test_lora_method_equals_peft_lora(tiny: Path) -> None:
     """The same loss and gradients on the same chains, to 1e-6; the plain causal mask is all there is."""
     for method, r, alpha in (("lora", 4, 8), ("lora-x2", 8, 16)):
         given, model, config = rows(tiny, method, chains())
@@ -164,7 +164,7 @@ def test_separate_models_are_loras_trained_on_one_step_each(tiny: Path) -> None:
         assert all(torch.equal(g[take].abs().sum(), g.abs().sum()) for g in gradients)  # type: ignore[index, union-attr]
 
 
-def test_built_chains_are_those_that_skipping_stands_for(tiny: Path, tmp_path: Path) -> None:
+def test_expanded_chains_are_all_outcomes_of_skipping(tiny: Path, tmp_path: Path) -> None:
     """All that end with the answer, the whole one first; of a held-out chain only that one counts."""
     from mote.train.examples import split_groups
 
@@ -192,7 +192,7 @@ def test_separate_rows_hold_every_label_of_a_chain_once(tiny: Path) -> None:
         assert [label for label in row.labels if label != IGNORED] == own
 
 
-def test_separate_models_answer_as_each_one_alone_would(tiny: Path, tmp_path: Path) -> None:
+def test_separate_models_answer_like_each_model_alone(tiny: Path, tmp_path: Path) -> None:
     """Greedy steps are those of a plain LoRA of that step, loaded without mote's routing, on the text so far."""
     folder = trained(tiny, tmp_path / "run", method="separate", num_train_epochs=4)
     model = mote.load(str(tiny), folder / "adapter", device="cpu")
@@ -232,7 +232,7 @@ def test_separate_models_answer_as_each_one_alone_would(tiny: Path, tmp_path: Pa
     assert tuple(decode_steps(model.tokenizer, ids[begin:], model.markers, model.config.experts)) == answer.steps
 
 
-def test_separate_models_have_nobody_to_choose_the_steps(tiny: Path, tmp_path: Path) -> None:
+def test_separate_models_have_no_adaptive_mode(tiny: Path, tmp_path: Path) -> None:
     folder = trained(tiny, tmp_path, method="separate")
     model = mote.load(str(tiny), folder / "adapter", device="cpu")
     with pytest.raises(UserError, match=r"use one of \['direct', 'analysis', 'full'\]"):
@@ -261,7 +261,7 @@ def test_chains_may_be_cut_to_some_steps(tiny: Path, tmp_path: Path) -> None:
             check_settings(recipe(tiny, steps=wrong), SCHEME, tmp_path)
 
 
-def test_the_fourth_expert_learns_verdicts_alone(tiny: Path) -> None:
+def test_fourth_expert_learns_only_verdicts(tiny: Path) -> None:
     """Of every answer that was tried; skipping never hides the answer from its verdict."""
     given, model, config = rows(tiny, "four-experts", checked())
     assert config.experts == (*SCHEME.steps, "check")
@@ -290,9 +290,7 @@ def test_the_fourth_expert_learns_verdicts_alone(tiny: Path) -> None:
     assert all(check.any() for *_, check in gradients)
 
 
-def test_gates_have_a_loss_in_training_and_none_on_held_out_chains(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gate_loss_is_added_in_training_only(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"method": "moelora", "learning_rate": 1e-9, "skip_p": 0}
     before = rows_of(trained(tiny, tmp_path / "with", **changes), "loss")[0]["loss"]
     part = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 8}
@@ -305,7 +303,7 @@ def test_gates_have_a_loss_in_training_and_none_on_held_out_chains(
     assert rows_of(tmp_path / "without", "eval_loss")[-1]["eval_loss"] == pytest.approx(held, abs=1e-6)
 
 
-def test_settings_of_the_methods(tiny: Path) -> None:
+def test_apply_method_overrides_settings(tiny: Path) -> None:
     def config(method: str) -> Any:
         return mote_config(recipe(tiny, method=method), SCHEME)
 

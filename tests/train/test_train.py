@@ -31,7 +31,7 @@ def tokens(ids: list[int], steps: list[int]) -> Tokens:
     return Tokens(ids=ids, labels=[IGNORED, *ids[1:]], steps=steps)
 
 
-def test_training_learns_keeps_the_base_and_says_what_it_did(tiny: Path, tmp_path: Path) -> None:
+def test_training_reduces_loss_and_keeps_base_weights(tiny: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny), device="cpu")
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     adapter = train(base, chains(24), SCHEME, recipe(tiny, num_train_epochs=6), tmp_path)
@@ -76,7 +76,7 @@ def test_held_out_loss_equals_a_plain_loop(tiny: Path, tmp_path: Path) -> None:
         assert last[key] == pytest.approx(sum(values) / len(values), abs=1e-4), group
 
 
-def test_marker_rows_may_have_a_learning_rate_of_their_own(tiny: Path, tmp_path: Path) -> None:
+def test_marker_rows_take_a_separate_learning_rate(tiny: Path, tmp_path: Path) -> None:
     def moved(folder: str, **changes: Any) -> float:
         base = load_base(str(tiny), device="cpu")
         adapter = train(base, chains(), SCHEME, recipe(tiny, num_train_epochs=1, **changes), tmp_path / folder)
@@ -90,7 +90,7 @@ def test_marker_rows_may_have_a_learning_rate_of_their_own(tiny: Path, tmp_path:
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_packing_changes_rows_and_nothing_else(
+def test_packing_does_not_change_the_update(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
 ) -> None:
     """One update from the same chains and draws: loss, gradient, tokens and held-out losses are those without it."""
@@ -120,7 +120,9 @@ def test_packing_changes_rows_and_nothing_else(
     assert found == pytest.approx(wanted, abs=1e-5)
 
 
-def test_packed_training_goes_on_where_it_was_cut(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_packed_training_resumes_exactly(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes: dict[str, Any] = {
         "packing": True, "max_length": 64, "num_train_epochs": 4, "save_steps": 1, "per_device_train_batch_size": 2,
         "step_weights": {"analysis": 0.5}, "skip_views": 2,
@@ -150,7 +152,7 @@ def test_packed_training_goes_on_where_it_was_cut(tiny: Path, tmp_path: Path, mo
     [{"analysis": 0, "guidance": 0, "response": 1}, {"analysis": 0.5, "guidance": 0, "response": 2}],
     ids=["response only", "weights"],
 )
-def test_step_weights_weigh_the_loss(tiny: Path, tmp_path: Path, given: dict[str, float]) -> None:
+def test_step_weights_scale_the_loss(tiny: Path, tmp_path: Path, given: dict[str, float]) -> None:
     """The logged loss is sum(weight * cross-entropy) / sum(weight) over all tokens of an update."""
     base, settings = load_base(str(tiny), device="cpu"), recipe(tiny)
     config = mote_config(settings, SCHEME)
@@ -178,7 +180,7 @@ def test_step_weights_weigh_the_loss(tiny: Path, tmp_path: Path, given: dict[str
     assert rows_of(plainly, "loss")[0]["loss"] != pytest.approx(total / count, abs=1e-2)
 
 
-def test_views_lengthen_rows_and_keep_the_loss(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_draws_lengthen_rows_and_keep_the_loss(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Experts begin at zero, where a view changes nothing but sights: a chance near 0 shows the whole chain twice."""
     changes = {"held_out": 0, "learning_rate": 1e-9, "skip_p": 1e-9, "step_weights": {"analysis": 0.5}}
     plain = trained(tiny, tmp_path / "plain", **changes)
@@ -203,7 +205,7 @@ def _left_out(capsys: pytest.CaptureFixture[str]) -> int:
     return int(found[1]) if found else 0
 
 
-def test_chains_without_a_weight_are_left_out(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chains_with_zero_weight_are_left_out(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained(tiny, tmp_path, step_weights={"response": 0})  # three of the chains are a response alone
     assert "3 chains have only steps whose train.step_weights are 0 and are left out" in capsys.readouterr().err
     assert rows_of(folder, "loss")
@@ -221,12 +223,12 @@ def test_chains_without_a_weight_are_left_out(tiny: Path, tmp_path: Path, capsys
         ({"attention": "flex_attention"}, r"train\.attention=flex_attention: .* use sdpa"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(tiny: Path, changes: dict[str, Any], complaint: str) -> None:
+def test_invalid_training_settings_are_refused(tiny: Path, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         check_settings(recipe(tiny, **changes), SCHEME, Path("runs"))
 
 
-def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_ignored(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path) is None
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -235,7 +237,7 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
 
 
-def test_splits_are_fixed_and_leave_something_to_train_on() -> None:
+def test_splits_are_deterministic_and_leave_training_rows() -> None:
     groups = [[tokens([i, i], [0, 3]), tokens([i, i, i], [0, 1, 3])] for i in range(10)]
     kept, held = split_groups(groups, 0.3, 1)
     assert len(held) == 6 and {id(row) for row in kept + held} == {id(row) for group in groups for row in group}
@@ -244,12 +246,12 @@ def test_splits_are_fixed_and_leave_something_to_train_on() -> None:
     assert split_groups(groups[:1], 0.9, 0) == (groups[0], [])
 
 
-def test_nothing_to_train_on_is_said(tiny: Path, tmp_path: Path) -> None:
+def test_no_usable_chain_is_an_error(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 2 chains can be trained on"):
         train(load_base(str(tiny), device="cpu"), chains(7)[5:], SCHEME, recipe(tiny), tmp_path)
 
 
-def test_any_training_argument_may_be_set_and_others_are_named(tiny: Path, tmp_path: Path) -> None:
+def test_training_arguments_pass_and_unknown_ones_are_named(tiny: Path, tmp_path: Path) -> None:
     arguments = training_arguments(recipe(tiny, weight_decay=0.1, lr_scheduler_type="cosine"), tmp_path)
     assert arguments.weight_decay == 0.1 and arguments.lr_scheduler_type == "cosine"
     with pytest.raises(UserError, match=r"unknown setting 'train\.learning_rat'"):
