@@ -277,7 +277,7 @@ def test_differences_follow_from_the_settings() -> None:
     assert "Training: the paper's rank, epochs, rate, batch." in same
 
 
-def test_paper_numbers_match_the_docs() -> None:
+def test_paper_numbers_are_consistent() -> None:
     values = {row.key: row.values[0] for row in paper_table("table2").rows}
     assert {key: values[key] for key in PAPER_SELF_BLEU} == PAPER_SELF_BLEU
     for name in NAMES:
