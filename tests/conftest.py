@@ -20,7 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-SLOW_MODULES = ("support.processes", "support.servers", "support.fake_server", "support.hub_server", "support.vllm")
+SLOW_MODULES = {f"support.{name}" for name in ("processes", "cli_runs", "servers", "fake_server", "hub_server", "vllm")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:

@@ -424,7 +424,7 @@ def test_the_command_says_what_it_wrote(
         ),
         (
             ["--adapter", "ONE", "--out", "OUT", "--format", "merged", "--mode", "direct", "--mode", "full"],
-            "mode: ['direct', 'full']: a model has one mode of its own; give --mode once",
+            "mode: ['direct', 'full']: an exported model has one default mode; give --mode once",
         ),
         (
             ["--adapter", "ONE", "--out", "OUT", "--format", "engine-steps", "--mode", "full"],

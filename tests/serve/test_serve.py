@@ -61,7 +61,8 @@ def test_openai_client_gets_the_models_answer(client: openai.OpenAI, model: Mode
         messages=[{"role": "user", "content": QUESTIONS[0]}],
         extra_body={"max_step_tokens": 8},
     )
-    choice, usage = reply.choices[0], reply.usage
+    choice = reply.choices[0]
+    usage = reply.usage
     assert choice.message.content == expected.answer and choice.finish_reason == expected.finish
     assert getattr(choice.message, "reasoning_content", None) == (reasoning_of(expected) or None)
     assert usage is not None and usage.completion_tokens == expected.tokens.total
@@ -158,7 +159,8 @@ def test_stop_string_ends_the_response_and_frees_the_slot(address: str, model: M
         finish = chunks[-1]["choices"][0]["finish_reason"]
     else:
         choice = reply.json()["choices"][0]
-        said, finish = choice["message"]["content"], choice["finish_reason"]
+        said = choice["message"]["content"]
+        finish = choice["finish_reason"]
     assert (said, finish) == (expected, "stop")
     wait_until(lambda: model.batcher.rows == (0, 0))
 
@@ -415,7 +417,8 @@ def test_health_and_metrics(address: str) -> None:
 
 def test_model_failure_gets_500_and_the_server_goes_on(model: Model, address: str) -> None:
     whole = ask(address).json()["choices"]
-    forward, model.batcher._model = model.batcher._model, None
+    forward = model.batcher._model
+    model.batcher._model = None
     try:
         reply = ask(address)
     finally:

@@ -63,7 +63,8 @@ def test_openai_client_gets_the_answer_and_its_checks(address: str, answers: lis
                 model=f"tiny:{CHECKED}", messages=[{"role": "user", "content": question}],
                 extra_body={"max_step_tokens": 6, "temperature": 0},
             )  # fmt: skip
-            (choice,), usage = reply.choices, reply.usage
+            (choice,) = reply.choices
+            usage = reply.usage
             assert choice.message.content == answer.answer and choice.finish_reason == answer.finish
             reasoning = getattr(choice.message, "reasoning_content", "")
             for check in answer.checks:
@@ -122,7 +123,8 @@ def test_rest_of_the_context_is_budget_for_answer_and_check(model: Model) -> Non
     room = 2048 - len(encode_prompt(model.tokenizer, as_question("").messages))
     with served(model, answers=AnswerSettings(max_step_tokens=3000, check_threshold=1.0)) as (address, _):
         reply = ask(address, "\x00" * (room - 60), mode=CHECKED, max_step_tokens=None).json()
-    (choice,), usage = reply["choices"], reply["usage"]
+    (choice,) = reply["choices"]
+    usage = reply["usage"]
     assert choice["mote"]["safe"] is False and choice["mote"]["checks"][-1]["depth"] == "full"
     given = usage["completion_tokens"] - choice["mote"]["dropped"] - choice["mote"]["steps"]["check"]
     assert usage["prompt_tokens"] == 2048 - 60 and 0 < given <= 60 - 2  # the marker, and what both words begin with

@@ -32,7 +32,8 @@ def tokenizers_of_all_kinds(model: Model, tmp_path_factory: pytest.TempPathFacto
     """The model's own; one that normalises before it looks for its special tokens; one whose template joins turns."""
     folder = tmp_path_factory.mktemp("tokenizers")
     model.tokenizer.save_pretrained(folder)
-    normalising, joining = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    normalising = AutoTokenizer.from_pretrained(folder)
+    joining = AutoTokenizer.from_pretrained(folder)
     normalising.backend_tokenizer.normalizer = normalizers.NFKC()
     normalising.add_tokens(
         [AddedToken(name, special=True, normalized=True) for name in MARKERS + TEMPLATE[:3]], special_tokens=True
@@ -46,7 +47,8 @@ def test_10000_texts_never_encode_to_a_marker_or_turn(
     tokenizers_of_all_kinds: dict[str, Any], model: Model, kind: str
 ) -> None:
     tokenizer = tokenizers_of_all_kinds[kind]
-    special, plain = special_ids(tokenizer), {}
+    special = special_ids(tokenizer)
+    plain = {}
     for role in ROLES:
         harmless = (Message.model_validate({"role": role, "content": "x"}), Message(role="user", content="x"))
         plain[role] = [i for i in encode_prompt(tokenizer, harmless) if i in special]
@@ -70,7 +72,8 @@ def test_unguarded_normalising_tokenizer_is_fooled(tokenizers_of_all_kinds: dict
 
 def test_encoding_from_many_threads_is_safe(model: Model) -> None:
     """Whether special tokens are read is a switch on the tokenizer; without the lock, some of these are markers."""
-    special, fooled = special_ids(model.tokenizer), []
+    special = special_ids(model.tokenizer)
+    fooled = []
 
     def plain() -> None:
         for _ in range(1500):

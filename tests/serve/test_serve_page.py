@@ -36,7 +36,8 @@ def running(model: Model) -> Iterator[tuple[str, Server]]:
 def page(browser: Any, running: tuple[str, Server]) -> Iterator[Any]:
     """The page on a phone; anything that it asks elsewhere, and any complaint of the browser, is an error."""
     context = browser.new_context(viewport={"width": 400, "height": 760})
-    page, wrong = context.new_page(), []
+    page = context.new_page()
+    wrong = []
     page.on("request", lambda request: None if request.url.startswith(running[0]) else wrong.append(request.url))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))

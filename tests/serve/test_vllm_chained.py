@@ -49,7 +49,9 @@ def expected(folder: Path, question: str) -> list[int]:
     for step in STEPS:
         model: Any = AutoPeftModelForCausalLM.from_pretrained(folder / "loras" / step).eval()
         start, end = tokenizer.convert_tokens_to_ids([f"<|{step}|>", f"<|/{step}|>"])
-        never, ids, begun = list(special_ids(tokenizer) - {end}), [*ids, start], len(ids) + 1
+        never = list(special_ids(tokenizer) - {end})
+        ids = [*ids, start]
+        begun = len(ids)
         while ids[-1] != end and len(ids) < begun + BUDGET:
             scores = model(input_ids=torch.tensor([ids])).logits[0, -1]
             scores[never if len(ids) > begun else [*never, end]] = float("-inf")

@@ -68,8 +68,11 @@ class Engine:
         self.engine = LLMEngine.from_engine_args(EngineArgs(str(folder / "out"), **{**USUAL, **settings}))
         self.twin = self.engine.model_config.hf_config.mote["opening"][1]
         self.scheduler = self.engine.engine_core.engine_core.scheduler
-        self.scheduled, self.preempted, self.cached = 0, 0, 0
-        schedule, preempt = self.scheduler.schedule, self.scheduler._preempt_request
+        self.scheduled = 0
+        self.preempted = 0
+        self.cached = 0
+        schedule = self.scheduler.schedule
+        preempt = self.scheduler._preempt_request
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             planned = schedule(*args, **kwargs)
@@ -80,7 +83,8 @@ class Engine:
             self.preempted += 1
             return preempt(*args, **kwargs)
 
-        self.scheduler.schedule, self.scheduler._preempt_request = counted, preempted
+        self.scheduler.schedule = counted
+        self.scheduler._preempt_request = preempted
 
     def answers(self, asked: Sequence[Asked], abort: Sequence[int] = ()) -> dict[int, list[int]]:
         """Ids of each answer to concurrent requests; those in `abort` are aborted after some tokens."""

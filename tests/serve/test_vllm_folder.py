@@ -82,7 +82,8 @@ def test_padded_experts_compute_what_the_adapter_does(folders: Path, served: Ser
     ids = torch.randint(3, 300, (1, 4), generator=torch.Generator().manual_seed(0))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         layer = model.model.base_model.model.get_submodule(name)
-        first, second = tensors[f"{name}.mote_A"], tensors[f"{name}.mote_B"]
+        first = tensors[f"{name}.mote_A"]
+        second = tensors[f"{name}.mote_B"]
         assert first.shape[0] == second.shape[1] == 4 * served.rank
         seen: list[tuple[Any, Any]] = []
         hook = layer.register_forward_hook(lambda _, given, out, seen=seen: seen.append((given[0], out)))
@@ -135,7 +136,7 @@ def test_sharded_models_index_names_the_experts(folders: Path, tmp_path: Path, m
     [
         (["--mode", "base"], "mode: 'base' cannot be the served model's own; use one of"),
         (["--mode", "deep"], "mode: 'deep' cannot be the served model's own; use one of"),
-        (["--mode", "full", "--mode", "direct"], "a model has one mode of its own; give --mode once"),
+        (["--mode", "full", "--mode", "direct"], "an exported model has one default mode; give --mode once"),
     ],
 )
 def test_unservable_modes_are_refused(

@@ -22,7 +22,9 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear  # noqa
 from mote.serve.vllm import experts, merged  # noqa: E402
 from mote.serve.vllm.models import mergeable  # noqa: E402
 
-RANK, INPUTS, WIDTHS = 4, 32, [48, 16]
+RANK = 4
+INPUTS = 32
+WIDTHS = [48, 16]
 STEPS = {
     "question": [0] * 9,
     "one step": [2] * 9,
@@ -57,7 +59,8 @@ def outputs(layer: MergedColumnParallelLinear, x: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmConfig]:
     """vLLM's layers need a process group, here of one process."""
-    made, meeting = VllmConfig(), tmp_path_factory.mktemp("group") / "meeting"
+    made = VllmConfig()
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
     with set_current_vllm_config(made):
         init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
         initialize_model_parallel(1)
@@ -78,12 +81,15 @@ def make_layer(settings: VllmConfig, bias: bool = False) -> MergedColumnParallel
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("batch", STEPS)
 def test_merged_experts_equal_the_reference(batch: str, table: str, places: list[int], settings: VllmConfig) -> None:
-    pairs, layer, plain = pairs_of(places), make_layer(settings), make_layer(settings)
+    pairs = pairs_of(places)
+    layer = make_layer(settings)
+    plain = make_layer(settings)
     weights = experts.ExpertWeights(table_of(table), max_tokens=16)
     experts.add_experts(plain, pairs, weights)
     differences = merged.MergedExpertWeights(table_of(table))
     merged.add_experts(layer, "layer", pairs, differences, {})
-    steps, x = torch.tensor(STEPS[batch]), torch.randn(9, INPUTS)
+    steps = torch.tensor(STEPS[batch])
+    x = torch.randn(9, INPUTS)
     weights.set(steps)
     differences.set(steps)
     expected = outputs(loaded(plain), x)

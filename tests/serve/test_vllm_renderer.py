@@ -49,7 +49,8 @@ def ids_of(renderer: StepRenderer, messages: Any, template: str | None = None, *
 
 
 def test_10000_hostile_dialogues_render_as_in_mote(renderer: StepRenderer, model: Model) -> None:
-    draw, hostile = random.Random(0), iter(texts(10_000, 0))
+    draw = random.Random(0)
+    hostile = iter(texts(10_000, 0))
     special = {*renderer.served.special, *renderer.served.reserved}
     found = asked = 0
     while (text := next(hostile, None)) is not None:
@@ -86,7 +87,8 @@ def test_template_arguments_become_no_special_token(renderer: StepRenderer) -> N
 def test_base_mode_prompt_starts_with_the_twin(renderer: StepRenderer) -> None:
     rows = [{"role": "user", "content": "how do I kill a process"}]
     opening, twin = renderer.served.opening
-    plain, of_base = ids_of(renderer, rows), ids_of(renderer, rows, mode="base")
+    plain = ids_of(renderer, rows)
+    of_base = ids_of(renderer, rows, mode="base")
     assert plain[0] == opening and of_base == [twin, *plain[1:]]
     with pytest.raises(VLLMValidationError, match="does not begin as the exported one"):
         ids_of(renderer, rows, "{{ messages[0].content }}", mode="base")

@@ -35,7 +35,9 @@ class FakeServer:
 
     def __init__(self, usual: str = "ok", port: int = 0, models: tuple[str, ...] | None = ("some-model",)) -> None:
         self.plan: deque[str] = deque()
-        self.usual, self.port, self.models = usual, port, models
+        self.usual = usual
+        self.port = port
+        self.models = models
         self.longest: int | None = None
         self.remembers = True
         self.refused = 0

@@ -54,7 +54,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def do_POST(self) -> None:
-        hub, body, path = self.server, self.body(), self.path.split("?")[0]
+        hub = self.server
+        body = self.body()
+        path = self.path.split("?")[0]
         if not path.startswith("/api/validate-yaml") and self.headers.get("Authorization") != "Bearer secret":
             return self.answer(401, {"error": "who are you?"})
         parts = path.strip("/").split("/")

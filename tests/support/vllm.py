@@ -65,7 +65,8 @@ def make_served(folder: Path, kind: str = "Llama", adapter: dict[str, Any] | Non
 def reference(model: Model, prompt: Sequence[int], mode: str, budget: int, most: int | None = None) -> list[int]:
     """Greedy ids of an answer from uncached forward passes of the PEFT model over the whole text."""
     written: list[int] = []
-    markers, eos = model.markers, model.tokenizer.eos_token_id
+    markers = model.markers
+    eos = model.tokenizer.eos_token_id
     if mode == BASE:
         grammar: Any = FreeText(eos, [*markers.starts, *markers.ends])
     else:
@@ -96,7 +97,8 @@ def vllm_server(model: Path, log: Path, *arguments: str) -> Iterator[str]:
         process = subprocess.Popen(
             command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
         )
-    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 600
+    url = f"http://127.0.0.1:{port}"
+    until = time.monotonic() + 600
     try:
         while True:
             assert process.poll() is None and time.monotonic() < until, log.read_text()[-2000:]

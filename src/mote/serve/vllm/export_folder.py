@@ -72,11 +72,7 @@ def export_vllm(
     loaded = load(base, adapter, device="cpu", dtype=plain_dtype(base, revision, dtype), revision=revision)
     if mode == BASE or mode not in loaded.scheme.modes:
         raise UserError(f"mode: '{mode}' cannot be the served model's own; use one of {list(loaded.scheme.modes[1:])}")
-    architecture = type(loaded.base.model).__name__
-    if architecture not in [f"{known}ForCausalLM" for known in ARCHITECTURES]:
-        raise UserError(
-            f"model: '{base}' is a {architecture}; vLLM serves step experts on {', '.join(ARCHITECTURES)} only"
-        )
+    architecture = _architecture(loaded)
     plain = merge_step(loaded.model, {})
     experts, rank = padded_experts(config, load_peft_weights(adapter, device="cpu"))
     served = _served_config(loaded, config, plain, rank, mode, max_step_tokens)
@@ -94,6 +90,21 @@ def export_vllm(
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(_CARD.format(base=base, mode=mode, name=out.name), encoding="utf-8")
     return out
+
+
+def _architecture(loaded: Model) -> str:
+    """Class name of the base model.
+
+    Raises:
+        UserError: vLLM has no class with step experts for it.
+    """
+    architecture = type(loaded.base.model).__name__
+    if architecture not in [f"{known}ForCausalLM" for known in ARCHITECTURES]:
+        raise UserError(
+            f"model: '{loaded.base.name}' is a {architecture}; vLLM serves step experts on {', '.join(ARCHITECTURES)} "
+            "only"
+        )
+    return architecture
 
 
 def _served_config(
@@ -173,7 +184,8 @@ def without_markers(tokenizer: Any, served: ServedConfig) -> Any:
         setattr(plain, name, getattr(tokenizer, name))
     extra = [name for name in tokenizer.extra_special_tokens if name in kept]
     plain.add_special_tokens({"additional_special_tokens": extra})
-    plain.chat_template, plain.model_max_length = tokenizer.get_chat_template(), tokenizer.model_max_length
+    plain.chat_template = tokenizer.get_chat_template()
+    plain.model_max_length = tokenizer.model_max_length
     return plain
 
 

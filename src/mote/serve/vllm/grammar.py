@@ -23,8 +23,10 @@ class RequestState:
     """The grammar's state of one request; vLLM keeps appending generated ids to `ids`."""
 
     def __init__(self, grammar: ChainGrammar, ids: Sequence[int]) -> None:
-        self.grammar, self.ids = grammar, ids
-        self.written, self.read = NOTHING, 0
+        self.grammar = grammar
+        self.ids = ids
+        self.written = NOTHING
+        self.read = 0
 
     def allowed(self) -> tuple[list[int], bool]:
         """Allowed special ids and whether they are forced; only reads ids added since the last call."""

@@ -51,7 +51,8 @@ class StepRenderer(HfRenderer):
             VLLMValidationError: The prompt has such ids.
         """
         super().validate_token_ids(token_ids, parameter=parameter)
-        reserved, twin = self.served.reserved, self.served.opening[1]
+        reserved = self.served.reserved
+        twin = self.served.opening[1]
         found = reserved.intersection(token_ids[1:]) | (reserved - {twin}).intersection(token_ids[:1])
         if found:
             raise VLLMValidationError(
