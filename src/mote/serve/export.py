@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from mote.core.errors import UserError
 from mote.core.files import atomic_folder, check_new, disk_errors
 from mote.core.scheme import BASE, Scheme, start_marker
-from mote.inference.load import adapter_config, adapter_scheme, adapter_tokenizer, load
+from mote.inference.load import Adapter, load, read_adapter
 from mote.models.load import load_config, model_folder
 from mote.tokens.encode import special_ids
 from mote.tuner import MoteConfig
@@ -49,10 +49,12 @@ def export_steps(adapter: str, out: Path, model: str | None = None, revision: st
         MoteError: The disk refused the files.
     """
     check_new(out)
-    config = adapter_config(adapter)
-    check_exportable(adapter, config)
-    base = model_folder(base_name(adapter, config, model))
-    tokenizer, tensors = adapter_tokenizer(adapter, config), load_peft_weights(adapter, device="cpu")
+    trained = read_adapter(adapter)
+    check_exportable(trained)
+    config = trained.config
+    base = model_folder(base_name(trained, model))
+    tokenizer = trained.tokenizer
+    tensors = load_peft_weights(adapter, device="cpu")
     rows = {name: tensor for name, tensor in tensors.items() if ".mote_" not in name}
     with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         for step in config.experts:
@@ -85,10 +87,11 @@ def export_engine_steps(
         MoteError: The disk refused the files.
     """
     check_new(out)
-    config = adapter_config(adapter)
-    check_exportable(adapter, config)
-    name = base_name(adapter, config, model)
-    loaded = load(name, adapter, device="cpu", dtype=plain_dtype(name, revision, dtype), revision=revision)
+    trained = read_adapter(adapter)
+    check_exportable(trained)
+    config = trained.config
+    name = base_name(trained, model)
+    loaded = load(name, trained, device="cpu", dtype=plain_dtype(name, revision, dtype), revision=revision)
     tensors, plain = load_peft_weights(adapter, device="cpu"), merge_step(loaded.model, {})
     with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         plain.save_pretrained(scratch / "base")
@@ -197,12 +200,13 @@ def export_merged(
         MoteError: The disk refused the files.
     """
     check_new(out)
-    config = adapter_config(adapter)
-    check_exportable(adapter, config)
-    step = only_step(adapter_scheme(adapter, config), mode)
-    base = base_name(adapter, config, model)
+    trained = read_adapter(adapter)
+    check_exportable(trained)
+    config = trained.config
+    step = only_step(trained.scheme, mode)
+    base = base_name(trained, model)
     dtype = plain_dtype(base, revision, dtype)
-    loaded = load(base, adapter, device="cpu", dtype=dtype, revision=revision)
+    loaded = load(base, trained, device="cpu", dtype=dtype, revision=revision)
     layers = step_lora(config, load_peft_weights(adapter, device="cpu"), step)
     plain, tokenizer = merge_step(loaded.model, layers), loaded.tokenizer
     old = plain.generation_config.eos_token_id
@@ -256,28 +260,28 @@ def opening_template(template: str, marker: str) -> str:
     return template.removesuffix("\n") + "{{ '" + marker + "' if add_generation_prompt else '' }}"
 
 
-def check_exportable(adapter: str, config: MoteConfig) -> None:
+def check_exportable(adapter: Adapter) -> None:
     """Make sure that the experts are those of steps.
 
     Raises:
         UserError: A gate chooses them.
     """
-    if isinstance(config, TokenGatedConfig):
+    if isinstance(adapter.config, TokenGatedConfig):
         raise UserError(
-            f"adapter: '{adapter}' has experts that a gate chooses per token, and no step of it is one LoRA; use it "
-            "through mote"
+            f"adapter: '{adapter.path}' has experts that a gate chooses per token, so no step of it is one LoRA; use "
+            "it through mote"
         )
 
 
-def base_name(adapter: str, config: MoteConfig, model: str | None) -> str:
+def base_name(adapter: Adapter, model: str | None) -> str:
     """The base model that is given, or that the adapter names.
 
     Raises:
         UserError: Neither.
     """
-    name = model or config.base_model_name_or_path
+    name = model or adapter.config.base_model_name_or_path
     if not name:
-        raise UserError(f"model: the adapter '{adapter}' names no base model; give it with --model")
+        raise UserError(f"model: the adapter '{adapter.path}' names no base model; give it with --model")
     return name
 
 

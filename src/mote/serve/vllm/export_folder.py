@@ -19,7 +19,7 @@ from mote.core.errors import UserError
 from mote.core.files import atomic_folder, check_new, disk_errors
 from mote.core.records import Message
 from mote.core.scheme import ADAPTIVE, BASE
-from mote.inference.load import adapter_config, load
+from mote.inference.load import load, read_adapter
 from mote.inference.model import Model
 from mote.serve.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
 from mote.serve.vllm.folder_config import ServedConfig
@@ -61,15 +61,16 @@ def export_vllm(
         MoteError: The files cannot be written.
     """
     check_new(out)
-    config = adapter_config(adapter)
-    check_exportable(adapter, config)
+    trained = read_adapter(adapter)
+    check_exportable(trained)
+    config = trained.config
     if config.whole_rows:
         raise UserError(
             f"adapter: '{adapter}' is a model for each step (train.method=separate), which vLLM cannot run as one; use "
             "`mote answer`, or --format engine-steps"
         )
-    base = base_name(adapter, config, model)
-    loaded = load(base, adapter, device="cpu", dtype=plain_dtype(base, revision, dtype), revision=revision)
+    base = base_name(trained, model)
+    loaded = load(base, trained, device="cpu", dtype=plain_dtype(base, revision, dtype), revision=revision)
     if mode == BASE or mode not in loaded.scheme.modes:
         raise UserError(f"mode: '{mode}' cannot be the served model's own; use one of {list(loaded.scheme.modes[1:])}")
     architecture = _architecture(loaded)
