@@ -5,24 +5,20 @@ import importlib
 import json
 import re
 import shlex
-import types
-import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 import pytest
-from annotated_types import Ge, Gt, Le, Lt
+from generate_tables import TABLE, commands, description, generated
 from pydantic import BaseModel
 from support.docs import FENCE, blocks
 from support.paths import ROOT
 
 from mote.chains.judge import JudgeCard
 from mote.cli import mote
-from mote.cli.options import WithCommands
 from mote.core.errors import UserError
-from mote.core.recipe import Recipe, Shape
+from mote.core.recipe import Recipe
 from mote.core.recipe_file import known_keys, load_recipe
 from mote.core.records import Answer, AnswerTokens, ChainRow, ChainTokens, Check, LeftOut, Message, Question, StepText
 from mote.evals.judges.agreement import Agreement, AgreementReport
@@ -31,9 +27,9 @@ from mote.evals.statistics import Estimate, Paired
 from mote.experiments.ablations import load_ablations
 from mote.experiments.ablations.ablation_results import Interval, Judged, Line, Measured, Result
 from mote.experiments.ablations.paper import Cell, PaperComparison, TableLine
-from mote.report import summary
 from mote.report.compare import Compared, Difference, Differing, Side, TwoReports
 from mote.report.evaluation import Headline, Point
+from mote.report.summary import Report
 from mote.train import training_arguments
 
 README = ROOT / "README.md"
@@ -58,71 +54,47 @@ def section(page: Path, heading: str) -> str:
     return re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
 def table(text: str) -> list[list[str]]:
     """Cells of the first table's rows, without its head."""
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[2:]]
+    return [cells(line) for line in text.splitlines() if line.startswith("|")][2:]
 
 
-# --- what the pages should say of a pydantic model
-
-
-def type_text(kind: Any) -> str:
-    """A type as the pages write it."""
-    if get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join("none" if part is type(None) else type_text(part) for part in get_args(kind))
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(kind))
-    if get_origin(kind) in (tuple, list):
-        return f"list of {type_text(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        return f"object of {type_text(get_args(kind)[1])}"
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return f"`{kind.__name__}`"
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
-
-
-def limits_text(metadata: list[Any]) -> str:
-    signs = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
-    return "".join(f", {sign} {getattr(m, name):g}" for kind, name, sign in signs for m in metadata if type(m) is kind)
-
-
-def settings(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
-    """Name, type and default of every setting, in the order of the models."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.default, BaseModel):
-            yield from settings(type(field.default), f"{prefix}{name}.")
-            continue
-        default = "" if field.is_required() else f"`{json.dumps(field.default, ensure_ascii=False)}`"
-        yield [f"`{prefix}{name}`", type_text(field.annotation) + limits_text(field.metadata), default]
-
-
-def fields(model: type[BaseModel]) -> list[list[str]]:
-    """Name and type of every field of a row, its own as well as those it inherits."""
-    return [[f"`{name}`", type_text(field.annotation)] for name, field in model.model_fields.items()]
+def all_tables(page: Path) -> list[list[str]]:
+    return [cells(line) for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
 
 
 # --- docs/recipes.md
 
 
-def test_every_setting_has_its_line_with_type_and_default() -> None:
-    page = ROOT / "docs" / "recipes.md"
-    rows = [row for part in ("Run", "Chains", "Experts", "Training", "Answers") for row in table(section(page, part))]
-    assert [row[:3] for row in rows] == list(settings(Recipe))
-    assert [row[:2] for row in table(section(page, "Shape"))] == [row[:2] for row in settings(Shape, "shape.")]
-    for row in rows:
-        assert len(row) == 5 and all(row[3:]), f"{row[0]} needs a meaning and a cost"
+@pytest.mark.parametrize("name", ["recipes.md", "files.md", "cli.md"])
+def test_generated_tables_are_those_of_the_code(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert TABLE.search(page)
+    assert generated(page) == page, "run `make docs`"
 
 
-def test_a_setting_without_a_line_would_be_seen() -> None:
+def test_a_changed_description_changes_its_page() -> None:
+    page = "<!-- settings: mote.core.recipe.Shape shape. -->\n<!-- end -->"
+    assert "| `shape.layers` | integer, >= 1 | required | Transformer blocks |" in generated(page)
+
+
+def test_every_setting_has_a_line_with_a_meaning() -> None:
+    rows = {row[0].strip("`"): row for row in all_tables(ROOT / "docs" / "recipes.md") if len(row) >= 4}
+    settings = [key for key in known_keys() if key not in ("chains", "experts", "train", "answer")]
+    assert not [key for key in settings if key not in rows]
+    assert not [key for key in settings if not all(rows[key])]
+
+
+def test_a_field_without_description_is_an_error() -> None:
     class More(Recipe):
         unheard_of: int = 1
 
-    assert [row for row in settings(More) if row not in list(settings(Recipe))] == [
-        ["`unheard_of`", "whole number", "`1`"]
-    ]
-    keys = {row[0].strip("`") for row in settings(Recipe)}
-    assert keys | {"chains", "experts", "train", "answer"} == {key for key in known_keys() if "shape." not in key}
+    with pytest.raises(ValueError, match="unheard_of has no description"):
+        description(More, "unheard_of")
 
 
 def test_defaults_of_training_arguments_are_those_of_the_page() -> None:
@@ -152,49 +124,24 @@ EVAL_ROWS = (EvalRow, System, Number, Estimate, Comparison, Paired, Cost)
 TABLE_ROWS = (Result, Measured, Judged, Line, Interval, PaperComparison, TableLine, Cell)
 JUDGE_ROWS = (JudgeCard, AgreementReport, Agreement)
 REPORT_ROWS = (Headline, Point, TwoReports, Side, Differing, Compared, Difference)
-ALL_ROWS = (*ROWS, *EVAL_ROWS, *TABLE_ROWS, *JUDGE_ROWS, *REPORT_ROWS)
 
 
-@pytest.mark.parametrize("model", ALL_ROWS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [*ROWS, *EVAL_ROWS, *TABLE_ROWS, *JUDGE_ROWS, *REPORT_ROWS], ids=lambda m: m.__name__)
 def test_every_field_of_a_row_has_its_line(model: type[BaseModel]) -> None:
     rows = table(section(ROOT / "docs" / "files.md", f"`{model.__name__}`"))
-    inherited = fields(Question) if issubclass(model, Question) and model is not Question else []
-    assert [row[:2] for row in rows] == [row for row in fields(model) if row not in inherited]
+    inherited = Question.model_fields if issubclass(model, Question) and model is not Question else {}
+    assert [row[0] for row in rows] == [f"`{name}`" for name in model.model_fields if name not in inherited]
     assert all(row[2] for row in rows)
 
 
-def test_every_key_of_an_evaluations_summary_has_its_line() -> None:
-    rows = table(section(ROOT / "docs" / "files.md", "`summary.json`"))
-    assert [row[0] for row in rows] == [f"`{name}`" for name in Summary.model_fields]
-
-
-def test_every_key_of_the_report_has_its_line() -> None:
-    def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-        for name, field in model.model_fields.items():
-            if field.exclude:
-                continue
-            yield f"`{prefix}{name}`"
-            inner = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
-            for part in inner:
-                if issubclass(part, BaseModel) and part not in (*EVAL_ROWS, *JUDGE_ROWS, *REPORT_ROWS):
-                    yield from keys(part, f"{prefix}{name}.")
-
-    rows = table(section(ROOT / "docs" / "files.md", "`report.json`"))
-    assert [row[0] for row in rows] == list(keys(summary.Report))
+@pytest.mark.parametrize(("name", "model"), [("summary.json", Summary), ("report.json", Report)])
+def test_every_key_of_a_json_file_has_its_line(name: str, model: type[BaseModel]) -> None:
+    rows = [row[0] for row in table(section(ROOT / "docs" / "files.md", f"`{name}`"))]
+    keys = [f"`{key}`" for key, field in model.model_fields.items() if not field.exclude]
+    assert [row for row in rows if "." not in row] == keys
 
 
 # --- docs/cli.md and the command lines of all pages
-
-
-def commands(group: click.Group = mote, prefix: str = "") -> dict[str, click.Command]:
-    """All commands by the words they are called with; a group stands for those in it."""
-    found: dict[str, click.Command] = {}
-    for name, command in group.commands.items():
-        words = f"{prefix}{name}"
-        found |= commands(command, f"{words} ") if isinstance(command, click.Group) else {words: command}
-        if isinstance(command, WithCommands):
-            found |= {f"{words} {inner}": own for inner, own in command.commands.items()}
-    return found
 
 
 @pytest.mark.parametrize("name", sorted(commands()))

@@ -28,7 +28,15 @@ OUTCOMES = get_args(Outcome)
 
 
 class Outcomes(Frozen):
-    """Outcomes of the chains with exactly these steps; `total` is the sum of the other three."""
+    """Outcomes of the chains with exactly these steps; `total` is the sum of the other three.
+
+    Attributes:
+        steps: Names of the steps.
+        total: Number of chains.
+        accepted: Number of accepted ones.
+        unsafe: Number of unsafe ones.
+        rejected: Number of rejected ones.
+    """
 
     steps: Chain
     total: int

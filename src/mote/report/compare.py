@@ -23,7 +23,13 @@ from mote.report.summary import Report, summarise
 
 
 class Differing(BaseModel):
-    """A setting, version, hash or fact that is not the same in both; empty where one has none."""
+    """A fact that differs between the two reports.
+
+    Attributes:
+        what: Dotted name of a setting, judge, system, version or file.
+        first: Its value in A; empty if A has none.
+        second: Its value in B; empty if B has none.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,7 +73,13 @@ Scores = dict[str, float]
 
 
 class Side(Frozen):
-    """One of the two reports; `source` is the folder or file it was read from."""
+    """One of the two reports.
+
+    Attributes:
+        source: Folder or file it was read from.
+        name: Name of the run.
+        model: Base model.
+    """
 
     source: str
     name: str
@@ -125,7 +137,14 @@ class Compared(Frozen):
 
 
 class TwoReports(Frozen):
-    """Everything that two reports say, beside each other."""
+    """Two reports side by side.
+
+    Attributes:
+        first: A.
+        second: B.
+        differs: What is not the same in both.
+        numbers: The numbers of both.
+    """
 
     first: Side
     second: Side

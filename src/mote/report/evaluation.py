@@ -75,14 +75,21 @@ class Evaluation(Frozen):
     """What `mote eval` measured; see `Summary` for the fields of the same name.
 
     Attributes:
-        answers: Judged answers.
-        settings: The suite, and what each of its tasks was given.
-        judges: Card of every judge.
-        agreement: How far these judges agree with people, as far as it was measured.
+        suite: Name of the suite.
+        command: Command line that made it.
+        seed: Seed of sampling and resampling.
+        limit: Maximum number of questions per task; null for all.
+        k: Fraction of the jailbreak techniques in goodness@k.
+        answers: Number of judged answers.
+        settings: The suite and the arguments of each task, as in `suite.json`.
+        systems: The systems that answered.
+        judges: The card of every judge.
+        agreement: How far these judges (same revision and prompt) agree with people, as far as measured.
         headline: The headline table, by task, metric, system and mode.
         groups: The same metrics by technique, by type and by kind.
         curve: Headline metrics against tokens.
         costs: Tokens by system and mode.
+        environment: Versions and machine of the evaluation.
     """
 
     suite: str

@@ -31,7 +31,13 @@ Answers = dict[tuple[str, str], dict[str, Answer]]  # (system, mode) -> question
 
 
 class Questions(Frozen):
-    """How many questions there are, by kind and by source."""
+    """The questions of a run.
+
+    Attributes:
+        total: Number of questions.
+        kinds: Kind -> number of questions.
+        sources: Source -> number of questions.
+    """
 
     total: int
     kinds: dict[str, int]
@@ -39,11 +45,19 @@ class Questions(Frozen):
 
 
 class Chains(Frozen):
-    """The chains of the run; each is accepted, rejected by a rule, or else unsafe to the end.
+    """The chains of the run; each is accepted, rejected by a rule, or unsafe at every depth.
 
     Attributes:
-        shares: Step -> share of the accepted chains that have it.
-        rejected: Reason -> chains.
+        total: Number of chains.
+        accepted: Safe, and no quality rule broken.
+        unsafe: Judged unsafe at every depth, though no rule rejected them.
+        rejected: Reason -> number of chains.
+        depths: The same counts by the chains' steps.
+        shares: Step -> fraction of the accepted chains that have it.
+        mean_tokens_made: Mean generated tokens per chain.
+        mean_tokens_kept: Mean tokens per chain that the chain kept.
+        mean_tokens_read: Mean prompt tokens per chain, over the chains that recorded them.
+        mean_seconds: Mean seconds per chain.
     """
 
     total: int
@@ -62,12 +76,17 @@ class Training(Frozen):
     """How training went.
 
     Attributes:
-        not_finite: Logged steps whose loss was not a finite number.
-        held_out: Last held-out losses: `all`, and one a step.
-        tokens_per_second: Median over the logged steps.
-        curve: Step and training loss.
-        held_out_curve: Name -> step and held-out loss.
-        adapter: Settings of the trained adapter, empty where there is none yet.
+        steps: Optimizer updates.
+        epochs: Epochs.
+        loss_first: First logged training loss.
+        loss_last: Last logged training loss.
+        not_finite: Number of logged losses that are not finite.
+        held_out: Last held-out losses: `all`, each step, and `markers`.
+        tokens_per_second: Median over the logged lines.
+        peak_memory_mb: Maximum over the logged lines.
+        curve: Pairs of update and training loss.
+        held_out_curve: Name -> pairs of update and held-out loss.
+        adapter: `r`, `lora_alpha`, `mix` and `experts` of the adapter; empty without one.
     """
 
     steps: int
@@ -84,14 +103,31 @@ class Training(Frozen):
 
 
 class Shape(Frozen):
-    """How many answers have exactly these steps."""
+    """How many answers have exactly these steps.
+
+    Attributes:
+        steps: Names of the steps.
+        count: Number of answers.
+    """
 
     steps: Chain
     count: int
 
 
 class ModeAnswers(Frozen):
-    """The answers of one system in one mode; `tokens` are means over all of them, 0 where a step was not written."""
+    """The answers of one system in one mode.
+
+    Attributes:
+        system: Name of the system.
+        mode: Mode it answered in.
+        total: Number of answers.
+        tokens: Step -> mean tokens, over all answers (0 for an answer without the step).
+        mean_tokens: Mean tokens per answer.
+        mean_seconds: Mean seconds per answer.
+        stop: Number of answers that ended by themselves.
+        length: Number of answers cut off at the budget.
+        shapes: Which steps the answers have.
+    """
 
     system: str
     mode: str
@@ -110,7 +146,14 @@ class ModeAnswers(Frozen):
 
 
 class Stage(Frozen):
-    """One stage of the run; `reused` where its files were there already."""
+    """One stage of the run.
+
+    Attributes:
+        stage: Name of the stage.
+        seconds: Wall-clock time of its last execution.
+        reused: Whether its result already existed.
+        peak_memory_mb: Peak memory of the process at its end.
+    """
 
     stage: str
     seconds: float | None = None
@@ -129,8 +172,18 @@ class Report(Frozen):
     """All that a report says; what is not in `report.json` is marked so.
 
     Attributes:
+        name: Name of the run.
+        model: Base model.
+        scheme: Scheme: steps and prompts.
+        seed: Seed of the run.
+        questions: The questions that chains were made for.
+        chains: The chains; each is accepted, rejected or unsafe.
+        training: How training went.
+        answers: One object per system and mode.
         evaluation: What `mote eval` measured.
-        files: Files of the run -> start of their sha256.
+        stages: The stages, as in `environment.json`.
+        environment: `versions` and `machine` of `environment.json`.
+        files: File of the run -> start of its sha256.
         settings: Every setting of the recipe.
     """
 

@@ -61,7 +61,13 @@ class Measured(Frozen):
 
 
 class Interval(Frozen):
-    """Mean over seeds and half-width of its 95 % interval (Student's t); None with one seed."""
+    """Mean over seeds with its 95 % interval.
+
+    Attributes:
+        mean: Mean over seeds.
+        half: Half the width of the interval (Student's t); null for one seed.
+        seeds: Number of seeds.
+    """
 
     mean: float
     half: float | None
@@ -69,7 +75,14 @@ class Interval(Frozen):
 
 
 class Line(Frozen):
-    """One variant over all its seeds."""
+    """One variant over all its seeds.
+
+    Attributes:
+        variant: Name of the variant.
+        method: Its method, as in `Measured`.
+        trained_parameters: As in `Measured`.
+        measures: Name -> mean over seeds.
+    """
 
     variant: str
     method: str
@@ -78,7 +91,14 @@ class Line(Frozen):
 
 
 class Result(Frozen):
-    """All results so far."""
+    """Everything that was measured so far.
+
+    Attributes:
+        name: Name of the comparison.
+        seeds: The seeds of the recipe.
+        rows: One per variant and seed.
+        summary: One per variant.
+    """
 
     name: str
     seeds: tuple[int, ...]

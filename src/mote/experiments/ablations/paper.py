@@ -56,7 +56,14 @@ class Cell(Strict):
 
 
 class TableLine(Strict):
-    """One row's numbers by column, ours or the paper's."""
+    """A line: a row's numbers, ours or the paper's.
+
+    Attributes:
+        row: The paper's name of the row, or the name of a variant.
+        whose: Who measured.
+        model: Base model, as far as known.
+        cells: Column -> number.
+    """
 
     row: str
     whose: Literal["ours", "paper"]
