@@ -18,6 +18,7 @@ from mote.tokens.encode import (
     encode_chain,
     encode_prompt,
     encode_text,
+    stop_ids,
 )
 from mote.tuner import MoteConfig
 
@@ -139,3 +140,48 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn(tiny: P
     folded = (Message(role="user", content="be brief\n\nhow?"), *rest)
     assert encode_prompt(tokenizer, (system, user, *rest)) == encode_prompt(tokenizer, folded)
     assert "be brief\n\nhow?" in tokenizer.decode(encode_prompt(tokenizer, (system, user, *rest)))
+
+
+TURNS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def own_end_of_turn(tiny: Path) -> Any:
+    """As Gemma-it and Phi-3: the turn ends with a token that only the generation config names."""
+    base = load_base(str(tiny), device="cpu")
+    base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|user|>", "<|assistant|>"]})
+    base.tokenizer.chat_template = TURNS
+    base.model.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
+    end = base.tokenizer.convert_tokens_to_ids("<|end|>")
+    base.model.generation_config.eos_token_id = [base.tokenizer.eos_token_id, end]
+    return base
+
+
+def test_stop_ids_are_the_tokenizers_and_the_generation_configs(own_end_of_turn: Any) -> None:
+    tokenizer, model = own_end_of_turn.tokenizer, own_end_of_turn.model
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert stop_ids(tokenizer, model) == (tokenizer.eos_token_id, end)
+    model.generation_config.eos_token_id = end
+    assert stop_ids(tokenizer, model) == (tokenizer.eos_token_id, end)
+    for nothing in (None, []):
+        model.generation_config.eos_token_id = nothing
+        assert stop_ids(tokenizer, model) == stop_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_chains_and_end_markers_follow_the_models_end_of_turn(own_end_of_turn: Any) -> None:
+    tokenizer, model = own_end_of_turn.tokenizer, own_end_of_turn.model
+    end, user = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>"])
+    config = MoteConfig()
+    add_markers(tokenizer, config, model)
+    assert config.turn_ids == [user] and config.end_of_turn == end
+    weight = model.get_input_embeddings().weight
+    assert all(torch.equal(weight[pair[1]], weight[end]) for pair in config.markers.values())
+    assert config.routing is not None
+    row = encode_chain(tokenizer, chain(("response", "answer")), config.routing, config.experts)
+    assert row.ids[-1] == row.labels[-1] == end and row.steps[-1] == 3
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # a template's own separator ends no turn
+    add_markers(tokenizer, config, model)
+    assert config.turn_ids == [end, user] and config.end_of_turn == tokenizer.eos_token_id

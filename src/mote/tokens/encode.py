@@ -1,4 +1,4 @@
-"""Text -> token ids: prompts, chains with their labels, and the step markers.
+"""Text to token ids: prompts, chains with their labels, step markers and stop ids.
 
 User text can never become a marker: the special tokens of a prompt come from the chat template alone.
 """
@@ -21,7 +21,7 @@ from mote.models.embeddings import grow_embeddings
 from mote.tokens.routing import Markers, step_ids
 
 IGNORED = -100  # the label that the loss leaves out
-_READING = threading.Lock()
+_TOKENIZING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Tokens:
 
     Attributes:
         ids: Prompt, then each step between its markers, then the end of the turn.
-        labels: The ids from the first start marker on; the prompt is `IGNORED`.
-        steps: Step of each token, 0 for the question.
+        labels: The ids from the first start marker on; `IGNORED` for the prompt.
+        steps: Step id of each token, 0 for the question.
     """
 
     ids: list[int]
@@ -40,29 +40,30 @@ class Tokens:
 
 
 def add_markers(tokenizer: Any, config: Any, model: Any = None) -> None:
-    """Add the step markers to a tokenizer, tell a `MoteConfig` their ids, and give the model rows for them.
+    """Add the step markers to a tokenizer, set their ids in a `MoteConfig`, and add embedding rows for them.
 
-    Call it before `get_peft_model` when an adapter is trained; a trained adapter brings all of it along.
+    Call it before `get_peft_model` to train an adapter; a trained adapter already contains all of this.
 
     Args:
-        tokenizer: Gets start and end marker of each step as special tokens, where it has none.
-        config: The `MoteConfig`; gets `markers`, `turn_ids` and `vocab_size`.
-        model: The base model. A start marker's row begins as the token an answer follows on, an end marker's as the end
-            of a turn, so that the untrained model already writes and ends in steps.
+        tokenizer: Gets a start and an end marker for each step as special tokens, unless it has them.
+        config: The `MoteConfig`; `markers`, `turn_ids`, `end_of_turn` and `vocab_size` are set.
+        model: The base model. Start markers' rows are initialised to that of the last token before an answer, end
+            markers' rows to that of the end of a turn, so that the untrained model already begins and ends steps.
     """
     config.markers = _marker_ids(tokenizer, config.experts)
-    config.turn_ids = turn_ids(tokenizer)
+    config.turn_ids = turn_ids(tokenizer, model)
+    config.end_of_turn = end_of_turn_id(tokenizer, model)
     config.vocab_size = len(tokenizer)
     if model is None:
         return
     grow_embeddings(model, [id_ for pair in config.markers.values() for id_ in pair], config.vocab_size)
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    answer_follows = encode_prompt(tokenizer, (Message(role="user", content="?"),))[-1]
+    before_answer = encode_prompt(tokenizer, (Message(role="user", content="?"),))[-1]
     with torch.no_grad():
         for weight in {id(layer.weight): layer.weight for layer in layers}.values():
             for start, end in config.markers.values():
-                weight[start] = weight[answer_follows]
-                weight[end] = weight[tokenizer.eos_token_id]
+                weight[start] = weight[before_answer]
+                weight[end] = weight[config.end_of_turn]
 
 
 def _marker_ids(tokenizer: Any, steps: tuple[str, ...]) -> dict[str, list[int]]:
@@ -76,18 +77,56 @@ def _marker_ids(tokenizer: Any, steps: tuple[str, ...]) -> dict[str, list[int]]:
     return {step: ids[2 * i : 2 * i + 2] for i, step in enumerate(steps)}
 
 
-def turn_ids(tokenizer: Any) -> list[int]:
-    """Special tokens that the chat template puts between an assistant turn and the next user turn."""
+def stop_ids(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's eos and those at which the model's own `generate` stops.
+
+    Chat models often end their turn with another token than the tokenizer's eos, and name it in their generation config
+    only (Gemma, Phi-3, early Llama-3-Instruct).
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        model: The base model, with or without an adapter; its `generation_config` is read.
+
+    Returns:
+        The ids, each once, the tokenizer's eos first; empty if there are none.
+    """
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = found if isinstance(found, list | tuple) else [found]
+    return tuple(dict.fromkeys(int(id_) for id_ in (tokenizer.eos_token_id, *ends) if id_ is not None))
+
+
+def end_of_turn_id(tokenizer: Any, model: Any = None) -> int:
+    """The stop id that the chat template puts behind an assistant's text; the tokenizer's eos if it puts none.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        model: As in `stop_ids`.
+    """
+    stops = stop_ids(tokenizer, model)
+    return next((id_ for id_ in _between_turns(tokenizer) if id_ in stops), tokenizer.eos_token_id)
+
+
+def turn_ids(tokenizer: Any, model: Any = None) -> list[int]:
+    """Special tokens that the chat template puts between an assistant turn and the next user turn.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        model: As in `stop_ids`.
+    """
+    special = special_ids(tokenizer).intersection(_between_turns(tokenizer))
+    # The end of a turn still belongs to its last step, unless nothing else marks the next turn (Vicuna's format).
+    return sorted(special - set(stop_ids(tokenizer, model)) or special)
+
+
+def _between_turns(tokenizer: Any) -> list[int]:
+    """Ids that the chat template puts between an assistant's text and the next user's."""
     dialogue = [("user", "first"), ("assistant", "second"), ("user", "third")]
     text = _render(tokenizer, [Message(role=role, content=content) for role, content in dialogue], False)
-    between = text[text.index("second") + len("second") : text.index("third")]
-    special = special_ids(tokenizer).intersection(_ids(tokenizer, between))
-    # The end of a turn still belongs to its last step, unless nothing else marks the next turn (Vicuna's format).
-    return sorted(special - {tokenizer.eos_token_id} or special)
+    return _ids(tokenizer, text[text.index("second") + len("second") : text.index("third")])
 
 
 def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
-    """Ids of a dialogue up to where the assistant's turn begins; see `encode_dialogue`."""
+    """Ids of a dialogue with the generation prompt; see `encode_dialogue`."""
     messages = tuple(message.model_copy(update={"content": message.content.strip()}) for message in messages)
     messages = _fold_system(tokenizer, messages)
     rows = [{"role": message.role, "content": message.content} for message in messages]
@@ -95,10 +134,10 @@ def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
 
 
 def encode_dialogue(tokenizer: Any, dialogue: Any, tools: Any, render: Callable[[Any, Any], str]) -> list[int]:
-    """Ids of a dialogue whose special tokens are those that the chat template gives for any texts.
+    """Ids of a dialogue in which every special token comes from the chat template, never from a message's text.
 
-    Where these texts, or what the tokenizer's normaliser or the template makes of them, would add one, each text is
-    tokenised by itself, as plain characters; other dialogues give the ids that `apply_chat_template` would.
+    If the texts, or what the tokenizer's normaliser or the template makes of them, would add special tokens, each text
+    is tokenised on its own as plain characters. All other dialogues give the ids of `apply_chat_template`.
 
     Args:
         tokenizer: The tokenizer.
@@ -106,7 +145,7 @@ def encode_dialogue(tokenizer: Any, dialogue: Any, tools: Any, render: Callable[
         tools: Tools as chat templates take them, or None.
         render: Renders a dialogue and tools.
     """
-    # A place holder no user can guess marks where each text goes; the parts around are the template's.
+    # A placeholder that no user can guess marks where each text goes; the parts around are the template's.
     texts: dict[str, str] = {}
     template = render(_hold(dialogue, texts), _hold(tools, texts))
     special, ids = special_ids(tokenizer), _ids(tokenizer, render(dialogue, tools))
@@ -119,7 +158,7 @@ def encode_dialogue(tokenizer: Any, dialogue: Any, tools: Any, render: Callable[
 
 
 def _hold(value: Any, texts: dict[str, str], key: str = "") -> Any:
-    """The value with a place holder for each text; roles and types, which templates decide by, stay where they can."""
+    """The value with a placeholder for each text, except roles and types, which templates branch on."""
     if isinstance(value, dict):
         return {name: _hold(part, texts, name) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -132,9 +171,9 @@ def _hold(value: Any, texts: dict[str, str], key: str = "") -> Any:
 
 
 def _fold_system(tokenizer: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Put a system message before the first user turn's text where the chat template knows no such role.
+    """Put a system message before the first user turn's text if the chat template has no system role.
 
-    Such templates raise an error (Gemma, early Mistral) or leave the message out without a word.
+    Such templates raise an error (Gemma, early Mistral) or drop the message silently.
     """
     if messages[0].role != "system" or len(messages) == 1:
         return messages
@@ -156,35 +195,35 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str, plain: bool = False) -> list[int]:
-    # Whether special tokens are read is a switch on the tokenizer that each call sets: another thread's call between
-    # the switch and the reading would make markers of a user's text.
-    with _READING:
+    # `split_special_tokens` sets a switch on the tokenizer: another thread's call between the switch and the
+    # tokenisation would turn a user's text into markers.
+    with _TOKENIZING:
         ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
     return ids
 
 
 def encode_choice(tokenizer: Any, words: tuple[str, str]) -> tuple[list[int], tuple[int, int]] | None:
-    """Ids that two words begin with alike, and the first ids in which they differ; None where there are none."""
+    """The common first ids of two words, and the first pair of ids that differ; None if no pair differs."""
     first, second = (encode_text(tokenizer, word) for word in words)
-    for at, pair in enumerate(zip(first, second, strict=False)):
+    for index, pair in enumerate(zip(first, second, strict=False)):
         if pair[0] != pair[1]:
-            return first[:at], pair
+            return first[:index], pair
     return None
 
 
 def encode_chain(tokenizer: Any, chain: ChainRow, markers: Markers, experts: tuple[str, ...]) -> Tokens:
     """A chain as one training sequence (section 3.2: the loss is on the steps, given the question)."""
     prompt = encode_prompt(tokenizer, chain.messages)
-    written = []
+    target = []
     for step in chain.steps:
         index = experts.index(step.name)
-        written += [markers.starts[index], *encode_text(tokenizer, step.text), markers.ends[index]]
-    written.append(tokenizer.eos_token_id)
-    ids = prompt + written
+        target += [markers.starts[index], *encode_text(tokenizer, step.text), markers.ends[index]]
+    target.append(tokenizer.eos_token_id if markers.end_of_turn is None else markers.end_of_turn)
+    ids = prompt + target
     steps = step_ids(torch.tensor([ids]), markers)[0].tolist()
-    # Where the end of a turn also marks the next one, it must not pass for a question behind the answer.
+    # If the end of a turn also marks the next one, it would be routed as a question behind the answer.
     steps[-1] = steps[-2]
-    return Tokens(ids=ids, labels=[IGNORED] * len(prompt) + written, steps=steps)
+    return Tokens(ids=ids, labels=[IGNORED] * len(prompt) + target, steps=steps)
 
 
 def encode_check(
@@ -195,13 +234,13 @@ def encode_check(
     markers: Markers,
     experts: tuple[str, ...],
 ) -> Tokens:
-    """An answer with its verdict, p(c|y,x) of section 3.1; the loss is on the verdict and its end alone.
+    """An answer with its verdict, p(c|y,x) of section 3.1; the loss is on the verdict and its end marker only.
 
     Args:
         tokenizer: Has the markers.
         messages: The dialogue.
-        answer: Name and text of the step that is judged.
-        verdict: Name of the checking step, and its word.
+        answer: Name and text of the judged step.
+        verdict: Name of the checking step and its word.
         markers: Ids of the steps' markers.
         experts: Names of the steps, in the order of their ids.
     """
@@ -227,10 +266,10 @@ def decode_steps(tokenizer: Any, ids: list[int], markers: Markers, experts: tupl
 
 
 def check_markers(tokenizer: Any, markers: dict[str, list[int]]) -> None:
-    """Make sure that a tokenizer has an adapter's markers under their ids.
+    """Check that a tokenizer has an adapter's markers at their ids.
 
     Raises:
-        UserError: It does not: the adapter belongs to another tokenizer.
+        UserError: It has not: the adapter belongs to another tokenizer.
     """
     for step, (start, _) in markers.items():
         if tokenizer.convert_tokens_to_ids(start_marker(step)) != start:
@@ -241,7 +280,7 @@ def check_markers(tokenizer: Any, markers: dict[str, list[int]]) -> None:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokens that only a template or a marker may give."""
+    """Ids of the tokens that only the chat template and the markers may produce."""
     return {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 

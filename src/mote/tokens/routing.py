@@ -1,6 +1,6 @@
-"""Token ids -> step ids: the one function that training, cached decoding, packing and serving share.
+"""Token ids to step ids: the one function that training, cached decoding, packing and serving share.
 
-The step of a token is a pure function of the token ids up to it, so nothing carries routing state of its own.
+The step of a token is a pure function of the token ids up to it, so no routing state has to be carried.
 Shapes: B row, T token.
 """
 
@@ -9,37 +9,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NO_STEP = -1  # of tokens that no expert reads, in a batch where other rows have experts
+NO_STEP = -1  # step id of tokens without experts, in a batch whose other rows have some
 QUESTION = 0  # the step id of the question; the reasoning steps are 1, 2, ... in the scheme's order
 
 
 @dataclass(frozen=True)
 class Markers:
-    """Token ids that routing looks at.
+    """Token ids that mark steps and turns.
 
     Attributes:
         starts: Start marker of each step, in order: `starts[i]` opens the step with id `i + 1`.
         ends: End marker of each step. Routing does not need them: an end marker belongs to its own step.
-        turns: Special tokens that stand between two turns and lead back to the question.
-        whole_rows: Every token of a text is read as its last one.
+        turns: Special tokens between two turns; from one of them on, tokens belong to the question again.
+        whole_rows: Every token of a sequence is routed as its last one.
+        end_of_turn: Id that ends a chain in training, the tokenizer's eos if None. Routing does not need it.
     """
 
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     turns: tuple[int, ...] = ()
     whole_rows: bool = False
+    end_of_turn: int | None = None
 
 
 def step_ids(ids_B_T: Tensor, markers: Markers, documents_B_T: Tensor | None = None) -> Tensor:
-    """The step of each token: that of the last start marker at or before it in its own document.
+    """The step of each token: that of the last start marker at or before it in its document.
 
-    Before any start marker, and again from a turn marker on, a token belongs to the question (section 3.2; the paper
-    leaves the marker's own step open, see docs/decisions/0002).
+    Before any start marker, and from a turn marker on, a token belongs to the question (section 3.2; the paper leaves
+    the marker's own step open, see docs/decisions/0002).
 
     Args:
         ids_B_T: Token ids, from the first token of the sequence.
         markers: The ids that open a step or a turn.
-        documents_B_T: For packed rows, the number of the document each token is in; non-decreasing in a row.
+        documents_B_T: For packed rows, the document number of each token; non-decreasing in a row.
 
     Returns:
         Step ids (B, T), 0 for the question.
@@ -61,7 +63,7 @@ def step_ids(ids_B_T: Tensor, markers: Markers, documents_B_T: Tensor | None = N
 
 
 def next_step(step: int, token: int, markers: Markers) -> int:
-    """The step of a token behind one of step `step`: `step_ids` for a text that is written token by token."""
+    """The step of a token that follows one of step `step`: `step_ids` for token-by-token decoding."""
     if token in markers.starts:
         return QUESTION + 1 + markers.starts.index(token)
     return QUESTION if token in markers.turns else step

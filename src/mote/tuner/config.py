@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import PeftConfig
+from typing_extensions import override
 
 from mote.tokens.routing import Markers
 from mote.tuner.registration import NAME, peft_type
@@ -23,28 +24,29 @@ class MoteConfig(PeftConfig):
         target_modules: Module names, a regex, or `all-linear` (every linear layer but the output head).
         exclude_modules: Module names or a regex to leave out.
         layers_to_transform: Indices of the blocks to adapt, all of them by default.
-        layers_pattern: Name of the list of blocks, where it is not a common one.
+        layers_pattern: Name of the list of blocks, if it is not a common one.
         rank_pattern: Module name or regex -> rank, where it differs from `r`.
         init_weights: `True`: A as in LoRA, B zero, so that the untrained adapter changes nothing. `gaussian`: A normal
             with deviation 1 / r, B zero. `False`: B random too, for tests.
         experts: Names of the step experts in the order of their step ids.
         mix: Weight of a token's step expert; the shared expert has `1 - mix` (alpha in the paper). 1 drops the shared
-            expert; 0 drops the step experts, and what is left is one plain LoRA.
-        question_expert: Who reads the question at inference: `mean` of the step experts (the expectation of the draw
-            in training) or the name of one of them.
-        whole_rows: Read every token of a row, the question too, with the expert of the row's last step: a model of
-            its own for each step. What is cached for one step is then no use to the next.
+            expert; 0 drops the step experts, which leaves one plain LoRA.
+        question_expert: What reads the question at inference: the `mean` of the step experts (the expectation of the
+            draw in training) or the name of one of them.
+        whole_rows: Route every token of a row, the question too, to the expert of the row's last step: a separate model
+            for each step, which cannot reuse the KV cache of another step.
         draw_question_expert: In training, draw the expert that reads the question at random per sequence (the
             paper); `False` uses `question_expert` there as well.
         markers: Step name -> ids of its start and end marker.
-        turn_ids: Ids of the special tokens between two turns; they lead back to the question.
-        vocab_size: Rows the embedding must have to hold the markers.
-        trainable_token_indices: Rows of the embedding that are trained: the markers. Set with the markers.
+        turn_ids: Ids of the special tokens between two turns; from them on, tokens belong to the question again.
+        end_of_turn: Id that ends a chain in training; the tokenizer's eos if None.
+        vocab_size: Rows that the embedding must have for the markers.
+        trainable_token_indices: Embedding rows to train: the markers'. Set together with the markers.
         scheme: Name of the reasoning scheme, for the record.
-        base_fingerprint: Fingerprint of the base model the adapter was trained on.
+        base_fingerprint: Fingerprint of the base model that the adapter was trained on.
 
     Raises:
-        ValueError: A value is out of range, or names an expert that is not there.
+        ValueError: A value is out of range, or names an unknown expert.
     """
 
     r: int = field(default=16, metadata={"help": "rank of each expert"})
@@ -61,11 +63,12 @@ class MoteConfig(PeftConfig):
         default=("analysis", "guidance", "response"), metadata={"help": "step experts in the order of the steps"}
     )
     mix: float = field(default=0.5, metadata={"help": "weight of the step's expert; the shared one has 1 - mix"})
-    question_expert: str = field(default="mean", metadata={"help": "who reads the question at inference"})
-    whole_rows: bool = field(default=False, metadata={"help": "read a whole row with its last step's expert"})
+    question_expert: str = field(default="mean", metadata={"help": "expert that reads the question at inference"})
+    whole_rows: bool = field(default=False, metadata={"help": "route a whole row to its last step's expert"})
     draw_question_expert: bool = field(default=True, metadata={"help": "draw the question's expert in training"})
     markers: dict[str, list[int]] = field(default_factory=dict, metadata={"help": "step -> start id, end id"})
     turn_ids: list[int] = field(default_factory=list, metadata={"help": "ids that lead back to the question"})
+    end_of_turn: int | None = field(default=None, metadata={"help": "id that ends a chain in training"})
     vocab_size: int | None = field(default=None, metadata={"help": "rows the embedding must have"})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "embedding rows to train: the markers"}
@@ -100,16 +103,16 @@ class MoteConfig(PeftConfig):
 
     @property
     def total_experts(self) -> int:
-        """Step experts and the shared one, those that have a weight."""
+        """Number of experts, step experts and the shared one, with a non-zero weight."""
         return (len(self.experts) if self.mix > 0 else 0) + self.shared
 
     def scaling(self, rank: int) -> float:
-        """What the output of an expert of this rank is multiplied by."""
+        """Factor on the output of an expert of this rank."""
         return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
     @property
     def routing(self) -> Markers | None:
-        """The ids that routing looks at; None while the markers have no ids."""
+        """The ids that routing reads; None while the markers have no ids."""
         if not self.markers:
             return None
         return Markers(
@@ -117,8 +120,9 @@ class MoteConfig(PeftConfig):
             ends=tuple(self.markers[name][1] for name in self.experts),
             turns=tuple(self.turn_ids),
             whole_rows=self.whole_rows,
+            end_of_turn=self.end_of_turn,
         )
 
+    @override
     def to_dict(self) -> dict[str, Any]:
-        """The fields as `adapter_config.json` holds them."""
         return {**super().to_dict(), "experts": list(self.experts)}
