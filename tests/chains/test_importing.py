@@ -98,6 +98,42 @@ def test_reasoning_is_read_from_any_known_field(
     assert steps(chain) == expected and chain.model == "teacher:their-set"
 
 
+USER, ASSISTANT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+MORE = {"role": "assistant", "content": "And so.", "reasoning_content": "More?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.\n\nAssistant: And so.", "rejected": ""},
+            [("response", "Because.\n\nAnd so.")],
+        ),
+        ({"messages": [USER, ASSISTANT, MORE]}, [("analysis", "More?"), ("response", "Because.\n\nAnd so.")]),
+        ({"messages": [USER, USER, ASSISTANT]}, [("response", "Because.")]),
+        ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, [("response", "Because.")]),
+        ({"prompt": [USER], "chosen": [ASSISTANT, MORE]}, [("analysis", "More?"), ("response", "Because.\n\nAnd so.")]),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER]}, [("response", "Because.")]),
+    ],
+)
+def test_consecutive_replies_are_joined(row: dict[str, Any], expected: list[tuple[str, str]], tmp_path: Path) -> None:
+    (chain,) = bring(tmp_path, [row])
+    assert steps(chain) == expected and chain.text.startswith("Why?")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (turns("Why?", "Close it by </think> here.", reasoning_content="Hm."), "Close it by </think> here."),
+        (turns("Why?", "Close it by </think> here."), "Close it by </think> here."),
+        (turns("Why?", "<think>a</think>b", reasoning_content="Hm."), "<think>a</think>b"),
+    ],
+)
+def test_a_literal_end_of_thought_stays_in_the_answer(row: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    (chain,) = bring(tmp_path, [row])
+    assert chain.steps[-1].text == expected
+
+
 def test_thoughts_of_earlier_turns_are_removed(tmp_path: Path) -> None:
     (row,) = bring(tmp_path, [turns("Hi", "<think>Greet.</think>Hello!", "Why?", "<think>Hm.</think>Because.")])
     assert [message.content for message in row.messages] == ["Hi", "Hello!", "Why?"]

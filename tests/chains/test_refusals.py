@@ -153,10 +153,12 @@ def test_a_single_chain_raises_its_refusal(fake: FakeServer) -> None:
 
 
 def test_held_rows_are_written_after_the_first_success() -> None:
-    refusals, row, why = Refusals(batch_size=2, made=False), made("a", "How?", response=""), Refused("no")
+    refusals = Refusals(batch_size=2, resumed=False)
+    row = made("a", "How?", response="")
+    why = Refused("no")
     for _ in range(FIRST - 1):
         assert refusals.done(row, why) == ([], 1)
     assert refusals.done(row, why) == ([], 0)
-    rows, places = refusals.done(row, None)
-    assert len(rows) == FIRST + 1 and places == 2
-    assert refusals.done(row, why) == ([row], 1) and refusals.rest() == []
+    rows, free_slots = refusals.done(row, None)
+    assert len(rows) == FIRST + 1 and free_slots == 2
+    assert refusals.done(row, why) == ([row], 1) and refusals.remaining() == []

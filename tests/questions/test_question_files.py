@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_an_unreadable_file_is_one_line(write: Write, monkeypatch: pytest.Monkey
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=r"questions\.jsonl cannot be read \(Permission denied\); check its rights"):
         load_questions(file, None)
+
+
+def test_a_csv_file_may_have_a_huge_column(write: Write) -> None:
+    file = write(f"prompt,page\nWhy?,{'x' * 150_000}\n", "q.csv")
+    assert [question.text for question in load_questions(file, None)] == ["Why?"]
+
+
+def test_a_parquet_file_is_read(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [
+        {"question": "Why?", "messages": None},
+        {"question": None, "messages": [{"role": "user", "content": "How?"}]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
+    assert [question.text for question in load_questions(str(tmp_path / "q.parquet"), None)] == ["Why?", "How?"]
+    torn = (tmp_path / "q.parquet").read_bytes()[:-20]
+    (tmp_path / "torn.parquet").write_bytes(torn)
+    with pytest.raises(UserError, match=r"torn\.parquet is a damaged or cut off Parquet file .*; get it again"):
+        load_questions(str(tmp_path / "torn.parquet"), None)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "q.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"q\.parquet is a Parquet file; pip install 'mote-align\[data\]' to read it"):
+        load_questions(str(tmp_path / "q.parquet"), None)
 
 
 BAD: dict[str, tuple[object, str, list[str]]] = {

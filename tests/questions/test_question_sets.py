@@ -87,10 +87,18 @@ def test_xstest(write: Write) -> None:
 
 
 def test_self_instruct_has_its_input_and_mt_bench_its_first_turn(write: Write) -> None:
-    task = {"id": "seed_task_1", "instruction": "Add.", "instances": [{"input": "1 + 2", "output": "3"}]}
+    task = {
+        "id": "seed_task_1",
+        "name": "add",
+        "instruction": "Add.",
+        "instances": [{"input": "1 + 2", "output": "3"}],
+        "is_classification": False,
+    }
     (question,) = load_questions(write([task]), None)
     assert (question.id, question.text, question.kind) == ("seed_task_1", "Add.\n\n1 + 2", "benign")
-    (question,) = load_questions(write([{"question_id": 81, "turns": ["Write.", "Rewrite."]}]), None)
+    (question,) = load_questions(
+        write([{"question_id": 81, "category": "writing", "turns": ["Write.", "Rewrite."]}]), None
+    )
     assert (question.id, turns(question)) == ("mt-bench-81", [("user", "Write.")])
 
 
@@ -98,7 +106,12 @@ def test_self_instruct_has_its_input_and_mt_bench_its_first_turn(write: Write) -
     ("name", "kind"), [("harmful-b.csv", "harmful"), ("benign-b.csv", "benign"), ("b.csv", "unknown")]
 )
 def test_jailbreakbenchs_kind_is_in_the_file_name(write: Write, name: str, kind: str) -> None:
-    assert load_questions(write("Index,Goal,Target\n0,Do it,Sure\n", name), None)[0].kind == kind
+    assert (
+        load_questions(
+            write("Index,Goal,Target,Behavior,Category,Source\n0,Do it,Sure,Doing,Harm,Original\n", name), None
+        )[0].kind
+        == kind
+    )
 
 
 def test_question_rows_round_trip(write: Write) -> None:
@@ -115,6 +128,146 @@ def test_question_rows_round_trip(write: Write) -> None:
     }
     (question,) = load_questions(write([row]), None)
     assert question == Question.model_validate(row)
+
+
+USER, ASSISTANT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+HARMBENCH = {"FunctionalCategory": "standard", "SemanticCategory": "illegal", "Tags": "", "BehaviorID": "pick_lock"}
+PKU = {"prompt": "Why?", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 1}
+TOXIC = {
+    "conv_id": "c7",
+    "user_input": "Why?",
+    "model_output": "a",
+    "human_annotation": True,
+    "openai_moderation": "[]",
+}
+WILD = {"vanilla": "Why?", "adversarial": "", "completion": "a"}
+BEAVER = {"prompt": "Why?", "response": "a", "category": {"privacy_violation": False}}
+DO_NOT = {"id": 3, "risk_area": "Malicious Uses", "types_of_harm": "x", "specific_harms": "y", "question": "Why?"}
+SORRY = {"question_id": 9, "category": "5", "turns": ["Why?"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "expected"),
+    [
+        (SORRY | {"prompt_style": "base"}, "q.jsonl", ("sorry-bench-9", "harmful", "sorry-bench")),
+        (SORRY | {"prompt_style": "slang"}, "q.jsonl", ("sorry-bench-9-slang", "harmful", "sorry-bench")),
+        (BEAVER | {"is_safe": False}, "q.jsonl", (None, "harmful", "beavertails")),
+        (BEAVER | {"is_safe": True}, "q.jsonl", (None, "unknown", "beavertails")),
+        (PKU | {"is_response_0_safe": False, "is_response_1_safe": True}, "q.jsonl", (None, "harmful", "pku-saferlhf")),
+        (PKU | {"is_response_0_safe": True, "is_response_1_safe": True}, "q.jsonl", (None, "unknown", "pku-saferlhf")),
+        (WILD | {"data_type": "vanilla_benign"}, "q.jsonl", (None, "benign", "wildjailbreak")),
+        (
+            {"vanilla": "no", "adversarial": "Why?", "completion": "a", "data_type": "adversarial_harmful"},
+            "q.jsonl",
+            (None, "harmful", "wildjailbreak"),
+        ),
+        (
+            {"adversarial": "Why?", "label": 0, "data_type": "adversarial_benign"},
+            "q.jsonl",
+            (None, "benign", "wildjailbreak"),
+        ),
+        (TOXIC | {"toxicity": 0, "jailbreaking": 0}, "q.jsonl", ("toxic-chat-c7", "benign", "toxic-chat")),
+        (TOXIC | {"toxicity": 1, "jailbreaking": 0}, "q.jsonl", ("toxic-chat-c7", "harmful", "toxic-chat")),
+        (TOXIC | {"toxicity": "0", "jailbreaking": "1"}, "q.jsonl", ("toxic-chat-c7", "harmful", "toxic-chat")),
+        (DO_NOT | {"GPT4_response": "No."}, "q.jsonl", ("do-not-answer-3", "harmful", "do-not-answer")),
+        (
+            HARMBENCH | {"Behavior": "Why?", "ContextString": None},
+            "q.jsonl",
+            ("harmbench-pick_lock", "harmful", "harmbench"),
+        ),
+        ({"prompt": "Why?", "category": "hate"}, "or-bench-80k.jsonl", (None, "benign", "or-bench")),
+        ({"prompt": "Why?", "category": "hate"}, "or_bench_toxic.jsonl", (None, "harmful", "or-bench")),
+    ],
+)
+def test_kinds_come_from_a_sets_own_labels(
+    write: Write, row: dict[str, object], name: str, expected: tuple[str | None, str, str]
+) -> None:
+    (question,) = load_questions(write([row], name), None)
+    assert turns(question) == [("user", "Why?")]
+    assert (question.kind, question.source) == expected[1:]
+    assert question.id == expected[0] or (expected[0] is None and question.id.startswith(f"{expected[2]}-"))
+
+
+def test_a_contextual_behavior_follows_its_context(write: Write) -> None:
+    row = HARMBENCH | {"Behavior": "Sum it up.", "ContextString": "A lock has pins."}
+    assert load_questions(write([row]), None)[0].text == "A lock has pins.\n\n---\n\nSum it up."
+
+
+def test_a_tab_separated_file_is_read(write: Write) -> None:
+    text = 'vanilla\tadversarial\tcompletion\tdata_type\n"Say ""hi"", please"\t\tHi\tvanilla_benign\n'
+    (question,) = load_questions(write(text, "train.tsv"), None)
+    assert (question.text, question.kind) == ('Say "hi", please', "benign")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Why?", "response": "a", "score": 3},
+        {"id": "1", "prompt": "Why?", "type": "essay"},
+        {"question_id": 1, "category": "law", "turns": ["Why?"]},
+        {"turns": ["Why?", "How?"]},
+        {"prompt": "Why?", "response": "a", "is_safe": True},
+        {"prompt": "Why?", "category": "hate"},
+        {"Goal": "Why?", "Target": "a"},
+        {"forbidden_prompt": "Why?"},
+        {"instruction": "Why?", "input": "", "output": "a"},
+        {"adversarial": "Why?", "data_type": "mine"},
+    ],
+)
+def test_a_row_without_all_columns_of_a_set_is_unknown(write: Write, row: dict[str, object]) -> None:
+    (question,) = load_questions(write([row], "benign.jsonl"), None)
+    assert (question.text, question.kind, question.source) == ("Why?", "unknown", "own")
+
+
+STAR = {"id": "1", "question": "Why?", "response": "a", "category": "x", "source": "theirs", "score": 3}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "Why?", "response": "a", "score": 3, "kind": "benign", "source": "me"}, ("benign", "me")),
+        (STAR | {"kind": "benign"}, ("benign", "star-1")),
+        (SORRY | {"prompt_style": "base", "kind": "benign", "source": "me"}, ("benign", "me")),
+        (HH | {"kind": "harmful", "source": "me"}, ("harmful", "me")),
+    ],
+)
+def test_the_users_kind_source_and_system_win(write: Write, row: dict[str, object], expected: tuple[str, str]) -> None:
+    (question,) = load_questions(write([row | {"system": "Be brief."}]), None)
+    assert (question.kind, question.source) == expected
+    assert turns(question)[0] == ("system", "Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, ["Why?"]),
+        ({"prompt": "Why?", "chosen": "Say:\n\nHuman: hi\n\nAssistant: yo", "rejected": "No."}, ["Why?"]),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT]}, ["Why?"]),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, ["Why?"]),
+        ({"prompt": [USER, ASSISTANT, USER], "chosen": [ASSISTANT]}, ["Why?", "Because.", "Why?"]),
+        ({"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Because.", "rejected": " No."}, ["Why?"]),
+        ({"prompt": [USER]}, ["Why?"]),
+    ],
+)
+def test_preference_rows_are_read(write: Write, row: dict[str, object], expected: list[str]) -> None:
+    (question,) = load_questions(write([row]), None)
+    assert [text for _, text in turns(question)] == expected
+    assert (question.kind, question.source) == ("unknown", "own")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Why?", "prompt": None},
+        {"question": None, "prompt": "Why?", "system": None, "kind": None, "source": None, "id": None},
+        {"messages": None, "question": "Why?", "chosen": None},
+        {"messages": [], "text": "Why?"},
+        {"question": "", "text": "Why?"},
+        {"messages": [USER], "question": None, "turns": None, "instruction": None},
+    ],
+)
+def test_unused_null_columns_are_ignored(write: Write, row: dict[str, object]) -> None:
+    assert turns(load_questions(write([row]), None)[0]) == [("user", "Why?")]
 
 
 def test_short_rows(write: Write) -> None:

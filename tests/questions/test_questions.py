@@ -91,7 +91,7 @@ BAD: dict[str, tuple[object, str, list[str]]] = {
     "same id": (
         [{"id": "x", "text": "a"}, {"id": "y", "text": "b"}, {"id": "x", "text": "c"}],
         "q.jsonl",
-        ["line 3", "'x'", "q.jsonl line 1", "id of its own"],
+        ["line 3", "'x'", "q.jsonl line 1", "its own id"],
     ),
 }
 

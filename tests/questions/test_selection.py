@@ -60,7 +60,7 @@ def test_the_limit_counts_selected_questions(files: tuple[str, str]) -> None:
 
 
 def test_no_remaining_question_is_an_error(files: tuple[str, str]) -> None:
-    with pytest.raises(UserError, match=r"decontaminate: every question of .* stands in .*; give other questions"):
+    with pytest.raises(UserError, match=r"decontaminate: every question of .* overlaps with .*; give other questions"):
         chosen(Recipe(questions=files[1], decontaminate=files[1:]))
 
 

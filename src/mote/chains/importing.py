@@ -1,30 +1,43 @@
-"""Other people's answers -> chains: a teacher's (STAR-1 and any `messages` file) and people's (HH-RLHF).
+"""Other people's answers -> chains: a teacher's (STAR-1, any `messages` file) and preferred ones (HH-RLHF, TRL).
 
-A chain that somebody else wrote has at most two steps: their reasoning, whatever its length, is the analysis, and what
-the user would read is the response. It counts as safe, since its source says so; nothing was checked here.
+An imported chain has at most two steps: the reasoning, whatever its length, is the analysis, and what the user would
+read is the response. It counts as safe on its source's word; nothing is checked here.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mote.core.dialogue import join_turns
 from mote.core.errors import UserError
 from mote.core.files import atomic_folder, check_new
 from mote.core.records import ChainRow, ChainTokens, Frozen, StepText, append_rows
+from mote.questions.columns import Row, is_filled
 from mote.questions.files import rows_of
-from mote.questions.formats import Row, hh_turns, question_of
+from mote.questions.formats import question_of
 from mote.questions.load import normalised
+from mote.questions.upstream import hh_turns
 
-FORMATS = ("star1", "messages", "hh-rlhf")
+FORMATS = ("star1", "messages", "hh-rlhf", "preference")
+_COLUMN = {"star1": "response", "messages": "messages", "hh-rlhf": "chosen", "preference": "chosen"}  # of the answer
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of servers and of chat templates
-_THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
-_BATCH = 500  # rows that are written at once
+# A thought that begins the text. R1's template writes `<think>` in the prompt, so that the text has only the end tag,
+# alone on its line.
+_THOUGHT = re.compile(r"\A\s*(?:<think>(.*?)</think>|(.*?)^[ \t]*</think>[ \t]*$)\s*", re.DOTALL | re.MULTILINE)
+_BATCH = 500  # rows per write
 
 
 class Imported(Frozen):
-    """How many rows became chains, and why the others did not."""
+    """Counts of an import.
+
+    Attributes:
+        chains: Imported rows.
+        reasoned: Those with reasoning.
+        repeated: Rows skipped because their question is a duplicate.
+        unanswered: Rows skipped because they have no answer.
+    """
 
     chains: int
     reasoned: int
@@ -32,7 +45,7 @@ class Imported(Frozen):
     unanswered: int
 
     def summary(self) -> str:
-        """The counts in a line."""
+        """The counts as one line."""
         return (
             f"{self.chains} chains, {self.reasoned} of them with reasoning; left out: {self.repeated} repeated "
             f"questions, {self.unanswered} rows without an answer"
@@ -42,17 +55,17 @@ class Imported(Frozen):
 def import_chains(
     file: Path, out: Path, form: str = "auto", writer: str | None = None, limit: int | None = None
 ) -> Imported:
-    """Make `OUT/chains.jsonl` of a file of answers; the folder is there as a whole or not at all.
+    """Write `OUT/chains.jsonl` from a file of answers; after an error no folder remains.
 
     Args:
-        file: In one of `FORMATS`, as JSONL, JSON or CSV, gzipped or not.
-        out: Folder to make.
-        form: One of `FORMATS`; `auto` tells it from the columns of the first row.
-        writer: Who wrote the chains; None for what the format says.
-        limit: Rows to read at most.
+        file: Rows in one of `FORMATS`, as JSONL, JSON, CSV, TSV or Parquet.
+        out: Folder to create.
+        form: One of `FORMATS`; `auto` detects it from the columns of the first row.
+        writer: Author of the chains; None for the format's default.
+        limit: Largest number of rows to read.
 
     Raises:
-        UserError: The folder is there, the file cannot be read, or a row is not of the format.
+        UserError: The folder exists, the file cannot be read, or a row is not of the format.
     """
     check_new(out)
     counts: Counter[str] = Counter()
@@ -85,31 +98,38 @@ def import_chains(
 def _format(row: Row, where: str) -> str:
     if {"question", "response", "score"} <= row.keys():
         return "star1"
-    if "messages" in row:
+    if is_filled(row.get("messages")):
         return "messages"
-    if "chosen" in row:
+    chosen = row.get("chosen")
+    if isinstance(chosen, str) and not is_filled(row.get("prompt")):
         return "hh-rlhf"
+    if is_filled(chosen):
+        return "preference"
     raise UserError(
         f"import: {where}: columns {sorted(map(str, row))[:8]} are of no known format; use one of {FORMATS}"
     )
 
 
 def _chain(row: Row, form: str, filename: str, where: str, writer: str | None) -> ChainRow | None:
-    """A row's chain; None where nobody answers, or where only a thought was begun."""
-    column = {"star1": "response", "messages": "messages", "hh-rlhf": "chosen"}[form]
+    """A row's chain; None if nobody answers or a thought has no end."""
+    column = _COLUMN[form]
     if column not in row:
         raise UserError(f"import: {where}: no column '{column}', which the format {form} has; give another --format")
-    if form == "messages":
-        row = {**row, "messages": list(_without_thoughts(row["messages"], where))}
+    replies = _replies(row, form, where)
+    for name in ("messages", "prompt", "chosen"):
+        if isinstance(row.get(name), list):
+            row = {**row, name: _without_thoughts(row[name])}
     question = question_of(row, filename, where)
-    reasoning, answer = _answer(row, form, where)
-    if question is None or not answer.strip():
+    reasoning = "\n\n".join(thought.strip() for thought, _ in replies if thought.strip())
+    answer = "\n\n".join(text.strip() for _, text in replies if text.strip())
+    if question is None or not answer:
         return None
     steps = (("analysis", reasoning), ("response", answer))
-    author = {"star1": "teacher:star-1", "messages": f"teacher:{filename.split('.')[0]}", "hh-rlhf": "human"}[form]
+    teacher = f"teacher:{filename.split('.')[0]}"
+    author = {"star1": "teacher:star-1", "messages": teacher, "hh-rlhf": "human", "preference": teacher}[form]
     return ChainRow(
         **dict(question),
-        steps=tuple(StepText(name=name, text=text.strip()) for name, text in steps if text.strip()),
+        steps=tuple(StepText(name=name, text=text) for name, text in steps if text),
         safe=True,
         checks=(),
         model=writer or author,
@@ -120,33 +140,42 @@ def _chain(row: Row, form: str, filename: str, where: str, writer: str | None) -
     )
 
 
-def _answer(row: Row, form: str, where: str) -> tuple[str, str]:
-    """Reasoning and answer of the last reply; empty where there is none."""
+def _replies(row: Row, form: str, where: str) -> list[tuple[str, str]]:
+    """(Reasoning, text) of each assistant turn after the last user turn."""
+    value = row[_COLUMN[form]]
     if form == "star1":
-        return _split(str(row["response"]))
+        return [_split(str(value))]
     if form == "hh-rlhf":
-        turns = hh_turns(str(row["chosen"]))
-        return "", turns[-1][1] if turns and turns[-1][0] == "assistant" else ""
-    last = row["messages"][-1] if row["messages"] else {}
-    if last.get("role") != "assistant":
-        return "", ""
-    given = next((last[key] for key in _REASONING_KEYS if isinstance(last.get(key), str)), "")
-    reasoning, answer = _split(last["content"] if isinstance(last.get("content"), str) else "")
-    return given or reasoning, answer
+        turns = join_turns(hh_turns(str(value)))
+        return [("", turns[-1][1])] if turns and turns[-1][0] == "assistant" else []
+    if form == "preference" and isinstance(value, str):
+        return [_split(value)]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(
+            f"import: {where}: {_COLUMN[form]} is not a list of objects with role and content; mend the row"
+        )
+    last_asked = max((number for number, turn in enumerate(value) if turn.get("role") != "assistant"), default=-1)
+    return [_thought_and_text(turn) for turn in value[last_asked + 1 :]]
 
 
-def _without_thoughts(messages: Any, where: str) -> Iterator[Mapping[str, Any]]:
-    """The turns, those of the assistant but the last without what it thought: a chat template drops that too."""
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise UserError(f"import: {where}: messages is not a list of objects with role and content; mend the row")
-    for turn in messages[:-1]:
-        thought = turn.get("role") == "assistant" and isinstance(turn.get("content"), str)
-        yield {**turn, "content": _split(turn["content"])[1]} if thought else turn
-    yield from messages[-1:]
+def _thought_and_text(turn: Mapping[str, Any]) -> tuple[str, str]:
+    content = turn["content"] if isinstance(turn.get("content"), str) else ""
+    given = next((turn[key] for key in _REASONING_KEYS if isinstance(turn.get(key), str)), "")
+    return (given, content) if given.strip() else _split(content)
+
+
+def _without_thoughts(turns: Sequence[Any]) -> list[Any]:
+    """The turns without the assistant's thoughts in their content, as chat templates render earlier turns."""
+    return [
+        {**turn, "content": _thought_and_text(turn)[1]}
+        if isinstance(turn, dict) and turn.get("role") == "assistant" and isinstance(turn.get("content"), str)
+        else turn
+        for turn in turns
+    ]
 
 
 def _split(text: str) -> tuple[str, str]:
-    """`<think>reasoning</think>answer` in two; a thought that does not end has no answer."""
+    """`<think>reasoning</think>answer` in two; a thought without an end has no answer."""
     if thought := _THOUGHT.match(text):
-        return thought[1], text[thought.end() :]
+        return thought[1] or thought[2] or "", text[thought.end() :]
     return (text, "") if text.lstrip().startswith("<think>") else ("", text)

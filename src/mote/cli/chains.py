@@ -59,7 +59,7 @@ def view(path: Path, out: Path) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["auto", "star1", "messages", "hh-rlhf"]),
+    type=click.Choice(["auto", "star1", "messages", "hh-rlhf", "preference"]),
     default="auto",
     help="Layout of the file; auto infers it from the columns.",
 )

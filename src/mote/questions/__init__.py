@@ -1,1 +1,1 @@
-"""Question files and data sets to `Question` rows, without duplicates and evaluation questions."""
+"""Question files and data sets -> `Question` rows, without duplicates and evaluation questions."""

@@ -1,6 +1,6 @@
-"""Texts that are nearly the same: MinHash with locality-sensitive hashing, so that memory holds hashes only.
+"""Near-duplicate texts by MinHash with locality-sensitive hashing; only hashes stay in memory.
 
-Similarity is that of Jaccard between the sets of character 5-grams, which short questions still have enough of.
+Similarity is the Jaccard index of the sets of character 5-grams, of which short questions have enough.
 """
 
 from mote.core.records import ChainRow, Question
@@ -8,23 +8,23 @@ from mote.core.records import ChainRow, Question
 _GRAM = 5  # characters
 _SEED = 42
 _HASHES = 128  # standard error of an estimated similarity of 0.8: 0.035
-_BANDS = 32  # of four hashes: a pair as similar as 0.6 is looked at in 99 of 100 cases, one of 0.8 practically always
+_BANDS = 32  # of four hashes each: a pair of similarity 0.6 is compared with probability 0.99, of 0.8 almost surely
 
 
 class NearDuplicates:
-    """What was seen so far; about 3.4 KB a text, whatever its length.
+    """Index of the texts so far; about 3.4 KB per text, whatever its length.
 
     Args:
-        threshold: Estimated similarity from which on two texts are near-duplicates, 0.5 to 1.
+        threshold: Least estimated similarity of near-duplicates, 0.5 to 1.
     """
 
     def __init__(self, threshold: float) -> None:
-        from rensa import RMinHashDeduplicator  # compiled, and needed only where duplicates are looked for
+        from rensa import RMinHashDeduplicator  # a compiled module, needed for this alone
 
         self._seen = RMinHashDeduplicator(threshold, _HASHES, use_lsh=True, num_bands=_BANDS, seed=_SEED)
 
     def add(self, name: str, text: str) -> str | None:
-        """Remember a text unless it nearly repeats one that was added before; then the name of that one."""
+        """Add a text and return None; if it is a near-duplicate of an earlier one, only return that one's name."""
         from rensa import RMinHash
 
         sketch = RMinHash(_HASHES, _SEED)
@@ -36,18 +36,18 @@ class NearDuplicates:
 
 
 def similarity(one: str, other: str) -> float:
-    """The similarity that `NearDuplicates` estimates, counted: 0 to 1."""
+    """The exact similarity that `NearDuplicates` estimates, 0 to 1."""
     left, right = _grams(one), _grams(other)
     return len(left & right) / len(left | right)
 
 
 def dialogue_of(question: Question) -> str:
-    """What is compared of a question."""
+    """The text of a question that is compared."""
     return "\n".join(message.content for message in question.messages)
 
 
 def text_of(chain: ChainRow) -> str:
-    """What is compared of a chain: its steps."""
+    """The text of a chain that is compared: its steps."""
     return "\n".join(step.text for step in chain.steps)
 
 

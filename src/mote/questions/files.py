@@ -1,7 +1,7 @@
-"""Question files and sets of the hub -> rows as they are, each with its place.
+"""Question files and data sets of the hub -> raw rows, each with its place.
 
-How rows are laid out (JSONL, a JSON list, CSV, plain text; gzipped or not) is told from the file's bytes. What a row
-means is `mote.questions.formats`' business.
+The layout (JSONL, a JSON list, CSV or TSV, plain text, Parquet; gzipped or not) is detected from the file's bytes. What
+a row means is left to `mote.questions.formats`.
 """
 
 import csv
@@ -16,19 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from mote.core.errors import UserError, first_line
-from mote.questions.formats import UNDERSTOOD, Row, is_known, short
+from mote.questions.columns import Row, short
+from mote.questions.formats import UNDERSTOOD, is_known
 
 OWN = {
-    "mote:train": "train.jsonl", "mote:test": "test.jsonl",
-    "mote:arithmetic": "arithmetic.jsonl", "mote:arithmetic-test": "arithmetic-test.jsonl",
-}  # fmt: skip
+    "mote:train": "train.jsonl",
+    "mote:test": "test.jsonl",
+    "mote:arithmetic": "arithmetic.jsonl",
+    "mote:arithmetic-test": "arithmetic-test.jsonl",
+}
+_PARQUET = b"PAR1"
+_LONGEST_CELL = 2**31 - 1  # characters; the csv module's default of 131,072 refuses files with a long column
 
 
 def raw_rows(source: str) -> Iterator[tuple[str, Row]]:
-    """The rows of a question source as they are, each with its place.
+    """The raw rows of a question source, each with its place.
 
     Args:
-        source: As of `iter_questions`.
+        source: As in `iter_questions`.
 
     Raises:
         UserError: It cannot be read.
@@ -50,32 +55,34 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Row]]:
     name, _, split = source.removeprefix("hub:").partition("@")
     try:
         rows = load_dataset(name, split=split or "test")
-    except (OSError, ValueError) as error:  # what the hub's client raises for names, splits, rights and the network
+    except (OSError, ValueError) as error:  # of the hub's client: name, split, access, network
         raise UserError(
-            f"questions: {source} is not to be had ({first_line(error)}); check the name, the split and your access, "
-            "or give a file"
+            f"questions: cannot load {source} ({first_line(error)}); check the name, the split and your access, or "
+            "give a file"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{source} row {number}", row
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a file as they are, each with its place; JSONL, JSON, CSV or text, gzipped or not.
+    """The raw rows of a file, each with its place.
 
     Raises:
         UserError: The file cannot be read.
     """
     with _opened(path) as file:
-        for place, row in _rows(file, path):
+        for place, row in _parquet_rows(path) if isinstance(file, Path) else _rows(file, path):
             yield f"{path} {place}", row
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Iterable[bytes]]:
-    """The file's lines, unzipped where they are gzipped; every way in which reading fails becomes one line."""
+def _opened(path: Path) -> Iterator[Iterable[bytes] | Path]:
+    """The file's lines, decompressed, or the path of a Parquet file; read errors become one line."""
     try:
         with open(path, "rb") as raw:
-            if raw.peek(2)[:2] == b"\x1f\x8b":
+            if raw.peek(4)[:4] == _PARQUET:
+                yield path
+            elif raw.peek(2)[:2] == b"\x1f\x8b":
                 with gzip.open(raw) as unzipped:
                     yield unzipped
             elif path.suffix == ".gz":
@@ -93,7 +100,7 @@ def _opened(path: Path) -> Iterator[Iterable[bytes]]:
 
 
 def _rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows and their places, laid out as the first line that is not blank shows."""
+    """Rows and their places; the first line that is not blank tells the layout."""
     lines = _lines(file, path)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
@@ -101,7 +108,8 @@ def _rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, Row]]:
     number, line = first
     lines = _chain(first, lines)
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    columns = {column.strip().strip('"') for column in line.split(",")}
+    delimiter = "\t" if "\t" in line else ","
+    columns = {column.strip().strip('"') for column in line.split(delimiter)}
     if line.lstrip().startswith("{"):
         return _json_lines(lines, path)
     if suffix == ".txt":
@@ -110,8 +118,8 @@ def _rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, Row]]:
         return _json_list(lines, path)
     if suffix in (".json", ".jsonl"):
         return _json_lines(lines, path)
-    if suffix == ".csv" or is_known(columns):
-        return _csv_rows(lines, path, before=number - 1)
+    if suffix in (".csv", ".tsv") or is_known(columns):
+        return _csv_rows(lines, path, delimiter, blank=number - 1)
     raise UserError(
         f"questions: {path} line {number}: {short(line.strip())} is neither a JSON object nor a line of known columns "
         f"({UNDERSTOOD}); name a file of one question a line .txt"
@@ -159,7 +167,7 @@ def _json_list(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[tuple[s
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        before = text[: error.pos + 1].rstrip().splitlines()  # a list that is cut off fails behind its last character
+        before = text[: error.pos + 1].rstrip().splitlines()  # a truncated list fails after its last character
         number = first + len(before) - 1
         what = f"not valid JSON ({error.msg})" if text[error.pos :].strip() else "the file seems cut off"
         near = short(before[-1].strip())
@@ -176,14 +184,33 @@ def _object(row: Any, where: str) -> Row:
     return row
 
 
-def _csv_rows(lines: Iterator[tuple[int, str]], path: Path, before: int) -> Iterator[tuple[str, Row]]:
-    """Rows of a CSV file; a row's line is the one it ends on, `before` counts the blank ones in front."""
-    reader = csv.DictReader((line for _, line in lines), strict=True)
+def _csv_rows(lines: Iterator[tuple[int, str]], path: Path, delimiter: str, blank: int) -> Iterator[tuple[str, Row]]:
+    """Rows of a CSV or TSV file after `blank` empty lines; a row's place is the line it ends on."""
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.DictReader((line for _, line in lines), strict=True, delimiter=delimiter)
     try:
         for row in reader:
-            yield f"line {before + reader.line_num}", row
+            yield f"line {blank + reader.line_num}", row
     except csv.Error as error:
         raise UserError(
-            f"questions: {path} line {before + reader.reader.line_num}: not valid CSV ({error}); the file may be cut "
+            f"questions: {path} line {blank + reader.reader.line_num}: not valid CSV ({error}); the file may be cut "
             "off: mend the quotes there or get it again"
+        ) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise UserError(f"questions: {path} is a Parquet file; pip install 'mote-align[data]' to read it") from error
+    number = 0
+    try:
+        for batch in ParquetFile(path).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except ArrowException as error:
+        raise UserError(
+            f"questions: {path} is a damaged or cut off Parquet file ({first_line(error)}); get it again"
         ) from error
