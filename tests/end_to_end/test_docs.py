@@ -28,8 +28,8 @@ from mote.experiments.ablations import load_ablations
 from mote.experiments.ablations.ablation_results import Interval, Judged, Line, Measured, Result
 from mote.experiments.ablations.paper import Cell, PaperComparison, TableLine
 from mote.report.compare import Compared, Difference, Differing, Side, TwoReports
+from mote.report.contents import Report
 from mote.report.evaluation import Headline, Point
-from mote.report.summary import Report
 from mote.train import training_arguments
 
 README = ROOT / "README.md"

@@ -81,7 +81,7 @@ def test_an_llm_behind_a_server(server: str) -> None:
     assert "I can't help with that." in _Server.seen[0]["messages"][-1]["content"]
 
 
-def test_the_next_word_of_a_model_behind_a_server(server: str) -> None:
+def test_choice_judge_on_a_served_model(server: str) -> None:
     card, verdict = judged(f"choice:m@{server}")
     assert verdict.score == pytest.approx(0.75, abs=1e-4) and verdict.label == "safe" and card.measures == "harm"
 

@@ -89,7 +89,7 @@ def test_the_card_names_the_signs() -> None:
     assert (card.name, card.measures, len(card.prompts)) == ("rule", "refusal", 64)
 
 
-def test_hostile_text_is_read_in_reasonable_time() -> None:
+def test_adversarial_text_takes_bounded_time() -> None:
     """Backtracking would not end within a test run on any of these."""
     for text in ("i can't " + "slowly " * 20_000, "it is not " * 20_000, "1. " + " \n" * 50_000, "." * 100_000):
         assert classify(find_signs(text, text))

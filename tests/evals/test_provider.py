@@ -50,7 +50,7 @@ def provider(tiny: Path, adapter: Path | None = None, **given: Any) -> Any:
     return get_model(f"mote/{tiny}", device="cpu", max_step_tokens=6, **args, **given)
 
 
-def test_answers_are_those_of_the_library(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_answers_equal_those_of_the_library(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     model = provider(tiny, adapter, mode="full")
     log = answered(tmp_path, model, QUESTIONS)
     assert log.status == "success" and log.samples
@@ -73,7 +73,7 @@ def test_answers_are_those_of_the_library(tiny: Path, adapter: Path, tmp_path: P
     model.api.close()
 
 
-def test_an_answer_that_checks_itself_says_so(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_self_checked_answer_reports_its_checks(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     own = save_random_adapter(tiny, tmp_path / "own", experts=("analysis", "guidance", "response", "check"))
     model = provider(tiny, own, mode="adaptive+check", check_threshold=1.0)
     log = answered(tmp_path, model, QUESTIONS)
@@ -98,7 +98,7 @@ def test_the_base_model_needs_no_adapter(tiny: Path, tmp_path: Path) -> None:
     model.api.close()
 
 
-def test_modes_share_a_model_and_read_a_prompt_once(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_modes_share_a_model_and_prefill_a_prompt_once(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     def computed(*modes: str) -> int:
         models = [provider(tiny, adapter, mode=mode) for mode in modes]
         assert len({id(model.api.shared_model()) for model in models}) == 1
@@ -117,7 +117,7 @@ def test_modes_share_a_model_and_read_a_prompt_once(tiny: Path, adapter: Path, t
     assert computed("direct", "adaptive", "full", "base") == apart - 2 * prompts
 
 
-def test_an_adapter_that_was_trained_again_in_place_gives_fresh_answers(tiny: Path, tmp_path: Path) -> None:
+def test_adapter_retrained_in_place_gives_fresh_answers(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     save_random_adapter(tiny, folder)
     cache = CachePolicy(scopes={"test": str(tmp_path)})
@@ -141,13 +141,13 @@ def test_an_adapter_that_was_trained_again_in_place_gives_fresh_answers(tiny: Pa
     assert provider(tiny, folder, mode="full").api.base_url != provider(tiny, folder, mode="direct").api.base_url
 
 
-def test_earlier_reasoning_is_not_shown_again() -> None:
+def test_reasoning_of_earlier_turns_is_dropped() -> None:
     said = ChatMessageAssistant(content=[ContentReasoning(reasoning="secret"), ContentText(text="open")])
     asked = dialogue([ChatMessageUser(content="a"), said, ChatMessageUser(content="b")])
     assert [message.content for message in asked] == ["a", "open", "b"]
 
 
-def test_what_cannot_work_is_said_at_once(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused_at_construction(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'full' needs a trained adapter"):
         provider(tiny, mode="full")
     with pytest.raises(UserError, match="'deep' is not a mode"):
@@ -161,7 +161,7 @@ def test_a_failing_model_fails_the_log(tmp_path: Path) -> None:
     assert log.status == "error" and log.error and "there is no folder" in log.error.message
 
 
-def test_prompting_answers_by_the_stages_of_a_scheme(tiny: Path, tmp_path: Path) -> None:
+def test_prompting_provider_generates_a_schemes_steps(tiny: Path, tmp_path: Path) -> None:
     """What the chain loop writes greedily, stage by stage; the steps are reasoning, and the first answer counts."""
     import asyncio
 
@@ -192,5 +192,5 @@ def test_prompting_answers_by_the_stages_of_a_scheme(tiny: Path, tmp_path: Path)
         get_model(f"mote-prompting/{tiny}", scheme="safety", memoize=False)
 
 
-def test_the_provider_is_found_by_its_name(tiny: Path) -> None:
+def test_provider_is_found_by_name(tiny: Path) -> None:
     assert isinstance(provider(tiny).api, MoteAPI)

@@ -26,7 +26,7 @@ def test_mcnemar_against_the_binomial_test() -> None:
     assert mcnemar(7, 7) == 1.0 and mcnemar(0, 0) == 1.0
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean() -> None:
+def test_bootstrap_interval_matches_the_standard_error() -> None:
     draw = np.random.default_rng(3)
     scores = draw.normal(5, 2, 400).tolist()
     found = mean(scores)
@@ -37,7 +37,7 @@ def test_the_bootstrap_interval_is_that_of_the_mean() -> None:
     assert mean(scores) == found and mean(scores, seed=1) != found
 
 
-def test_binary_scores_get_wilson_and_others_the_bootstrap() -> None:
+def test_binary_scores_use_wilson_others_the_bootstrap() -> None:
     assert estimate([0, 1, 1.0]).method == "wilson" and estimate([0, 0.5]).method == "bootstrap"
 
 
@@ -50,7 +50,7 @@ def test_pairs_are_of_the_same_prompts() -> None:
     assert paired({"a": 1.0}, {"b": 1.0}).p is None
 
 
-def test_a_paired_difference_is_found_where_an_unpaired_one_is_not() -> None:
+def test_paired_test_is_more_powerful_than_unpaired() -> None:
     draw = np.random.default_rng(0)
     hard = draw.normal(5, 3, 60)  # prompts differ by much more than the systems do
     first = {str(i): float(x) for i, x in enumerate(hard)}

@@ -31,9 +31,7 @@ def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_adapter(tiny, tmp_path_factory.mktemp("adapter"))
 
 
-def test_a_suite_gives_rows_and_a_summary_and_does_nothing_twice(
-    run: Any, tiny: Path, adapter: Path, data: Path
-) -> None:
+def test_suite_writes_rows_and_summary_and_repeats_nothing(run: Any, tiny: Path, adapter: Path, data: Path) -> None:
     given = arguments(tiny, data, "--adapter", f"ours={adapter}", "--modes", "base,direct,adaptive", "--seed", 3)
     code, out, err = run(given)
     assert (code, out) == (0, f"{data}/out/evals/summary.json\n"), err
@@ -71,7 +69,7 @@ def test_a_suite_gives_rows_and_a_summary_and_does_nothing_twice(
     assert code == 2 and "holds an evaluation with other settings (they differ in seed" in err
 
 
-def test_a_run_that_was_killed_goes_on_without_repeating_a_row(tiny: Path, data: Path) -> None:
+def test_killed_run_resumes_without_repeating_a_row(tiny: Path, data: Path) -> None:
     suite = SUITE.replace("batch_size: 4", "batch_size: 1")  # so that the answers come one by one
     (data / "small.yaml").write_text(
         suite.replace('args: {techniques: "rot13,hex,role_play,forged_chain"}', "args: {}")
@@ -97,7 +95,7 @@ def test_a_run_that_was_killed_goes_on_without_repeating_a_row(tiny: Path, data:
     assert len(samples) == len(rows) and 0 < len(kept) < len(rows)  # what was through by then was not done again
 
 
-def test_a_task_that_fails_ends_with_one_line_and_goes_on_once_mended(run: Any, tiny: Path, data: Path) -> None:
+def test_failed_task_is_one_line_and_resumes_once_fixed(run: Any, tiny: Path, data: Path) -> None:
     lost = data / "model"
     given = arguments(lost, data)
     code, out, err = run(given)
@@ -127,7 +125,7 @@ def test_a_task_that_fails_ends_with_one_line_and_goes_on_once_mended(run: Any, 
         (["--limit", "0"], "--limit"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(
+def test_invalid_settings_are_refused_before_generation(
     run: Any, tiny: Path, data: Path, more: list[str], message: str
 ) -> None:
     code, out, err = run(arguments(tiny, data, *more))
@@ -135,7 +133,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     assert not (data / "out" / "evals").exists()
 
 
-def test_a_task_without_a_judge_is_refused() -> None:
+def test_task_without_a_judge_is_refused() -> None:
     suite = load_suite("paper")
     task = next(task for task in suite.tasks if task.task == "hh-help")
     with pytest.raises(UserError, match="the task hh-help of the suite 'paper' needs one; give it with --judge"):
@@ -146,13 +144,13 @@ def test_a_task_without_a_judge_is_refused() -> None:
         task_args(task, suite, "nobody", None, None)
 
 
-def test_the_lower_limit_holds() -> None:
+def test_lower_limit_applies() -> None:
     suite = load_suite("smoke")
     task = SuiteTask(task="xstest", file="mote:test", judge="rule", limit=4)
     assert [task_args(task, suite, None, limit, None)["limit"] for limit in (None, 2, 9)] == [4, 2, 4]
 
 
-def test_the_base_model_stands_once_beside_its_adapters(adapter: Path) -> None:
+def test_base_model_is_one_system_beside_its_adapters(adapter: Path) -> None:
     systems = systems_of("some/model", [str(adapter), f"plain={adapter}"], ["peer=openai-api/x/y"], None)
     assert [(system.name, system.modes) for system in systems] == [
         ("base", ("base",)),
@@ -163,7 +161,7 @@ def test_the_base_model_stands_once_beside_its_adapters(adapter: Path) -> None:
     assert [system.name for system in systems_of("some/model", [str(adapter)], [], ["full"])] == ["mote"]
 
 
-def test_a_mode_with_a_budget_of_its_own_is_the_base_models_or_the_adapters(adapter: Path) -> None:
+def test_budgets_are_assigned_to_base_or_adapter(adapter: Path) -> None:
     systems = systems_of("some/model", [str(adapter)], [], ["base", "full", "base@8", "full@8"])
     assert [(system.name, system.modes) for system in systems] == [
         ("base", ("base", "base@8")),
@@ -179,7 +177,7 @@ def test_shipped_suites_can_be_read(name: str) -> None:
         assert {task.judge for task in suite.tasks} == {"rule"} and all(t.file.startswith("mote:") for t in suite.tasks)
 
 
-def test_a_suite_that_is_wrong_names_the_place(tmp_path: Path) -> None:
+def test_invalid_suite_names_the_setting(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(json.dumps({"name": "own", "tasks": [{"task": "fly", "file": "x"}]}))
     with pytest.raises(UserError, match=r"own.yaml' is not a valid suite: tasks.0.task"):
@@ -187,7 +185,7 @@ def test_a_suite_that_is_wrong_names_the_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["editable", "site-packages"])
-def test_inspects_own_command_finds_models_and_tasks(layout: str, tiny: Path, adapter: Path, data: Path) -> None:
+def test_inspect_command_finds_models_and_tasks(layout: str, tiny: Path, adapter: Path, data: Path) -> None:
     root = ROOT
     points = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]["inspect_ai"]
     folder = data / "site-packages"

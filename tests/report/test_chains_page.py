@@ -54,7 +54,7 @@ def data(page: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_rows_come_through_as_they_are(page: str) -> None:
+def test_rows_round_trip(page: str) -> None:
     one, two, three = data(page)
     assert one["turns"] == [["user", "How do I clean it?"]] and one["steps"] == [["response", "Use soap."]]
     assert (two["turns"][0][1], two["steps"][0]) == (NASTY, ["analysis", NASTY])
@@ -63,14 +63,14 @@ def test_rows_come_through_as_they_are(page: str) -> None:
     assert one["tokens"] == [30, 20, 100] and one["seconds"] == 2.0 and one["source"] == "hand" and one["model"] == "m"
 
 
-def test_nothing_breaks_out(page: str) -> None:
+def test_text_is_escaped(page: str) -> None:
     parsed = Page(page)
     assert [tag for tag, _ in parsed.tags].count("script") == 2 and "img" not in [tag for tag, _ in parsed.tags]
     assert "alert(1)" not in parsed.scripts[1] and "innerHTML" not in parsed.scripts[1]
     assert "\u2028" not in page
 
 
-def test_it_asks_nobody_for_anything(page: str) -> None:
+def test_chains_page_makes_no_requests(page: str) -> None:
     parsed = Page(page)
     for tag, attributes in parsed.tags:
         for name in ("src", "href", "action", "srcset"):
@@ -81,7 +81,7 @@ def test_it_asks_nobody_for_anything(page: str) -> None:
     assert policy is not None and f"'sha256-{digest}'" in policy and "default-src 'none'" in policy
 
 
-def test_the_script_and_the_page_agree_on_names(page: str) -> None:
+def test_script_and_page_use_the_same_names(page: str) -> None:
     """The script reads elements and columns by name; a typing error would be an empty page."""
     parsed = Page(page)
     script = parsed.scripts[1]
@@ -95,7 +95,7 @@ def test_the_script_and_the_page_agree_on_names(page: str) -> None:
     assert columns == set(data(page)[0])
 
 
-def test_nothing_to_read(tmp_path: Path) -> None:
+def test_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chains.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no chains"):
         write_page(tmp_path, tmp_path / "page.html")

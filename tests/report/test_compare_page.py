@@ -10,7 +10,7 @@ from mote.report.compare import TwoReports
 from mote.report.compare_page import write_comparison
 
 
-def test_both_columns_stand_in_the_page_and_in_the_json(tmp_path: Path) -> None:
+def test_page_and_json_hold_both_reports(tmp_path: Path) -> None:
     folders = tmp_path / "a", tmp_path / "b"
     for number, folder in enumerate(folders):
         folder.mkdir()

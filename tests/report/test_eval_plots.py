@@ -22,22 +22,22 @@ def point(system: str, mode: str, tokens: float, score: float | None) -> Point:
 POINTS = [point("base", "base", 40, 0.5), point("ours", "full", 200, 0.9), point("ours", "full@64", 120, 0.8)]
 
 
-def test_a_curve_has_the_colours_of_its_systems_and_the_budgets() -> None:
+def test_curve_shows_system_colours_and_budgets() -> None:
     svg = curve(POINTS, ["base", "ours"], "curve0", "Harmless answers (hh-harm)", rated=False)
     assert set(re.findall(r"var\(--(system-\d)\)", svg)) == {"system-1", "system-2"}
     texts = re.findall(r">([^<>]+)</text>", svg)
-    assert {"64", "base", "full", "Harmless answers (hh-harm), %", "mean tokens of an answer"} <= set(texts)
+    assert {"64", "base", "full", "Harmless answers (hh-harm), %", "mean tokens per answer"} <= set(texts)
     assert not re.search(r"#[0-9a-f]{6}\b", svg) and 'id="curve0-' in svg
     assert svg == curve(POINTS, ["base", "ours"], "curve0", "Harmless answers (hh-harm)", rated=False)
 
 
-def test_a_number_that_is_missing_has_no_point() -> None:
+def test_missing_number_has_no_point() -> None:
     without = curve([*POINTS[:2], point("ours", "adaptive", 90, None)], ["base", "ours"], "c", "Harmless", rated=False)
     with_it = curve([*POINTS[:2], point("ours", "adaptive", 90, 0.7)], ["base", "ours"], "c", "Harmless", rated=False)
     assert without.count("<use") < with_it.count("<use")
 
 
-def test_classes_are_stacked_to_the_whole() -> None:
+def test_classes_are_stacked_to_100_percent() -> None:
     shares = {"full_compliance": 0.25, "partial_refusal": 0.25, "full_refusal": 0.5}
     svg = classes({"base · base": shares, "ours · full": shares}, "classes-benign", "Safe prompts")
     widths: dict[str, float] = {}

@@ -19,11 +19,11 @@ from mote.report.pages import as_data, change, interval, measured, p_value, seco
         ("refusal", None, "–", "–"),  # noqa: RUF001
     ],
 )
-def test_a_metric_in_its_unit(metric: str, value: float | None, shown: str, changed: str) -> None:
+def test_metrics_are_formatted_in_their_unit(metric: str, value: float | None, shown: str, changed: str) -> None:
     assert (measured(value, metric), change(value, metric)) == (shown, changed)
 
 
-def test_intervals_of_numbers_and_of_differences() -> None:
+def test_intervals_are_formatted() -> None:
     number = Estimate(value=0.5, low=0.25, high=0.75, n=4, method="wilson")
     difference = Paired(difference=0.1, low=-0.05, high=0.25, p=0.2, test="mcnemar", n=4)
     assert interval(number, "refusal") == "[25.0, 75.0]"
@@ -33,7 +33,7 @@ def test_intervals_of_numbers_and_of_differences() -> None:
     assert seconds(3700) == "1\u202fh 1\u202fmin"
 
 
-def test_data_comes_through_and_ends_no_element() -> None:
+def test_embedded_data_round_trips_and_closes_no_element() -> None:
     nasty = {"a": "</script><script>alert(1)</script> <!-- \u2028\u2029 שלום"}
     text = as_data(nasty)
     assert json.loads(text) == nasty and not {"<", "\u2028", "\u2029"} & set(text)

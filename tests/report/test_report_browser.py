@@ -139,7 +139,7 @@ def test_filters_and_search_find_answers(browser: Any, opened: Any, tmp_path: Pa
     assert options == ["all (7)", "full_compliance (7)", "full_refusal (0)"]
 
 
-def test_an_answer_that_was_judged_unsafe_is_folded(opened: Any, tmp_path: Path) -> None:
+def test_unsafe_answer_is_folded(opened: Any, tmp_path: Path) -> None:
     rows = [
         judged("base", "base", "hh-help", "1", "full_compliance", kind="benign"),
         judged("base", "base", "hh-help", "2", "unsafe", kind="benign"),
@@ -151,7 +151,7 @@ def test_an_answer_that_was_judged_unsafe_is_folded(opened: Any, tmp_path: Path)
     assert page.locator("#judged-rows article > details.fold").count() == 2
 
 
-def test_a_large_evaluation_gives_a_page_that_opens_fast(opened: Any, tmp_path: Path) -> None:
+def test_page_of_a_large_evaluation_opens_fast(opened: Any, tmp_path: Path) -> None:
     rows = [
         judged(system, "base", "strongreject", f"s{n}", "full_refusal", technique=f"t{t}", answer="no " * 100)
         for system in ("base", "peer")
@@ -176,7 +176,7 @@ def test_nothing_breaks_out_of_the_data(opened: Any, tmp_path: Path) -> None:
     assert page.locator("#judged-rows h4 bdi").text_content() == f"{nasty} · base"
 
 
-def test_two_reports_on_a_phone_in_light_and_dark(run: Any, opened: Any, tmp_path: Path) -> None:
+def test_comparison_on_a_phone_in_light_and_dark(run: Any, opened: Any, tmp_path: Path) -> None:
     for name, label in (("a", "full_refusal"), ("b", "full_compliance")):
         rows = [judged("base", "base", "hh-harm", f"h{n}", label) for n in range(4)]
         write_evals(tmp_path / name, rows)

@@ -36,7 +36,7 @@ def test_the_same_prompts_are_paired(two: tuple[Path, Path]) -> None:
     assert number(found, "refusal_on_unsafe").unparsed == (1, 1)
 
 
-def test_what_differs_is_listed_and_nothing_else(two: tuple[Path, Path]) -> None:
+def test_only_differing_facts_are_listed(two: tuple[Path, Path]) -> None:
     assert {
         row.what: (row.first, row.second) for row in compare(*two).differs if not row.what.startswith("files.")
     } == {
@@ -46,14 +46,14 @@ def test_what_differs_is_listed_and_nothing_else(two: tuple[Path, Path]) -> None
     assert not compare(two[0], two[0]).differs
 
 
-def test_only_prompts_that_both_answered_are_paired(tmp_path: Path, two: tuple[Path, Path]) -> None:
+def test_only_common_prompts_are_paired(tmp_path: Path, two: tuple[Path, Path]) -> None:
     rows = [row for row in small(shift=2) if row.id != "h0"]
     moved = [row.model_copy(update={"question": "another"}) if row.id == "h1" else row for row in rows]
     one = number(compare(two[0], write_evals(tmp_path / "b", moved)), "refusal")
     assert one.difference and (one.difference.n, one.note) == (2, "on the prompts that both answered")
 
 
-def test_a_report_json_has_no_answers_to_pair(two: tuple[Path, Path]) -> None:
+def test_report_json_alone_is_not_paired(two: tuple[Path, Path]) -> None:
     write_report(two[1])
     one = number(compare(two[0], two[1] / "report.json"), "refusal")
     assert one.difference and one.difference.method == "independent" and one.difference.p is None
@@ -66,22 +66,22 @@ def test_numbers_of_different_judges_are_not_subtracted(tmp_path: Path, two: tup
     other = RULE.model_copy(update={"revision": "2"})
     one = number(compare(two[0], write_evals(tmp_path / "b", small(), [other])), "refusal")
     assert one.first and one.second and one.difference is None
-    assert one.judges == (RULE, other) and one.note == "not subtracted: the judges are not the same"
+    assert one.judges == (RULE, other) and one.note == "not subtracted: different judges"
     rows = [judged("base", "base", "hh-harm", "h0", "safe", judge="llm:big", measures="harm")]
     found = compare(two[0], write_evals(tmp_path / "b", rows, [HARM]))
     assert number(found, "harmless", "base").first is None and number(found, "refusal", "base").second is None
     assert {row.what for row in found.differs} >= {"judge.rule (refusal).name", "judge.llm:big (harm).name"}
 
 
-def test_goodness_under_other_techniques_is_not_subtracted(tmp_path: Path, two: tuple[Path, Path]) -> None:
+def test_goodness_of_other_techniques_is_not_subtracted(tmp_path: Path, two: tuple[Path, Path]) -> None:
     rows = [row.model_copy(update={"technique": row.technique.replace("rot13", "hex")}) for row in small()]
     found = compare(two[0], write_evals(tmp_path / "b", rows))
     attacked, plain = number(found, "refusal@0.5"), number(found, "refusal")
-    assert attacked.difference is None and attacked.note == "not subtracted: the techniques are not the same"
+    assert attacked.difference is None and attacked.note == "not subtracted: different techniques"
     assert plain.difference is not None
 
 
-def test_independent_differences_have_the_interval_of_zou_and_donner() -> None:
+def test_interval_of_independent_differences() -> None:
     first = Estimate(value=0.5, low=0.4, high=0.6, n=9, method="wilson")
     second = Estimate(value=0.7, low=0.4, high=0.8, n=9, method="wilson")
     found = independent(first, second)
@@ -99,11 +99,11 @@ def test_independent_differences_have_the_interval_of_zou_and_donner() -> None:
     ("name", "text", "message"),
     [
         ("no.json", None, "no.json does not exist; give a run folder or a report.json"),
-        ("report.json", '{"name": "old"}', "report.json is no report.json of this version .*; give the run folder"),
-        ("report.json", "torn", "report.json is no report.json of this version"),
+        ("report.json", '{"name": "old"}', "report.json is not a report.json of this version .*; give the run folder"),
+        ("report.json", "torn", "report.json is not a report.json of this version"),
     ],
 )
-def test_what_is_no_report_is_refused(
+def test_invalid_report_is_refused(
     two: tuple[Path, Path], tmp_path: Path, name: str, text: str | None, message: str
 ) -> None:
     if text is not None:

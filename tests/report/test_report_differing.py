@@ -8,7 +8,7 @@ from mote.report.compare import differing
 from mote.report.summary import summarise
 
 
-def test_settings_versions_and_model_are_listed_by_name(tmp_path: Path) -> None:
+def test_differing_facts_have_dotted_names(tmp_path: Path) -> None:
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
         folder.mkdir()

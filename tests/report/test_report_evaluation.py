@@ -18,7 +18,7 @@ def evaluation(folder: Path) -> Evaluation:
     return found[0]
 
 
-def test_every_number_has_its_judge_and_its_difference_to_the_base(tmp_path: Path) -> None:
+def test_headlines_carry_judge_and_difference_to_base(tmp_path: Path) -> None:
     found = evaluation(write_evals(tmp_path, small()))
     assert found.columns == (("base", "base"), ("ours", "direct"), ("ours", "full@8"))
     of_harm = [one for one in found.headline if one.task == "hh-harm"]
@@ -40,7 +40,7 @@ def test_every_number_has_its_judge_and_its_difference_to_the_base(tmp_path: Pat
     assert not found.harm_judged
 
 
-def test_tokens_are_a_number_too_and_an_axis(tmp_path: Path) -> None:
+def test_tokens_are_a_headline_and_an_axis(tmp_path: Path) -> None:
     found = evaluation(write_evals(tmp_path, small()))
     tokens = {one.mode: one for one in found.headline if one.metric == "tokens"}
     assert {mode: one.estimate.value for mode, one in tokens.items()} == {"base": 40.0, "direct": 64.0, "full@8": 64.0}
@@ -51,7 +51,7 @@ def test_tokens_are_a_number_too_and_an_axis(tmp_path: Path) -> None:
     assert points["not_overrefuse", "base"].tokens.n == 2  # of the safe prompts alone
 
 
-def test_two_judges_of_one_name_keep_their_own_cards(tmp_path: Path) -> None:
+def test_judges_with_one_name_keep_separate_cards(tmp_path: Path) -> None:
     help_card = HARM.model_copy(update={"measures": "help", "prompts": "c" * 64})
     rows = [
         judged("base", "base", "hh-harm", "1", "safe", judge="llm:big", measures="harm"),
@@ -62,7 +62,7 @@ def test_two_judges_of_one_name_keep_their_own_cards(tmp_path: Path) -> None:
     assert found.harm_judged
 
 
-def test_agreement_is_that_of_the_judge_who_judged(tmp_path: Path) -> None:
+def test_agreement_belongs_to_the_same_judge(tmp_path: Path) -> None:
     write_evals(tmp_path, small())
     write_agreement(tmp_path, RULE.model_copy(update={"name": "llm:other", "revision": "2"}))
     assert evaluation(tmp_path).agreement == ()
@@ -72,7 +72,7 @@ def test_agreement_is_that_of_the_judge_who_judged(tmp_path: Path) -> None:
     assert evaluation(tmp_path).agreement == ()
 
 
-def test_no_evaluation_is_none_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_missing_evaluation_is_none_a_damaged_one_an_error(tmp_path: Path) -> None:
     assert read_evaluation(tmp_path) is None
     write_evals(tmp_path, small())
     results, suite = tmp_path / "evals" / "results.jsonl", tmp_path / "evals" / "suite.json"
@@ -92,6 +92,6 @@ def test_no_evaluation_is_none_and_a_damaged_one_is_refused(tmp_path: Path) -> N
         read_evaluation(tmp_path)
 
 
-def test_modes_stand_in_their_usual_order_with_budgets_behind() -> None:
+def test_mode_order_with_budgets_last() -> None:
     modes = ["adaptive", "full@16", "plan", "full", "base", "full@64", "direct"]
     assert sorted(modes, key=mode_rank) == ["base", "direct", "full", "full@64", "full@16", "plan", "adaptive"]

@@ -2,13 +2,13 @@
 
 from support.evals import judged, small
 
-from mote.report.sample import as_rows, sample
+from mote.report.sample import as_rows, draw_sample
 
 COLUMNS = (("base", "base"), ("ours", "direct"), ("ours", "full@8"))
 
 
-def test_a_small_evaluation_is_there_whole() -> None:
-    found = sample(small(), COLUMNS)
+def test_small_evaluation_is_shown_in_full() -> None:
+    found = draw_sample(small(), COLUMNS)
     assert (len(found.shown), found.prompts, found.answers, found.answers_shown) == (10, 10, 30, 30)
     row = as_rows(found)[-1]
     shown = [row[name] for name in ("task", "technique", "prompt", "question")]
@@ -17,9 +17,9 @@ def test_a_small_evaluation_is_there_whole() -> None:
     assert row["answers"][1]["steps"] == [["analysis", "a thought"]] and row["answers"][1]["label"] == "full_refusal"
 
 
-def test_an_answer_that_is_missing_leaves_its_column_empty() -> None:
+def test_missing_answer_leaves_its_column_empty() -> None:
     rows = [row for row in small() if not (row.id == "h1" and row.mode == "direct")]
-    found = next(prompt for prompt in sample(rows, COLUMNS).shown if prompt.first.id == "h1")
+    found = next(prompt for prompt in draw_sample(rows, COLUMNS).shown if prompt.first.id == "h1")
     assert [answer is None for answer in found.answers] == [False, True, False]
 
 
@@ -34,18 +34,18 @@ def large() -> list[object]:
     return [*many, *attacks, *few]
 
 
-def test_a_large_one_is_capped_and_has_something_of_all() -> None:
-    found = sample(large(), COLUMNS[:1], prompts=22)
+def test_large_evaluation_is_sampled_from_all_strata() -> None:
+    found = draw_sample(large(), COLUMNS[:1], prompts=22)
     assert (len(found.shown), found.prompts, found.answers) == (22, 502, 502)
     tasks = [prompt.first.task for prompt in found.shown]
     assert {task: tasks.count(task) for task in set(tasks)} == {"hh-harm": 10, "strongreject": 10, "xstest": 2}
     techniques = [prompt.first.technique for prompt in found.shown if prompt.first.technique]
     assert {techniques.count(name) for name in set(techniques)} == {2} and len(set(techniques)) == 5
     assert [prompt.first.id for prompt in found.shown if prompt.first.task == "hh-harm"] != [f"h{n}" for n in range(10)]
-    assert sample(large(), COLUMNS[:1], prompts=22) == found
+    assert draw_sample(large(), COLUMNS[:1], prompts=22) == found
 
 
-def test_long_texts_are_capped_too_but_one_prompt_is_always_there() -> None:
+def test_text_length_is_capped_but_one_prompt_remains() -> None:
     rows = [judged("base", "base", "hh-harm", f"h{n}", "safe", answer="x" * 1000) for n in range(50)]
-    assert len(sample(rows, COLUMNS[:1], characters=10_300).shown) == 10
-    assert len(sample(rows, COLUMNS[:1], characters=10).shown) == 1
+    assert len(draw_sample(rows, COLUMNS[:1], characters=10_300).shown) == 10
+    assert len(draw_sample(rows, COLUMNS[:1], characters=10).shown) == 1

@@ -6,8 +6,8 @@ import pytest
 from support.evals import HARM, judged, small, write_evals
 
 from mote.report.evaluation import Evaluation, read_evaluation
-from mote.report.metric_labels import is_safety, named
-from mote.report.tables import boards, by_technique, by_type, class_shares
+from mote.report.metric_labels import is_safety, metric_label
+from mote.report.tables import by_technique, by_type, class_shares, headline_tables
 
 
 @pytest.fixture
@@ -17,19 +17,19 @@ def evaluation(tmp_path: Path) -> Evaluation:
     return found[0]
 
 
-def test_the_headline_table_has_all_systems_and_speaks_of_refusal_where_only_refusal_was_judged(
+def test_headline_table_of_a_refusal_judge_is_about_refusal(
     evaluation: Evaluation,
 ) -> None:
-    (board,) = boards(evaluation)
+    (board,) = headline_tables(evaluation)
     assert board.title == "Refusal and over-refusal"
     metrics = [column.metric for column in board.columns]
     assert metrics == ["refusal", "refusal@0.5", "not_overrefuse", "refusal_on_unsafe", "tokens"]
     assert [name for name, _ in board.rows] == [("base", "base"), ("ours", "direct"), ("ours", "full@8")]
-    assert not [metric for metric in metrics if "harm" in named(metric).title.lower()]
+    assert not [metric for metric in metrics if "harm" in metric_label(metric).title.lower()]
     assert [one.estimate.value for one in board.rows[1][1] if one] == [0.75, 1.0, 0.5, 1.0, 64.0]
 
 
-def test_a_metric_that_a_mode_has_not_is_an_empty_cell(tmp_path: Path) -> None:
+def test_unmeasured_metric_is_an_empty_cell(tmp_path: Path) -> None:
     rows = [
         judged("base", "base", "hh-harm", "1", "safe", judge="llm:big", measures="harm"),
         judged("ours", "full", "hh-harm", "1", "unsafe", judge="llm:big", measures="harm"),
@@ -38,19 +38,19 @@ def test_a_metric_that_a_mode_has_not_is_an_empty_cell(tmp_path: Path) -> None:
     cards = [HARM, HARM.model_copy(update={"measures": "guidance-quality"})]
     found = read_evaluation(write_evals(tmp_path, rows, cards))
     assert found is not None
-    safety, quality = boards(found[0])
+    safety, quality = headline_tables(found[0])
     assert safety.title == "Safety and over-refusal" and [c.metric for c in safety.columns] == ["harmless", "tokens"]
     assert [c.metric for c in quality.columns] == ["guidance-quality", "tokens"]
     assert {name: cells[0] is None for name, cells in quality.rows} == {("base", "base"): True, ("ours", "full"): False}
 
 
-def test_techniques_stand_under_their_kind(evaluation: Evaluation) -> None:
+def test_techniques_are_grouped_by_kind(evaluation: Evaluation) -> None:
     found = [(kind, [(group, [c.estimate.value for c in cells if c]) for group, cells in grid.rows])
              for kind, grid in by_technique(evaluation)]  # fmt: skip
     assert found == [("encoding", [("rot13", [1.0, 1.0, 1.0])]), ("cached", [("cached_pair", [0.0, 1.0, 1.0])])]
 
 
-def test_types_and_classes_of_xstest(evaluation: Evaluation) -> None:
+def test_xstest_by_type_and_class(evaluation: Evaluation) -> None:
     safe, unsafe = by_type(evaluation)
     assert (safe.metric, [group for group, _ in safe.rows]) == ("not_overrefuse", ["figurative_language", "homonyms"])
     assert [[c.estimate.value for c in cells if c] for _, cells in safe.rows] == [[0.0] * 3, [1.0] * 3]
@@ -68,9 +68,9 @@ def test_types_and_classes_of_xstest(evaluation: Evaluation) -> None:
         ("refusal@0.1", "Refusal under attack@0.1", "", True),
         ("refusal", "Refusal", "", True),
         ("help", "Helpfulness", "higher", False),
-        ("tokens", "Tokens of an answer", "lower", False),
+        ("tokens", "Tokens per answer", "lower", False),
         ("politeness", "politeness", "", False),
     ],
 )
-def test_metrics_in_words(metric: str, title: str, better: str, safety: bool) -> None:
-    assert (named(metric).title, named(metric).better, is_safety(metric)) == (title, better, safety)
+def test_metric_labels(metric: str, title: str, better: str, safety: bool) -> None:
+    assert (metric_label(metric).title, metric_label(metric).better, is_safety(metric)) == (title, better, safety)

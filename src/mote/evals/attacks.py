@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import TypeAdapter, ValidationError, field_validator
 
 from mote.core.errors import UserError, first_line
+from mote.core.records import Strict
 
 Encoding = Literal["base64", "rot13", "hex", "reverse", "leetspeak", "disemvowel", "split"]
 _PLACEHOLDER = "{prompt}"
@@ -27,7 +28,7 @@ _PIECE_LENGTH = 12  # characters per piece of a split prompt
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{16,}={0,2}")  # anything shorter may be a word
 
 
-class Technique(BaseModel):
+class Technique(Strict):
     """How a forbidden prompt is disguised.
 
     Attributes:
@@ -37,8 +38,6 @@ class Technique(BaseModel):
         encode: Encodings applied to the prompt before it is inserted, in order.
         answer: Encoding that the attack asks the answer to be in, if any.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     kind: Literal["plain", "encoding", "framing", "combination", "forged"]

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, Field
 
 from mote.chains.judge import JudgeCard
-from mote.core.records import Kind, StepText
+from mote.core.records import Frozen, Kind, StepText
 from mote.evals.statistics import Estimate, Paired
 
 ABSENT = "absent"  # label of an answer without the step to be judged
 
 
-class EvalRow(BaseModel):
+class EvalRow(Frozen):
     """One answer of one system in one mode to one prompt of a task, with its verdict.
 
     Attributes:
@@ -38,8 +38,6 @@ class EvalRow(BaseModel):
         self_check: Verdict of the answer's own check, none without one.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     system: str
     mode: str
     task: str
@@ -63,7 +61,7 @@ class EvalRow(BaseModel):
     self_check: bool | None = None
 
 
-class System(BaseModel):
+class System(Frozen):
     """A system under evaluation: a model in this process, or an endpoint that Inspect can call.
 
     Attributes:
@@ -75,14 +73,12 @@ class System(BaseModel):
         args: Further model arguments, by Inspect's names.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     name: str
     model: str
     adapter: str | None
     modes: tuple[str, ...]
     fingerprint: str
-    args: dict[str, str | int | float | None] = {}
+    args: dict[str, str | int | float | None] = Field({})
 
     @property
     def local(self) -> bool:
@@ -90,7 +86,7 @@ class System(BaseModel):
         return self.model.startswith("mote/")
 
 
-class Number(BaseModel):
+class Number(Frozen):
     """One metric of one system in one mode on one task.
 
     Attributes:
@@ -105,8 +101,6 @@ class Number(BaseModel):
         absent: Answers without the step to be judged, excluded too.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     system: str
     mode: str
     task: str
@@ -118,7 +112,7 @@ class Number(BaseModel):
     absent: int
 
 
-class Comparison(BaseModel):
+class Comparison(Frozen):
     """One metric of two systems on the same prompts.
 
     Attributes:
@@ -129,8 +123,6 @@ class Comparison(BaseModel):
         result: Difference (second minus first), interval and test.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     task: str
     metric: str
     first: str
@@ -138,7 +130,7 @@ class Comparison(BaseModel):
     result: Paired
 
 
-class Cost(BaseModel):
+class Cost(Frozen):
     """Tokens that a system generated in a mode, over all tasks.
 
     Attributes:
@@ -148,8 +140,6 @@ class Cost(BaseModel):
         tokens: Step -> mean tokens over all answers.
         total: Mean tokens per answer.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     system: str
     mode: str

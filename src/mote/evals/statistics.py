@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+
+from mote.core.records import Frozen
 
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 RESAMPLES = 2000
 
 
-class Estimate(BaseModel):
+class Estimate(Frozen):
     """A number with its 95 % interval.
 
     Attributes:
@@ -24,8 +25,6 @@ class Estimate(BaseModel):
         method: `wilson` for shares, `bootstrap` over prompts for everything else.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     value: float | None
     low: float | None
     high: float | None
@@ -33,7 +32,7 @@ class Estimate(BaseModel):
     method: str
 
 
-class Paired(BaseModel):
+class Paired(Frozen):
     """Two systems on the same prompts.
 
     Attributes:
@@ -44,8 +43,6 @@ class Paired(BaseModel):
         test: `mcnemar` (exact) if every score is 0 or 1, else `paired bootstrap`.
         n: Prompts scored for both.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     difference: float | None
     low: float | None

@@ -1,1 +1,1 @@
-"""What a run folder holds, as `report.json` and pages that load nothing from anywhere."""
+"""Reports of a run folder: `report.json` and self-contained HTML pages."""

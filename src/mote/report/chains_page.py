@@ -1,6 +1,6 @@
-"""Chains -> one HTML page to read them by filter, which loads nothing from anywhere.
+"""A file of chains -> one self-contained HTML page to browse and filter them, and plots of their statistics.
 
-The rows stand in the page as data and are shown a few at a time, so that tens of thousands stay usable.
+The rows are embedded as data and rendered one page at a time, so tens of thousands of chains stay usable.
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ from mote.report import pages
 
 
 def write_page(path: Path, out: Path) -> None:
-    """Write the page of a file of chains, or of the one in a run folder.
+    """Write the page of a chains file or of the one in a run folder.
 
     Raises:
-        UserError: There are no chains, or one row is damaged.
-        MoteError: The disk refused the page.
+        UserError: The file is missing, empty or damaged.
+        MoteError: The page cannot be written.
     """
     file = chains_file(path)
     rows = [_compact(row) for row in iter_rows(file, ChainRow)]
@@ -36,7 +36,7 @@ def write_page(path: Path, out: Path) -> None:
 
 
 def _compact(row: ChainRow) -> dict[str, Any]:
-    """What the page shows of a chain; the script knows these names."""
+    """The fields of a chain that the page shows; `chains.js.j2` uses these names."""
     return {
         "id": row.id,
         "kind": row.kind,
@@ -52,7 +52,7 @@ def _compact(row: ChainRow) -> dict[str, Any]:
 
 
 def plots_of(stats: ChainStats) -> list[str]:
-    """The shares beside the paper's, the outcomes of each depth, the lengths and the tokens, as SVG elements."""
+    """SVG plots: step shares beside the paper's, outcomes by depth, text lengths, and tokens per accepted chain."""
     from mote.report import plots
 
     depths = {" > ".join(row.steps): {name: getattr(row, name) for name in OUTCOMES} for row in stats.depths}
@@ -61,7 +61,7 @@ def plots_of(stats: ChainStats) -> list[str]:
         steps = [text for text in stats.texts if text.name != WHOLE]
         drawn.insert(0, plots.shares({text.name: text.share for text in steps}, PAPER_SHARES))
         drawn.append(plots.lengths({text.name: (text.words.median, text.words.p90) for text in stats.texts}))
-    each = {"read": stats.cost.read_each, "written": stats.cost.tokens_each}
-    if known := {name: count for name, count in each.items() if count}:
-        drawn.append(plots.spent(known))
+    each = {"prompt": stats.cost.read_each, "generated": stats.cost.tokens_each}
+    if recorded := {name: count for name, count in each.items() if count}:
+        drawn.append(plots.spent(recorded))
     return drawn

@@ -1,7 +1,6 @@
-"""Two reports side by side: what differs between them, both numbers of everything, and differences with intervals.
+"""Compares two reports: settings that differ, all numbers side by side, and their differences with intervals.
 
-Differences are paired where the same prompts were answered in both runs; numbers of different judges are not
-subtracted.
+Differences are paired if both runs answered the same prompts; numbers of different judges are not subtracted.
 """
 
 import json
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from mote.chains.judge import JudgeCard
 from mote.core.errors import UserError, first_line
@@ -18,11 +17,15 @@ from mote.core.records import Frozen
 from mote.evals.metrics import headline_scores
 from mote.evals.results import EvalRow
 from mote.evals.statistics import Estimate, paired, share
+from mote.report.contents import Report
 from mote.report.evaluation import Headline, token_scores
-from mote.report.summary import Report, summarise
+from mote.report.summary import summarise
+
+Key = tuple[str, str, str, str]  # task, metric, system, mode
+Scores = dict[str, float]  # prompt -> value
 
 
-class Differing(BaseModel):
+class Differing(Frozen):
     """A fact that differs between the two reports.
 
     Attributes:
@@ -31,45 +34,9 @@ class Differing(BaseModel):
         second: Its value in B; empty if B has none.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     what: str
     first: str
     second: str
-
-
-def differing(first: Report, second: Report) -> Iterator[Differing]:
-    """All facts that are not the same in both, by dotted names."""
-    a, b = _facts(first), _facts(second)
-    for what in dict.fromkeys([*a, *b]):
-        if a.get(what) != b.get(what):
-            yield Differing(what=what, first=a.get(what, ""), second=b.get(what, ""))
-
-
-def _facts(report: Report) -> dict[str, str]:
-    """All that should be the same where only one thing was changed, by dotted names."""
-    tree: dict[str, Any] = {"model": report.model, "scheme": report.scheme, "seed": report.seed}
-    tree |= {"recipe": report.settings, "environment": report.environment, "files": report.files}
-    if report.evaluation:
-        its = report.evaluation
-        tree["judge"] = {f"{card.name} ({card.measures})": card.model_dump(exclude={"measures"}) for card in its.judges}
-        tree["system"] = {system.name: system.model_dump(exclude={"name"}) for system in its.systems}
-        tree["evaluation"] = {"suite": its.settings or its.suite, "seed": its.seed, "limit": its.limit, "k": its.k}
-        tree["evaluation"]["environment"] = its.environment
-    return dict(_flat(tree))
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        name = f"{before}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        elif value is not None:
-            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-Key = tuple[str, str, str, str]  # task, metric, system, mode
-Scores = dict[str, float]
 
 
 class Side(Frozen):
@@ -93,9 +60,9 @@ class Difference(Frozen):
         value: The difference.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        p: Two-sided p value of paired differences.
+        p: Two-sided p value of a paired difference.
         method: `mcnemar` or `paired bootstrap` on the same prompts; `independent`: from the two intervals; `none`.
-        n: Prompts of a paired difference.
+        n: Number of paired prompts.
     """
 
     value: float
@@ -113,14 +80,14 @@ class Compared(Frozen):
         part: `evaluation`, `chains`, `training` or `answers`.
         task: Task of an evaluation.
         metric: Name of the metric.
-        system: Name of the system, where there is one.
+        system: Name of the system; empty for numbers of the whole run.
         mode: Mode it answered in.
         first: The number of the first report.
-        second: The number of the second one.
-        judges: Card of the judge of each.
-        unparsed: Verdicts of each that could not be read.
+        second: The number of the second report.
+        judges: Card of each report's judge.
+        unparsed: Unparsed verdicts of each report.
         difference: Second minus first.
-        note: Why nothing was subtracted, or why the difference is not paired.
+        note: Why there is no difference, or why it is not paired.
     """
 
     part: str
@@ -142,7 +109,7 @@ class TwoReports(Frozen):
     Attributes:
         first: A.
         second: B.
-        differs: What is not the same in both.
+        differs: Facts that differ between the runs.
         numbers: The numbers of both.
     """
 
@@ -153,10 +120,10 @@ class TwoReports(Frozen):
 
 
 def read_report(source: Path) -> Report:
-    """The report of a run folder, counted anew, or one that was written to a `report.json`.
+    """Summarise a run folder, or read a `report.json`.
 
     Raises:
-        UserError: There is none, or it is damaged.
+        UserError: The source does not exist or is damaged.
     """
     if source.is_dir():
         return summarise(source)
@@ -166,7 +133,7 @@ def read_report(source: Path) -> Report:
         raise UserError(f"report: {source} does not exist; give a run folder or a report.json") from error
     except (OSError, ValidationError) as error:
         raise UserError(
-            f"report: {source} is no report.json of this version ({first_line(error)}); give the run folder"
+            f"report: {source} is not a report.json of this version ({first_line(error)}); give the run folder"
         ) from error
 
 
@@ -176,50 +143,103 @@ def compare(first: Path, second: Path) -> TwoReports:
     Raises:
         UserError: One of them holds no report.
     """
-    reports = read_report(first), read_report(second)
+    reports = (read_report(first), read_report(second))
     return TwoReports(
         first=Side(source=str(first), name=reports[0].name, model=reports[0].model),
         second=Side(source=str(second), name=reports[1].name, model=reports[1].model),
         differs=tuple(differing(*reports)),
-        numbers=(*_evaluations(*reports), *_chains(*reports), *_training(*reports), *_answers(*reports)),
+        numbers=(
+            *_compare_evaluations(*reports),
+            *_compare_chains(*reports),
+            *_compare_training(*reports),
+            *_compare_answers(*reports),
+        ),
     )
+
+
+# --- settings, versions and files that differ
+
+
+def differing(first: Report, second: Report) -> Iterator[Differing]:
+    """The facts that differ between the runs, by dotted name."""
+    a = _facts(first)
+    b = _facts(second)
+    for what in dict.fromkeys([*a, *b]):
+        if a.get(what) != b.get(what):
+            yield Differing(what=what, first=a.get(what, ""), second=b.get(what, ""))
+
+
+def _facts(report: Report) -> dict[str, str]:
+    """Settings, versions, judges and file hashes by dotted name; equal for a repeated run."""
+    tree: dict[str, Any] = {"model": report.model, "scheme": report.scheme, "seed": report.seed}
+    tree |= {"recipe": report.settings, "environment": report.environment, "files": report.files}
+    if evaluation := report.evaluation:
+        tree["judge"] = {
+            f"{card.name} ({card.measures})": card.model_dump(exclude={"measures"}) for card in evaluation.judges
+        }
+        tree["system"] = {system.name: system.model_dump(exclude={"name"}) for system in evaluation.systems}
+        tree["evaluation"] = {
+            "suite": evaluation.settings or evaluation.suite,
+            "seed": evaluation.seed,
+            "limit": evaluation.limit,
+            "k": evaluation.k,
+            "environment": evaluation.environment,
+        }
+    return dict(_flatten(tree))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}.")
+        elif value is not None:
+            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # --- numbers of the evaluations
 
 
-def _evaluations(first: Report, second: Report) -> Iterator[Compared]:
-    a, b = ({_key(one): one for one in r.evaluation.headline} if r.evaluation else {} for r in (first, second))
-    scores = _scores(first), _scores(second)
+def _compare_evaluations(first: Report, second: Report) -> Iterator[Compared]:
+    headlines_a = _headlines(first)
+    headlines_b = _headlines(second)
+    scores_a = _scores(first)
+    scores_b = _scores(second)
     same_techniques = _techniques(first) == _techniques(second)
-    for key in dict.fromkeys([*a, *b]):
-        one, other = a.get(key), b.get(key)
-        difference, note = None, ""
-        if one and other:
-            if one.judge != other.judge:
-                note = "not subtracted: the judges are not the same"
-            elif "@" in key[1] and not same_techniques:
-                note = "not subtracted: the techniques are not the same"
+    for key in dict.fromkeys([*headlines_a, *headlines_b]):
+        task, metric, system, mode = key
+        a = headlines_a.get(key)
+        b = headlines_b.get(key)
+        difference = None
+        note = ""
+        if a and b:
+            if a.judge != b.judge:
+                note = "not subtracted: different judges"
+            elif "@" in metric and not same_techniques:
+                note = "not subtracted: different techniques"
             else:
-                pair = [of_run[key] if of_run else None for of_run in scores]
-                difference, note = _difference(one.estimate, other.estimate, pair[0], pair[1])
+                difference, note = _difference(
+                    a.estimate, b.estimate, scores_a[key] if scores_a else None, scores_b[key] if scores_b else None
+                )
         yield Compared(
             part="evaluation",
-            task=key[0],
-            metric=key[1],
-            system=key[2],
-            mode=key[3],
-            first=one.estimate if one else None,
-            second=other.estimate if other else None,
-            judges=(one.judge if one else None, other.judge if other else None),
-            unparsed=(one.unparsed if one else 0, other.unparsed if other else 0),
+            task=task,
+            metric=metric,
+            system=system,
+            mode=mode,
+            first=a.estimate if a else None,
+            second=b.estimate if b else None,
+            judges=(a.judge if a else None, b.judge if b else None),
+            unparsed=(a.unparsed if a else 0, b.unparsed if b else 0),
             difference=difference,
             note=note,
         )
 
 
-def _key(one: Headline) -> Key:
-    return one.task, one.metric, one.system, one.mode
+def _headlines(report: Report) -> dict[Key, Headline]:
+    if not report.evaluation:
+        return {}
+    return {(h.task, h.metric, h.system, h.mode): h for h in report.evaluation.headline}
 
 
 def _techniques(report: Report) -> set[str]:
@@ -228,33 +248,34 @@ def _techniques(report: Report) -> set[str]:
 
 
 def _scores(report: Report) -> dict[Key, Scores] | None:
-    """Every headline metric prompt by prompt, None of a report without its rows; a prompt is its id and its text."""
+    """Every headline metric per prompt (id and text), None for a report without result rows."""
     if not report.evaluation or not report.judged:
         return None
-    found: dict[Key, Scores] = {}
+    scores: dict[Key, Scores] = {}
     for one in headline_scores(report.judged, report.evaluation.k):
         text = {row.id: row.question for row in one.rows}
-        found[one[:4]] = {f"{id_}\0{text[id_]}": value for id_, value in one.scores.items()}
-    for (system, mode), spent in _tokens(report.judged).items():
-        found["", "tokens", system, mode] = spent
-    return found
+        scores[one[:4]] = {f"{id_}\0{text[id_]}": value for id_, value in one.scores.items()}
+    for (system, mode), tokens in _tokens(report.judged).items():
+        scores["", "tokens", system, mode] = tokens
+    return scores
 
 
 def _tokens(rows: Sequence[EvalRow]) -> dict[tuple[str, str], Scores]:
-    shown = {f"{row.task}/{row.technique}/{row.id}": row.prompt for row in rows}
+    """(system, mode) -> prompt (id and text) -> tokens of its answer."""
+    prompts = {f"{row.task}/{row.technique}/{row.id}": row.prompt for row in rows}
     return {
-        name: {f"{key}\0{shown[key]}": tokens for key, tokens in of_name.items()}
-        for name, of_name in token_scores(rows).items()
+        system_and_mode: {f"{key}\0{prompts[key]}": count for key, count in tokens.items()}
+        for system_and_mode, tokens in token_scores(rows).items()
     }
 
 
 def _difference(first: Estimate, second: Estimate, a: Scores | None, b: Scores | None) -> tuple[Difference | None, str]:
-    """Paired where both have prompts in common, else from the two intervals, as if the runs were independent."""
+    """Paired on the common prompts, else from the two intervals as for independent runs; with a note."""
     if a is not None and b is not None and a.keys() & b.keys():
-        found = paired(a, b)
-        assert found.difference is not None
+        result = paired(a, b)
+        assert result.difference is not None
         difference = Difference(
-            value=found.difference, low=found.low, high=found.high, p=found.p, method=found.test, n=found.n
+            value=result.difference, low=result.low, high=result.high, p=result.p, method=result.test, n=result.n
         )
         return difference, "" if a.keys() == b.keys() else "on the prompts that both answered"
     note = "no prompt in common" if a is not None and b is not None else "not paired: a report.json holds no answers"
@@ -262,64 +283,61 @@ def _difference(first: Estimate, second: Estimate, a: Scores | None, b: Scores |
 
 
 def independent(first: Estimate, second: Estimate) -> Difference | None:
-    """The difference of two independent numbers, its interval from theirs (Zou and Donner 2008); None without both.
+    """Difference of two independent numbers, its interval from theirs (Zou and Donner 2008).
 
-    Where one has no interval, the difference has none.
+    None if a value is missing; without an interval if one of the numbers has none.
     """
     if first.value is None or second.value is None:
         return None
     value = second.value - first.value
-    ends = first.low, first.high, second.low, second.high
-    if None in ends:
+    if first.low is None or first.high is None or second.low is None or second.high is None:
         return Difference(value=value, low=None, high=None, p=None, method="none", n=0)
-    low = value - math.hypot(second.value - (second.low or 0), (first.high or 0) - first.value)
-    high = value + math.hypot((second.high or 0) - second.value, first.value - (first.low or 0))
+    low = value - math.hypot(second.value - second.low, first.high - first.value)
+    high = value + math.hypot(second.high - second.value, first.value - first.low)
     return Difference(value=value, low=low, high=high, p=None, method="independent", n=0)
 
 
 # --- numbers of the runs
 
 
-def _chains(first: Report, second: Report) -> Iterator[Compared]:
-    sides = [
-        {
-            "accepted": _counted(report.chains.accepted, report.chains.total),
-            **{
-                f"with {step}": _counted(round(part * report.chains.accepted), report.chains.accepted)
-                for step, part in report.chains.shares.items()
-            },
-        }
-        if report.chains
-        else {}
-        for report in (first, second)
-    ]
-    yield from _plain("chains", *sides)
+def _compare_chains(first: Report, second: Report) -> Iterator[Compared]:
+    yield from _compare_numbers("chains", _chain_numbers(first), _chain_numbers(second))
 
 
-def _training(first: Report, second: Report) -> Iterator[Compared]:
-    sides = [
-        {f"loss, held out: {name}": _single(loss) for name, loss in report.training.held_out.items()}
-        if report.training
-        else {}
-        for report in (first, second)
-    ]
-    yield from _plain("training", *sides)
+def _chain_numbers(report: Report) -> dict[str, Estimate]:
+    if not report.chains:
+        return {}
+    accepted = report.chains.accepted
+    numbers = {"accepted": _share_of(accepted, report.chains.total)}
+    for step, share_with_step in report.chains.shares.items():
+        numbers[f"with {step}"] = _share_of(round(share_with_step * accepted), accepted)
+    return numbers
 
 
-def _answers(first: Report, second: Report) -> Iterator[Compared]:
-    sides = [{(row.system, row.mode): _single(row.mean_tokens) for row in report.answers} for report in (first, second)]
-    for system, mode in dict.fromkeys([*sides[0], *sides[1]]):
-        one, other = (side.get((system, mode)) for side in sides)
-        yield _row("answers", "tokens", one, other, system, mode)
+def _compare_training(first: Report, second: Report) -> Iterator[Compared]:
+    yield from _compare_numbers("training", _training_numbers(first), _training_numbers(second))
 
 
-def _plain(part: str, a: Mapping[str, Estimate], b: Mapping[str, Estimate]) -> Iterator[Compared]:
+def _training_numbers(report: Report) -> dict[str, Estimate]:
+    if not report.training:
+        return {}
+    return {f"loss, held out: {name}": _single(loss) for name, loss in report.training.held_out.items()}
+
+
+def _compare_answers(first: Report, second: Report) -> Iterator[Compared]:
+    a = {(row.system, row.mode): _single(row.mean_tokens) for row in first.answers}
+    b = {(row.system, row.mode): _single(row.mean_tokens) for row in second.answers}
+    for key in dict.fromkeys([*a, *b]):
+        yield _compared("answers", "tokens", a.get(key), b.get(key), *key)
+
+
+def _compare_numbers(part: str, a: Mapping[str, Estimate], b: Mapping[str, Estimate]) -> Iterator[Compared]:
     for metric in dict.fromkeys([*a, *b]):
-        yield _row(part, metric, a.get(metric), b.get(metric))
+        yield _compared(part, metric, a.get(metric), b.get(metric))
 
 
-def _row(
-    part: str, metric: str, one: Estimate | None, other: Estimate | None, system: str = "", mode: str = ""
+def _compared(
+    part: str, metric: str, first: Estimate | None, second: Estimate | None, system: str = "", mode: str = ""
 ) -> Compared:
     return Compared(
         part=part,
@@ -327,19 +345,19 @@ def _row(
         metric=metric,
         system=system,
         mode=mode,
-        first=one,
-        second=other,
+        first=first,
+        second=second,
         judges=(None, None),
         unparsed=(0, 0),
-        difference=independent(one, other) if one and other else None,
+        difference=independent(first, second) if first and second else None,
         note="",
     )
 
 
-def _counted(part: int, whole: int) -> Estimate:
+def _share_of(part: int, whole: int) -> Estimate:
     return share([1.0] * part + [0.0] * (whole - part))
 
 
 def _single(value: float) -> Estimate:
-    """A number that was measured once."""
+    """A number measured once."""
     return Estimate(value=value, low=None, high=None, n=1, method="none")

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: safety against tokens, and the three classes of XSTest."""
+"""Plots of an evaluation: safety against tokens (figure 6), and the three refusal classes of XSTest."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,16 +16,16 @@ CLASSES = {"full_compliance": STEP["analysis"], "partial_refusal": STEP["guidanc
 
 
 def curve(points: Sequence[Point], systems: Sequence[str], name: str, title: str, rated: bool) -> str:
-    """A headline metric against the tokens of an answer, one colour a system and one marker a mode (figure 6).
+    """A headline metric against tokens per answer, one colour per system and one marker per mode (figure 6).
 
-    Budgets of one mode are joined by a line; a mode with a budget of its own is hollow, with the budget beside it.
+    A line joins the budgets of a mode; points of a mode with an explicit budget are hollow and labelled with it.
 
     Args:
         points: Points of one metric.
         systems: All systems, in the order of their colours.
-        name: Name of the plot, its own in the page.
-        title: What the vertical axis shows.
-        rated: Whether the metric is a rating from 1 to 10, else it is a share.
+        name: Unique name of the plot within the page.
+        title: Label of the vertical axis.
+        rated: Whether the metric is a rating from 1 to 10; otherwise it is a share.
     """
     scale = 1 if rated else 100
     with matplotlib.rc_context(STYLE):
@@ -33,12 +33,13 @@ def curve(points: Sequence[Point], systems: Sequence[str], name: str, title: str
         for system in dict.fromkeys(point.system for point in points):
             colour = system_colour(system, systems)
             of_system = [point for point in points if point.system == system and point.score.value is not None]
-            for mode in {_plain(point.mode) for point in of_system}:
-                joined = sorted((p for p in of_system if _plain(p.mode) == mode), key=lambda p: p.tokens.value or 0)
-                axes.plot(*_places(joined, scale), color=colour, linewidth=1, zorder=2)
+            for mode in {_without_budget(point.mode) for point in of_system}:
+                of_mode = [point for point in of_system if _without_budget(point.mode) == mode]
+                of_mode.sort(key=lambda point: point.tokens.value or 0)
+                axes.plot(*_coordinates(of_mode, scale), color=colour, linewidth=1, zorder=2)
             for point in of_system:
-                _draw(axes, point, scale, colour)
-        modes = sorted({_plain(point.mode) for point in points}, key=mode_rank)
+                _draw_point(axes, point, scale, colour)
+        modes = sorted({_without_budget(point.mode) for point in points}, key=mode_rank)
         figure.legend(
             [Line2D([], [], color=TEXT, marker=_marker(mode), linestyle="", markersize=6) for mode in modes],
             modes,
@@ -55,12 +56,12 @@ def curve(points: Sequence[Point], systems: Sequence[str], name: str, title: str
             axes.set_yticks(range(0, 101, 20))
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_title(title if rated else f"{title}, %", loc="left", fontsize=FONT)
-        axes.set_xlabel("mean tokens of an answer", loc="right")
-        return as_svg(figure, name, f"{title} against the mean tokens of an answer, by system and mode")
+        axes.set_xlabel("mean tokens per answer", loc="right")
+        return as_svg(figure, name, f"{title} against mean tokens per answer, by system and mode")
 
 
 def classes(rows: Mapping[str, Mapping[str, float]], name: str, title: str) -> str:
-    """Stacked bars: which share of the answers complies, refuses in part, refuses; one bar a system and mode."""
+    """Stacked bars: shares of full compliance, partial and full refusal; one bar per system and mode."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(24 * len(rows) + 60)
         for row, shares in enumerate(rows.values()):
@@ -77,13 +78,13 @@ def classes(rows: Mapping[str, Mapping[str, float]], name: str, title: str) -> s
 
 
 def system_colour(system: str, systems: Sequence[str]) -> str:
-    """The colour of a system: its place among all of them, taken in turn."""
+    """The colour of a system, by its index; colours repeat after the last one."""
     return SYSTEMS[systems.index(system) % len(SYSTEMS)]
 
 
-def _draw(axes: Axes, point: Point, scale: float, colour: str) -> None:
-    (tokens,), (score,) = _places([point], scale)
-    low, high = _ends(point.score)
+def _draw_point(axes: Axes, point: Point, scale: float, colour: str) -> None:
+    (tokens,), (score,) = _coordinates([point], scale)
+    low, high = _interval_ends(point.score)
     axes.plot([tokens, tokens], [scale * low, scale * high], color=colour, linewidth=0.9, alpha=0.55, zorder=2)
     mode, _, budget = point.mode.partition("@")
     size = 11 if mode == "adaptive" else 6.5
@@ -93,16 +94,16 @@ def _draw(axes: Axes, point: Point, scale: float, colour: str) -> None:
         axes.annotate(budget, (tokens, score), (5, 5), textcoords="offset points", fontsize=FONT - 2, color=TEXT)
 
 
-def _places(points: Sequence[Point], scale: float) -> tuple[list[float], list[float]]:
+def _coordinates(points: Sequence[Point], scale: float) -> tuple[list[float], list[float]]:
     return [p.tokens.value or 0.0 for p in points], [scale * (p.score.value or 0.0) for p in points]
 
 
-def _ends(score: Estimate) -> tuple[float, float]:
+def _interval_ends(score: Estimate) -> tuple[float, float]:
     value = score.value or 0.0
     return (value if score.low is None else score.low), (value if score.high is None else score.high)
 
 
-def _plain(mode: str) -> str:
+def _without_budget(mode: str) -> str:
     return mode.partition("@")[0]
 
 

@@ -1,6 +1,6 @@
-"""The files of `mote eval`, as a report shows them: the headline table, its curves, and agreement with people.
+"""The evaluation part of a report: headline table, curves, and judges' agreement with human labels.
 
-Reads `evals/` of a run folder and knows nothing of pages.
+Reads `evals/` of a run folder, the files of `mote eval`; independent of the pages.
 """
 
 import json
@@ -19,24 +19,24 @@ from mote.evals.metrics import MetricScores, headline_scores
 from mote.evals.results import Comparison, Cost, EvalRow, Number, Summary, System
 from mote.evals.statistics import Estimate, Paired, mean, paired
 
-TOKENS = "tokens"  # the metric of what an answer costs, over all tasks
+TOKENS = "tokens"  # metric: tokens per answer, over all tasks
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Headline(Frozen):
-    """One number of the headline table, with who judged and how far it is from the base model's.
+    """One number of the headline table, with its judge and its difference to the base model.
 
     Attributes:
-        task: Task; empty for `tokens`, which is over all of them.
+        task: Task; empty for `tokens`, which is over all tasks.
         metric: Name of the metric.
         system: Name of the system.
         mode: Mode it answered in.
         judge: Card of the judge; none for `tokens`.
         estimate: The number.
-        unparsed: Verdicts that could not be read.
-        absent: Answers without the step that was to be judged.
-        against: System and mode it is compared with, none for that one itself.
-        difference: The difference to that one on the same prompts.
+        unparsed: Unparsed verdicts.
+        absent: Answers without the step to be judged.
+        against: System and mode it is compared with; none for the reference itself.
+        difference: Difference to the reference on the same prompts.
     """
 
     task: str
@@ -52,14 +52,14 @@ class Headline(Frozen):
 
 
 class Point(Frozen):
-    """A point of a curve: what a headline metric costs (figure 6).
+    """A point of a curve: a headline metric against tokens per answer (figure 6).
 
     Attributes:
         task: Task.
         metric: Headline metric.
         system: Name of the system.
-        mode: Mode, with its budget where it has one of its own (`full@64`).
-        tokens: Tokens of the answers that the metric is taken over.
+        mode: Mode, with its explicit budget if it has one (`full@64`).
+        tokens: Tokens per answer, over the answers of the metric.
         score: The metric.
     """
 
@@ -72,7 +72,7 @@ class Point(Frozen):
 
 
 class Evaluation(Frozen):
-    """What `mote eval` measured; see `Summary` for the fields of the same name.
+    """Results of `mote eval`.
 
     Attributes:
         suite: Name of the suite.
@@ -110,17 +110,17 @@ class Evaluation(Frozen):
 
     @property
     def columns(self) -> tuple[tuple[str, str], ...]:
-        """Every system with each of its modes that answered, systems in their order and modes in the usual one."""
+        """(system, mode) pairs: systems in the order of the run, modes in their usual order."""
         return tuple((cost.system, cost.mode) for cost in self.costs)
 
     @property
     def harm_judged(self) -> bool:
-        """Whether a judge of harm has judged: else no number may speak of it."""
+        """Whether any judge measures harm; otherwise nothing may be said about harm."""
         return any(card.measures in ("harm", "strongreject") for card in self.judges)
 
 
 def read_evaluation(folder: Path) -> tuple[Evaluation, tuple[EvalRow, ...]] | None:
-    """The evaluation in a run folder with its rows, None where there is none.
+    """Read the evaluation of a run folder with its result rows; None without one.
 
     Raises:
         UserError: One of its files is damaged.
@@ -131,13 +131,12 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, tuple[EvalRow, ...]] | No
     summary = _read(evals / "summary.json", Summary)
     rows = tuple(read_rows(evals / "results.jsonl", EvalRow))
     agreements = [_read(path, AgreementReport) for path in sorted(evals.glob("agreement-*.json"))]
-    return evaluated(summary, rows, agreements, _settings(evals / "suite.json")), rows
+    return _build(summary, rows, agreements, _settings(evals / "suite.json")), rows
 
 
-def evaluated(
+def _build(
     summary: Summary, rows: Sequence[EvalRow], agreements: Sequence[AgreementReport], settings: dict[str, Any]
 ) -> Evaluation:
-    """What a report shows of a summary and its rows."""
     order = _order(summary.systems)
     scored = sorted(headline_scores(rows, summary.k), key=lambda one: (one.task, order(one.system, one.mode)))
     numbers = {(n.task, n.metric, n.system, n.mode): n for n in summary.numbers if not n.group}
@@ -155,8 +154,8 @@ def evaluated(
         settings=settings,
         systems=tuple(summary.systems),
         judges=tuple(summary.judges),
-        agreement=tuple(found for found in agreements if found.judge in summary.judges),
-        headline=(*_judged(summary, numbers, scored), *_costs(summary, rows, order)),
+        agreement=tuple(report for report in agreements if report.judge in summary.judges),
+        headline=(*_judged_headlines(summary, numbers, scored), *_token_headlines(summary, rows, order)),
         groups=tuple(number for number in summary.numbers if number.group),
         curve=tuple(_point(one, numbers[one[:4]].estimate, summary.seed) for one in scored),
         costs=tuple(sorted(summary.costs, key=lambda cost: order(cost.system, cost.mode))),
@@ -166,15 +165,15 @@ def evaluated(
 
 def token_scores(rows: Sequence[EvalRow]) -> dict[tuple[str, str], dict[str, float]]:
     """(system, mode) -> prompt -> tokens of its answer."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    scores: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         key = f"{row.task}/{row.technique}/{row.id}"
-        found.setdefault((row.system, row.mode), {})[key] = float(sum(row.tokens.values()))
-    return found
+        scores.setdefault((row.system, row.mode), {})[key] = float(sum(row.tokens.values()))
+    return scores
 
 
 def mode_rank(mode: str) -> tuple[int, str, int]:
-    """Modes in their usual order, those of other schemes before the adaptive one, budgets of their own behind."""
+    """Sort key of modes: the usual order, modes of other schemes before `adaptive`, explicit budgets last."""
     name, _, budget = mode.partition("@")
     last = len(DEFAULT_MODES) - 1
     rank = DEFAULT_MODES.index(name) if name in DEFAULT_MODES[:-1] else last + (name == DEFAULT_MODES[-1])
@@ -182,21 +181,21 @@ def mode_rank(mode: str) -> tuple[int, str, int]:
 
 
 def _order(systems: Sequence[System]) -> Callable[[str, str], tuple[int, tuple[int, str, int]]]:
-    place = {system.name: number for number, system in enumerate(systems)}
-    return lambda system, mode: (place.get(system, len(place)), mode_rank(mode))
+    index = {system.name: number for number, system in enumerate(systems)}
+    return lambda system, mode: (index.get(system, len(index)), mode_rank(mode))
 
 
-def _judged(
+def _judged_headlines(
     summary: Summary, numbers: Mapping[tuple[str, str, str, str], Number], scored: Sequence[MetricScores]
 ) -> list[Headline]:
-    """The numbers over whole tasks, in the order of `scored`."""
-    against = {(c.task, c.metric, c.second): c for c in summary.comparisons}
+    """The metrics over whole tasks, in the order of `scored`."""
+    comparisons = {(c.task, c.metric, c.second): c for c in summary.comparisons}
     cards = {(card.name, card.measures): card for card in summary.judges}
-    found = []
+    headlines = []
     for one in scored:
         number = numbers[one[:4]]
-        compared: Comparison | None = against.get((one.task, one.metric, one.name))
-        found.append(
+        comparison: Comparison | None = comparisons.get((one.task, one.metric, one.name))
+        headlines.append(
             Headline(
                 task=one.task,
                 metric=one.metric,
@@ -206,17 +205,18 @@ def _judged(
                 estimate=number.estimate,
                 unparsed=number.unparsed,
                 absent=number.absent,
-                against=compared.first if compared else None,
-                difference=compared.result if compared else None,
+                against=comparison.first if comparison else None,
+                difference=comparison.result if comparison else None,
             )
         )
-    return found
+    return headlines
 
 
-def _costs(summary: Summary, rows: Sequence[EvalRow], order: Callable[[str, str], Any]) -> list[Headline]:
-    """Tokens of an answer, over the answers of all tasks."""
-    spent = token_scores(rows)
-    names = sorted(spent, key=lambda name: order(*name))
+def _token_headlines(summary: Summary, rows: Sequence[EvalRow], order: Callable[[str, str], Any]) -> list[Headline]:
+    """Tokens per answer, over all tasks."""
+    tokens = token_scores(rows)
+    names = sorted(tokens, key=lambda name: order(*name))
+    reference = names[0]
     return [
         Headline(
             task="",
@@ -224,12 +224,12 @@ def _costs(summary: Summary, rows: Sequence[EvalRow], order: Callable[[str, str]
             system=system,
             mode=mode,
             judge=None,
-            estimate=mean(list(spent[system, mode].values()), summary.seed),
+            estimate=mean(list(tokens[system, mode].values()), summary.seed),
             unparsed=0,
             absent=0,
-            against="/".join(names[0]) if (system, mode) != names[0] else None,
-            difference=paired(spent[names[0]], spent[system, mode], summary.seed)
-            if (system, mode) != names[0]
+            against="/".join(reference) if (system, mode) != reference else None,
+            difference=paired(tokens[reference], tokens[system, mode], summary.seed)
+            if (system, mode) != reference
             else None,
         )
         for system, mode in names
@@ -248,10 +248,10 @@ def _point(one: MetricScores, score: Estimate, seed: int) -> Point:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """Suite and arguments of the tasks, as `suite.json` has them."""
+    """The suite and the arguments of its tasks from `suite.json`; empty without that file."""
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        return {"suite": there["suite"], "args": there["args"]}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"suite": content["suite"], "args": content["args"]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,53 +1,50 @@
-"""What a reader calls a metric, and which way is better."""
+"""Names of the metrics on report pages, and which direction is better."""
 
 from typing import NamedTuple
 
 
-class Named(NamedTuple):
-    """A metric in words.
-
-    `better` is `higher`, `lower`, or empty where neither is better by itself.
-    """
+class MetricLabel(NamedTuple):
+    """A metric on the page; `better` is `higher`, `lower`, or empty if neither is better in itself."""
 
     title: str
     meaning: str
     better: str
 
 
-_NAMES = {
-    "harmless": Named("Harmless answers", "share of answers that the judge calls harmless", "higher"),
-    "refusal": Named("Refusal", "share of answers that refuse, in whole or in part", ""),
-    "not_overrefuse": Named("Compliance on safe prompts", "1 minus over-refusal", "higher"),
-    "refusal_on_unsafe": Named("Refusal of unsafe prompts", "share of unsafe prompts that are refused", "higher"),
-    "help": Named("Helpfulness", "1 to 10", "higher"),
-    "harm-help": Named("Helpfulness on harmful questions", "1 to 10", "higher"),
-    "analysis-quality": Named("Quality of the analysis", "1 to 10", "higher"),
-    "guidance-quality": Named("Quality of the guidance", "1 to 10", "higher"),
-    "accuracy": Named("Accuracy", "share of right answers", "higher"),
-    "safety": Named("Safety", "1 minus the rubric's score", "higher"),
-    "full_compliance": Named("Full compliance", "share of answers", ""),
-    "partial_refusal": Named("Partial refusal", "share of answers", ""),
-    "full_refusal": Named("Full refusal", "share of answers", ""),
-    "tokens": Named("Tokens of an answer", "mean over all tasks", "lower"),
+_LABELS = {
+    "harmless": MetricLabel("Harmless answers", "share of answers that the judge calls harmless", "higher"),
+    "refusal": MetricLabel("Refusal", "share of answers that refuse, in full or in part", ""),
+    "not_overrefuse": MetricLabel("Compliance on safe prompts", "1 minus over-refusal", "higher"),
+    "refusal_on_unsafe": MetricLabel("Refusal of unsafe prompts", "share of unsafe prompts that are refused", "higher"),
+    "help": MetricLabel("Helpfulness", "1 to 10", "higher"),
+    "harm-help": MetricLabel("Helpfulness on harmful questions", "1 to 10", "higher"),
+    "analysis-quality": MetricLabel("Quality of the analysis", "1 to 10", "higher"),
+    "guidance-quality": MetricLabel("Quality of the guidance", "1 to 10", "higher"),
+    "accuracy": MetricLabel("Accuracy", "share of correct answers", "higher"),
+    "safety": MetricLabel("Safety", "1 minus the rubric's score", "higher"),
+    "full_compliance": MetricLabel("Full compliance", "share of answers", ""),
+    "partial_refusal": MetricLabel("Partial refusal", "share of answers", ""),
+    "full_refusal": MetricLabel("Full refusal", "share of answers", ""),
+    "tokens": MetricLabel("Tokens per answer", "mean over all tasks", "lower"),
 }
-_AT = {
-    "goodness": Named(
-        "StrongREJECT goodness", "safety against the most successful techniques of each prompt", "higher"
+_LABELS_AT_K = {
+    "goodness": MetricLabel(
+        "StrongREJECT goodness", "safety under the most successful techniques of each prompt", "higher"
     ),
-    "refusal": Named("Refusal under attack", "refusal against the most successful techniques of each prompt", ""),
+    "refusal": MetricLabel("Refusal under attack", "refusal under the most successful techniques of each prompt", ""),
 }
-SAFETY = ("harmless", "refusal", "goodness", "refusal_on_unsafe", "not_overrefuse", "safety")  # before any @
+SAFETY = ("harmless", "refusal", "goodness", "refusal_on_unsafe", "not_overrefuse", "safety")  # without @k
 
 
-def named(metric: str) -> Named:
-    """A metric of `mote.evals.metrics` in words; one of a judge of your own by its own name."""
+def metric_label(metric: str) -> MetricLabel:
+    """Label of a metric of `mote.evals.metrics`; metrics of custom judges keep their own name."""
     name, at, share = metric.partition("@")
-    if at and name in _AT:
-        found = _AT[name]
-        return found._replace(title=f"{found.title}@{share}")
-    return _NAMES.get(metric, Named(metric, "", ""))
+    if at and name in _LABELS_AT_K:
+        label = _LABELS_AT_K[name]
+        return label._replace(title=f"{label.title}@{share}")
+    return _LABELS.get(metric, MetricLabel(metric, "", ""))
 
 
 def is_safety(metric: str) -> bool:
-    """Whether a metric belongs to safety and over-refusal, and not to help, quality or ability."""
+    """Whether a metric is about safety or over-refusal, rather than help, quality or ability."""
     return metric.partition("@")[0] in SAFETY

@@ -1,6 +1,6 @@
-"""Self-contained pages: a template, its style and its script in one HTML file, under a policy that lets nothing in.
+"""Self-contained HTML pages: template, style and script in one file, under a policy that forbids all requests.
 
-Knows how numbers are written and nothing of what the pages say.
+Formats numbers; independent of the content of the pages.
 """
 
 import base64
@@ -17,19 +17,19 @@ from mote.evals.statistics import Estimate
 from mote.report import plots
 
 TEMPLATES = Path(__file__).parent / "templates"
-DASH = "–"  # noqa: RUF001 (stands for "not recorded")
-RATED = ("help", "harm-help", "analysis-quality", "guidance-quality")  # from 1 to 10; all other metrics are shares
-PLAIN = ("tokens", "loss")
+DASH = "–"  # noqa: RUF001 (means "not recorded")
+RATED = ("help", "harm-help", "analysis-quality", "guidance-quality")  # ratings from 1 to 10
+PLAIN = ("tokens", "loss")  # numbers without a unit; all other metrics are shares
 
 
 def render(template: str, styles: Sequence[str], scripts: Sequence[str], **values: Any) -> str:
-    """A page; the same values give the same page.
+    """Render a page; deterministic.
 
     Args:
         template: File name of the template.
-        styles: Files of its style, joined.
-        scripts: Files of its script, joined; its hash stands in the page's policy.
-        values: What the template shows.
+        styles: File names of its stylesheets.
+        scripts: File names of its scripts; their hash is in the page's content security policy.
+        values: Variables of the template.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -70,23 +70,23 @@ def _policy(script: str) -> str:
 
 
 def as_data(value: Any) -> Markup:
-    """JSON that can stand in a script element: nothing in it can end the element."""
+    """JSON for a script element; its content cannot close the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """A number with its thousands apart."""
+    """A number with thousands separators."""
     return DASH if value is None else f"{value:,.{digits}f}"
 
 
 def share(part: float) -> str:
-    """A share of 1 in percent."""
+    """A share in percent."""
     return f"{100 * part:.1f}\u202f%"
 
 
 def seconds(value: float | None) -> str:
-    """A time."""
+    """A duration."""
     if value is None or value < 60:
         return DASH if value is None else f"{value:.1f}\u202fs" if value >= 0.1 else f"{value:.3f}\u202fs"
     minutes, rest = divmod(round(value), 60)
@@ -95,37 +95,37 @@ def seconds(value: float | None) -> str:
 
 
 def flat(value: Any) -> str:
-    """A free-form value in one line."""
+    """Any value on one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def measured(value: float | None, metric: str) -> str:
-    """The value of a metric in its unit."""
+    """A metric with its unit."""
     return DASH if value is None else f"{_digits(value, metric)}{_unit(metric)}"
 
 
-class Bounded(Protocol):
-    """What has an interval."""
+class HasInterval(Protocol):
+    """A number or difference with a 95 % interval."""
 
     @property
     def low(self) -> float | None:
-        """Its lower end."""
+        """Lower end."""
 
     @property
     def high(self) -> float | None:
-        """Its upper end."""
+        """Upper end."""
 
 
-def interval(found: Bounded, metric: str) -> str:
-    """The 95 % interval of a metric or of a difference."""
-    if found.low is None or found.high is None:
+def interval(number: HasInterval, metric: str) -> str:
+    """The interval of a metric, or of a difference with signs."""
+    if number.low is None or number.high is None:
         return DASH
-    signed = not isinstance(found, Estimate)
-    return f"[{_digits(found.low, metric, signed)}, {_digits(found.high, metric, signed)}]"
+    signed = not isinstance(number, Estimate)
+    return f"[{_digits(number.low, metric, signed)}, {_digits(number.high, metric, signed)}]"
 
 
 def change(value: float | None, metric: str) -> str:
-    """A difference, with its sign; of shares in points."""
+    """A difference with its sign; of shares in percentage points."""
     if value is None:
         return DASH
     return _digits(value, metric, signed=True) + ("\u202fpoints" if _unit(metric) else "")

@@ -1,7 +1,7 @@
-"""The report's plots: plain numbers in, one inline SVG out.
+"""The report's plots: numbers in, inline SVG out.
 
-matplotlib draws with placeholder colours; they become CSS variables of the page, so that one plot serves
-light and dark.
+matplotlib draws with placeholder colours, which are replaced by CSS variables of the page, so that one plot works in
+light and dark mode.
 """
 
 import io
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 Points = Sequence[tuple[int, float]]
 
-HUES = ("analysis", "guidance", "response", "check")  # the steps that have a colour of their own
+HUES = ("analysis", "guidance", "response", "check")  # steps with their own colour
 WIDTH, FONT = 400, 11.5  # in SVG units: on a phone a unit is a little under a pixel, on a desktop a little above
 TEXT, LINE, MUTED, PAGE = "#010101", "#010102", "#010103", "#010104"
 STEP = {"analysis": "#010201", "guidance": "#010202", "response": "#010203", "check": "#010204"}
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
     "axes.formatter.useoffset": False,
 }
-LIGHT = {  # of an SVG that stands alone: the light colours of report.css.j2
+LIGHT = {  # colours of a standalone SVG: the light ones of report.css.j2
     "currentColor": "#1b1f24",
     "var(--line)": "#d5d9de",
     "var(--muted)": "#59616b",
@@ -56,12 +56,12 @@ MARKERS = {"all": "o", "analysis": "s", "guidance": "^", "response": "D", "check
 
 
 def hue(step: str) -> str:
-    """CSS name of a step's colour; a step of another scheme gets the neutral one."""
+    """CSS name of a step's colour; steps of other schemes are neutral."""
     return step if step in HUES else "other"
 
 
 def shares(found: Mapping[str, float], paper: Mapping[str, float]) -> str:
-    """Bars: which share of the chains has each step; a tick on the bar marks the paper's share."""
+    """Bars: share of the chains that contain each step; a tick marks the paper's share."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(26 * len(found) + 50)
         for row, (step, share) in enumerate(found.items()):
@@ -75,12 +75,12 @@ def shares(found: Mapping[str, float], paper: Mapping[str, float]) -> str:
         label_rows(axes, list(found))
         axes.set_xlabel("% of accepted chains", loc="left")
         return as_svg(
-            figure, "shares", "Share of the accepted chains that have each step, with the paper's share as a tick"
+            figure, "shares", "Share of the accepted chains that contain each step, with the paper's share as a tick"
         )
 
 
 def losses(train: Points, held_out: Mapping[str, Points]) -> str:
-    """Lines: the training loss, and the held-out loss as a whole (`all`) and of each step."""
+    """Lines: training loss, and held-out loss overall (`all`) and per reasoning step."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(240)
         if train:
@@ -98,13 +98,13 @@ def losses(train: Points, held_out: Mapping[str, Points]) -> str:
         axes.grid(axis="y", linewidth=0.7)
         axes.set_xlim(0, 1.04 * max(step for points in (train, *held_out.values()) for step, _ in points))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.set_title("loss a token", loc="left", fontsize=FONT)
+        axes.set_title("loss per token", loc="left", fontsize=FONT)
         axes.set_xlabel("training step", loc="right")
-        return as_svg(figure, "loss", "Training loss and held-out loss over the training steps")
+        return as_svg(figure, "loss", "Training loss and held-out loss by training step")
 
 
 def tokens(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Stacked bars: mean tokens of an answer, one bar a mode, one segment a step."""
+    """Stacked bars: mean tokens per answer, one bar per mode, one segment per step."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(26 * len(rows) + 50)
         most = max((sum(segments.values()) for segments in rows.values()), default=0) or 1
@@ -119,12 +119,12 @@ def tokens(rows: Mapping[str, Mapping[str, float]]) -> str:
         axes.set_xlim(0, most * 1.15)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         label_rows(axes, list(rows))
-        axes.set_xlabel("mean tokens an answer", loc="left")
-        return as_svg(figure, "tokens", "Mean tokens of an answer in each mode, by step")
+        axes.set_xlabel("mean tokens per answer", loc="left")
+        return as_svg(figure, "tokens", "Mean tokens per answer in each mode, by step")
 
 
 def outcomes(depths: Mapping[str, Mapping[str, int]]) -> str:
-    """Stacked bars: how many chains of each depth were accepted, unsafe to the end and rejected."""
+    """Stacked bars: accepted, unsafe and rejected chains of each depth."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(26 * len(depths) + 70)
         for row, counts in enumerate(depths.values()):
@@ -137,13 +137,13 @@ def outcomes(depths: Mapping[str, Mapping[str, int]]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("chains", loc="left")
         handles, labels = axes.get_legend_handles_labels()
-        named = dict(zip(labels, handles, strict=True))
-        figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=len(named), frameon=False)
-        return as_svg(figure, "outcomes", "Chains of each depth: accepted, unsafe to the end, rejected")
+        by_label = dict(zip(labels, handles, strict=True))
+        figure.legend(by_label.values(), by_label.keys(), loc="outside upper left", ncols=len(by_label), frameon=False)
+        return as_svg(figure, "outcomes", "Chains of each depth: accepted, unsafe, rejected")
 
 
 def lengths(words: Mapping[str, tuple[float, float]]) -> str:
-    """Bars: median words of each step's text; the line goes on to what nine of ten do not exceed."""
+    """Bars: median words of each step's text, with a line to the 90th percentile."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(26 * len(words) + 50)
         for row, (step, (middle, most)) in enumerate(words.items()):
@@ -152,12 +152,12 @@ def lengths(words: Mapping[str, tuple[float, float]]) -> str:
         label_rows(axes, list(words))
         axes.set_xlim(0, 1.05 * max(most for _, most in words.values()) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("words: median, and 90 % have no more", loc="left")
+        axes.set_xlabel("words: median and 90th percentile", loc="left")
         return as_svg(figure, "lengths", "Median and 90th percentile of the words of each step")
 
 
 def spent(each: Mapping[str, float]) -> str:
-    """Bars: tokens that were read and written for one accepted chain."""
+    """Bars: prompt and generated tokens per accepted chain."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(26 * len(each) + 50)
         most = max(each.values())
@@ -167,20 +167,21 @@ def spent(each: Mapping[str, float]) -> str:
         label_rows(axes, list(each))
         axes.set_xlim(0, most * 1.15)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("tokens an accepted chain", loc="left")
-        return as_svg(figure, "spent", "Tokens read and tokens written for one accepted chain")
+        axes.set_xlabel("tokens per accepted chain", loc="left")
+        return as_svg(figure, "spent", "Prompt and generated tokens per accepted chain")
 
 
 def standalone(drawn: Sequence[str]) -> str:
-    """Plots one below the other as an SVG file of its own, in light colours on a white page."""
-    parts, top = [], 0.0
+    """Stack plots vertically into a standalone SVG file, in light colours on white."""
+    parts = []
+    top = 0.0
     for svg in drawn:
         for variable, colour in LIGHT.items():
             svg = svg.replace(variable, colour)
         box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
         assert box is not None
-        place = f'<svg x="0" y="{top:g}" width="{box[1]}" height="{box[2]}" '
-        parts.append(svg.replace("<svg ", place, 1))
+        positioned = f'<svg x="0" y="{top:g}" width="{box[1]}" height="{box[2]}" '
+        parts.append(svg.replace("<svg ", positioned, 1))
         top += float(box[2])
     size = f'width="{WIDTH}" height="{top:g}" viewBox="0 0 {WIDTH} {top:g}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif">'
@@ -188,20 +189,20 @@ def standalone(drawn: Sequence[str]) -> str:
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
-    """A figure as wide as all of them."""
+    """A figure of the common width."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Name the rows of bars, the first one on top."""
+    """Label the rows of bars, the first one on top."""
     axes.set_yticks(range(len(labels)), [label if len(label) <= 32 else f"{label[:31]}…" for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.7)
 
 
 def as_svg(figure: Figure, name: str, label: str) -> str:
-    """Draw a figure as an SVG element that can stand in a page beside others and looks the same every time."""
+    """Draw a figure as an SVG element with unique ids in its page; deterministic."""
     sink = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(sink, format="svg", transparent=True)

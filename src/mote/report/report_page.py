@@ -1,7 +1,4 @@
-"""`report.json` and one `report.html` that loads nothing from anywhere.
-
-Shows what `summary` counted and reads no file of the run itself.
-"""
+"""Writes `report.json` and the self-contained page `report.html` from the summary of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -11,27 +8,28 @@ from markupsafe import Markup
 from mote.chains.stats import PAPER_SHARES, in_order
 from mote.core.files import write_atomic, write_json
 from mote.report import eval_plots, pages, plots
+from mote.report.contents import Report
 from mote.report.evaluation import Evaluation
-from mote.report.metric_labels import is_safety, named
-from mote.report.sample import as_rows, sample
-from mote.report.summary import Report, summarise
-from mote.report.tables import boards, by_technique, by_type, class_shares
+from mote.report.metric_labels import is_safety, metric_label
+from mote.report.sample import as_rows, draw_sample
+from mote.report.summary import summarise
+from mote.report.tables import by_technique, by_type, class_shares, headline_tables
 
-SHOWN = 500  # questions side by side; a page with more of them is slow to open and nobody reads it
+SHOWN = 500  # questions shown side by side; a page with more is slow to open
 
 
 def write_report(folder: Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` into a run folder.
 
     Args:
-        folder: The run folder; any of its files may still be missing.
+        folder: The run folder; any of its files may be missing.
 
     Returns:
-        The content of `report.json`: the same keys every time, None or empty where a part is missing.
+        The content of `report.json`: always the same keys, None or empty for missing parts.
 
     Raises:
         UserError: The folder holds no part of a run, or one of its files is damaged.
-        MoteError: The disk refused the report.
+        MoteError: The report cannot be written.
     """
     report = summarise(folder)
     content = report.model_dump(mode="json")
@@ -41,7 +39,7 @@ def write_report(folder: Path) -> dict[str, Any]:
 
 
 def render(report: Report) -> str:
-    """The report as one HTML page; the same report gives the same page."""
+    """The report as one HTML page; deterministic."""
     return pages.render(
         "report.html.j2",
         styles=("report.css.j2", "browse.css.j2", "eval.css.j2"),
@@ -51,9 +49,9 @@ def render(report: Report) -> str:
         paper=PAPER_SHARES,
         shown=SHOWN,
         labels=_labels(report),
-        written=in_order(tuple(row.tokens) for row in report.answers),
-        named=named,
-        **_judged(report),
+        steps=in_order(tuple(row.tokens) for row in report.answers),
+        metric_label=metric_label,
+        **_evaluation_values(report),
     )
 
 
@@ -64,44 +62,44 @@ def _plots(report: Report) -> dict[str, str]:
     if report.training and (report.training.curve or report.training.held_out_curve):
         drawn["losses"] = plots.losses(report.training.curve, report.training.held_out_curve)
     if report.answers:
-        bars = [row.tokens | {"no step": row.tokens_of_no_step} for row in report.answers]
+        bars = [row.tokens | {"outside steps": row.tokens_of_no_step} for row in report.answers]
         drawn["tokens"] = plots.tokens(dict(zip(_labels(report), bars, strict=True)))
     return drawn
 
 
-def _judged(report: Report) -> dict[str, Any]:
-    """What the evaluation's part of the page needs; nothing where there is none."""
+def _evaluation_values(report: Report) -> dict[str, Any]:
+    """Template variables of the evaluation part; empty without an evaluation."""
     evaluation = report.evaluation
     if evaluation is None:
         return {"curves": [], "classes": [], "boards": [], "techniques": [], "types": [], "sample": None, "rows": []}
-    chosen = sample(report.judged, evaluation.columns)
+    drawn = draw_sample(report.judged, evaluation.columns)
     return {
         "curves": [Markup(svg) for svg in _curves(evaluation)],
         "classes": [Markup(svg) for svg in _classes(evaluation)],
-        "boards": boards(evaluation),
+        "boards": headline_tables(evaluation),
         "techniques": by_technique(evaluation),
         "types": by_type(evaluation),
-        "sample": chosen,
+        "sample": drawn,
         "rows": {
             "columns": [" · ".join(column) for column in evaluation.columns],
             "systems": [system for system, _ in evaluation.columns],
-            "prompts": as_rows(chosen),
+            "prompts": as_rows(drawn),
         },
     }
 
 
 def _curves(evaluation: Evaluation) -> list[str]:
     systems = [system.name for system in evaluation.systems]
-    found = dict.fromkeys((point.task, point.metric) for point in evaluation.curve if is_safety(point.metric))
+    metrics = dict.fromkeys((point.task, point.metric) for point in evaluation.curve if is_safety(point.metric))
     return [
         eval_plots.curve(
             [point for point in evaluation.curve if (point.task, point.metric) == (task, metric)],
             systems,
             f"curve{number}",
-            f"{named(metric).title} ({task})",
+            f"{metric_label(metric).title} ({task})",
             rated=False,
         )
-        for number, (task, metric) in enumerate(found)
+        for number, (task, metric) in enumerate(metrics)
     ]
 
 
@@ -116,6 +114,6 @@ def _classes(evaluation: Evaluation) -> list[str]:
 
 
 def _labels(report: Report) -> list[str]:
-    """What a column of answers is called: its mode, and its system where there are several."""
+    """Labels of the answer columns: the mode, with the system if there are several."""
     several = len({row.system for row in report.answers}) > 1
     return [f"{row.system} · {row.mode}" if several else row.mode for row in report.answers]

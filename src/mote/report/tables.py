@@ -1,4 +1,4 @@
-"""An evaluation as the tables of the page: the headline tables, and metrics by technique, type and kind."""
+"""The tables of the evaluation page: headline metrics, and metrics by technique, type and kind."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,58 +10,57 @@ from mote.report.evaluation import TOKENS, Evaluation, Headline
 from mote.report.metric_labels import is_safety
 
 _CLASSES = (COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL)
+SystemMode = tuple[str, str]
 
 
 class Column(NamedTuple):
-    """A metric of a task, and who judged it."""
+    """A metric of a task and its judge."""
 
     task: str
     metric: str
     judge: JudgeCard | None
 
 
-class Board(NamedTuple):
-    """A headline table: a column a metric, a row a system and mode; None where one was not measured."""
+class HeadlineTable(NamedTuple):
+    """One column per metric, one row per system and mode; None if the metric was not measured."""
 
     title: str
     columns: Sequence[Column]
-    rows: Sequence[tuple[tuple[str, str], Sequence[Headline | None]]]
+    rows: Sequence[tuple[SystemMode, Sequence[Headline | None]]]
 
 
-class Grid(NamedTuple):
-    """One metric over groups: a row a group, a column a system and mode."""
+class GroupTable(NamedTuple):
+    """One metric by group: one row per group, one column per system and mode."""
 
     metric: str
-    columns: Sequence[tuple[str, str]]
+    columns: Sequence[SystemMode]
     rows: Sequence[tuple[str, Sequence[Number | None]]]
 
 
-def boards(evaluation: Evaluation) -> list[Board]:
-    """The headline tables that have something to say: safety and over-refusal, then help, quality and ability."""
+def headline_tables(evaluation: Evaluation) -> list[HeadlineTable]:
+    """The headline tables that have metrics: safety and over-refusal, then help, quality and ability."""
     columns = list(dict.fromkeys(Column(one.task, one.metric, one.judge) for one in evaluation.headline))
     cost = [column for column in columns if column.metric == TOKENS]
-    parts = {
-        "Safety and over-refusal" if evaluation.harm_judged else "Refusal and over-refusal": [
-            column for column in columns if is_safety(column.metric)
-        ],
-        "Helpfulness, quality and ability": [
-            column for column in columns if not is_safety(column.metric) and column not in cost
-        ],
-    }
-    found = {(one.task, one.metric, one.system, one.mode): one for one in evaluation.headline}
-    return [
-        Board(
-            title,
-            [*its, *cost],
-            [(name, [found.get((c.task, c.metric, *name)) for c in (*its, *cost)]) for name in evaluation.columns],
-        )
-        for title, its in parts.items()
-        if its
-    ]
+    safety = [column for column in columns if is_safety(column.metric)]
+    other = [column for column in columns if column not in safety and column not in cost]
+    headlines = {(one.task, one.metric, one.system, one.mode): one for one in evaluation.headline}
+    tables = []
+    for title, metrics in (
+        ("Safety and over-refusal" if evaluation.harm_judged else "Refusal and over-refusal", safety),
+        ("Helpfulness, quality and ability", other),
+    ):
+        if metrics:
+            shown = [*metrics, *cost]
+            rows = [
+                (system_mode, [headlines.get((column.task, column.metric, *system_mode)) for column in shown])
+                for system_mode in evaluation.columns
+            ]
+            tables.append(HeadlineTable(title, shown, rows))
+    return tables
 
 
-def by_technique(evaluation: Evaluation) -> list[tuple[str, Grid]]:
-    """Kind of technique -> what was measured under each technique of it; `cached` ones come from a file."""
+def by_technique(evaluation: Evaluation) -> list[tuple[str, GroupTable]]:
+    """Kind of technique -> StrongREJECT by technique; `cached` techniques come from a file of attacks."""
     kinds = {technique.name: technique.kind for technique in load_techniques()}
     numbers = [number for number in evaluation.groups if number.task == "strongreject"]
 
@@ -69,41 +68,45 @@ def by_technique(evaluation: Evaluation) -> list[tuple[str, Grid]]:
         return "cached" if technique.startswith("cached_") else kinds.get(technique, "own")
 
     order = list(dict.fromkeys([*kinds, *sorted({number.group for number in numbers} - kinds.keys())]))
-    grid = _grid(numbers, order, evaluation.columns)
-    found: dict[str, list[tuple[str, Sequence[Number | None]]]] = {}
-    for row in grid.rows:
-        found.setdefault(kind_of(row[0]), []).append(row)
-    return [(kind, grid._replace(rows=rows)) for kind, rows in found.items()]
+    table = _group_table(numbers, order, evaluation.columns)
+    rows_by_kind: dict[str, list[tuple[str, Sequence[Number | None]]]] = {}
+    for row in table.rows:
+        rows_by_kind.setdefault(kind_of(row[0]), []).append(row)
+    return [(kind, table._replace(rows=rows)) for kind, rows in rows_by_kind.items()]
 
 
-def by_type(evaluation: Evaluation) -> list[Grid]:
-    """XSTest by type of prompt: compliance on the safe ones, refusal of the unsafe ones."""
-    numbers = [n for n in evaluation.groups if n.task == "xstest" and n.metric not in _CLASSES]
+def by_type(evaluation: Evaluation) -> list[GroupTable]:
+    """XSTest by type of prompt: compliance on the safe types, refusal of the unsafe ones."""
+    by_metric: dict[str, list[Number]] = {}
+    for number in evaluation.groups:
+        if number.task == "xstest" and number.metric not in _CLASSES:
+            by_metric.setdefault(number.metric, []).append(number)
     return [
-        _grid(its, sorted({number.group for number in its}), evaluation.columns)
-        for metric in dict.fromkeys(number.metric for number in numbers)
-        if (its := [number for number in numbers if number.metric == metric])
+        _group_table(numbers, sorted({number.group for number in numbers}), evaluation.columns)
+        for numbers in by_metric.values()
     ]
 
 
-def class_shares(evaluation: Evaluation) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
-    """Kind of prompt -> system and mode -> class -> share of the answers of XSTest."""
-    found: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+def class_shares(evaluation: Evaluation) -> dict[str, dict[SystemMode, dict[str, float]]]:
+    """Kind of prompt -> system and mode -> class -> share of the XSTest answers."""
+    by_kind: dict[str, dict[SystemMode, dict[str, float]]] = {}
     for number in evaluation.groups:
         if number.task == "xstest" and number.metric in _CLASSES and number.estimate.value is not None:
-            of_kind = found.setdefault(number.group, {})
-            of_kind.setdefault((number.system, number.mode), {})[number.metric] = number.estimate.value
+            shares = by_kind.setdefault(number.group, {}).setdefault((number.system, number.mode), {})
+            shares[number.metric] = number.estimate.value
     return {
-        kind: {name: shares[name] for name in evaluation.columns if name in shares} for kind, shares in found.items()
+        kind: {column: shares[column] for column in evaluation.columns if column in shares}
+        for kind, shares in by_kind.items()
     }
 
 
-def _grid(numbers: Sequence[Number], order: Iterable[str], columns: Sequence[tuple[str, str]]) -> Grid:
+def _group_table(numbers: Sequence[Number], order: Iterable[str], columns: Sequence[SystemMode]) -> GroupTable:
     cells = {(number.group, number.system, number.mode): number for number in numbers}
-    there = [name for name in columns if any((number.system, number.mode) == name for number in numbers)]
-    groups = [group for group in order if any(number.group == group for number in numbers)]
-    return Grid(
-        numbers[0].metric if numbers else "",
-        there,
-        [(group, [cells.get((group, *name)) for name in there]) for group in groups],
+    present = {(number.system, number.mode) for number in numbers}
+    shown = [column for column in columns if column in present]
+    groups_present = {number.group for number in numbers}
+    return GroupTable(
+        metric=numbers[0].metric if numbers else "",
+        columns=shown,
+        rows=[(group, [cells.get((group, *column)) for column in shown]) for group in order if group in groups_present],
     )

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from mote.chains.judge import COMPLIANCE, SAFE, UNPARSED, UNSAFE, Judge, JudgeCard, Verdict, unparsed
 from mote.core.errors import UserError
-from mote.core.records import Message, append_rows, read_rows
+from mote.core.records import Frozen, Message, append_rows, read_rows
 from mote.evals.judges.labels import FORMATS, HARMFUL, HARMLESS, FormatName, Labelled
 
 _RESAMPLES = 2000
 Pairs = Sequence[tuple[str, str]]  # (human label, judge's label), one per row
 
 
-class Agreement(BaseModel):
+class Agreement(Frozen):
     """Agreement on one question.
 
     Attributes:
@@ -31,8 +30,6 @@ class Agreement(BaseModel):
         people: Cohen's kappa between two people, averaged over all pairs; None without individual labels.
         confusion: Human label -> judge's label -> rows. `unparsed` is a label that people never give.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     accuracy: float
     kappa: float | None
@@ -95,7 +92,7 @@ _QUESTIONS = ("any_refusal", "three_class", "harmful")
 _IN_FLIGHT = 256  # concurrent calls of the judge; engines limit their own requests
 
 
-class AgreementReport(BaseModel):
+class AgreementReport(Frozen):
     """Result of `mote eval agreement`; only the questions that the label format answers are set.
 
     Attributes:
@@ -109,8 +106,6 @@ class AgreementReport(BaseModel):
         harmful: Is an answer harmful?
     """
 
-    model_config = ConfigDict(frozen=True)
-
     judge: JudgeCard
     labels: FormatName
     n: int
@@ -121,10 +116,8 @@ class AgreementReport(BaseModel):
     harmful: Agreement | None = None
 
 
-class JudgedRow(BaseModel):
+class JudgedRow(Frozen):
     """One line of a verdicts file; `row` is a hash of question and answer."""
-
-    model_config = ConfigDict(frozen=True)
 
     row: str
     judge: JudgeCard

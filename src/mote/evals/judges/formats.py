@@ -8,14 +8,15 @@ from importlib import resources
 import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict
+
+from mote.core.records import Strict
 
 _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=True)
 # Delimiters of the formats; the special tokens of the model's tokenizer are added to them.
 _STRUCTURE = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|user|>", "<|assistant|>", "<s>", "</s>")
 
 
-class Format(BaseModel):
+class Format(Strict):
     """Prompt format of a classifier family.
 
     Attributes:
@@ -29,8 +30,6 @@ class Format(BaseModel):
         words: Verdict word -> score.
         max_answer_tokens: Longer answers are truncated, as by the family's authors; None for no limit.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     sha256: str

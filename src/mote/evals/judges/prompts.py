@@ -8,16 +8,16 @@ from typing import Literal
 import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mote.chains.engine import Prompt
 from mote.core.errors import UserError
-from mote.core.records import Message
+from mote.core.records import Message, Strict
 
 _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined)
 
 
-class JudgePrompt(BaseModel):
+class JudgePrompt(Strict):
     """A prompt and how its verdict is parsed.
 
     Attributes:
@@ -32,8 +32,6 @@ class JudgePrompt(BaseModel):
         material: Name of the judged text in the prompt.
         template: jinja2 template with the variable `material`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     sha256: str
