@@ -97,7 +97,7 @@ def test_the_folder_is_pushed_unchanged(hub: Hub, folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("token", "repository", "code", "message"),
     [
-        ("wrong", "user/name", 1, "push: user/name did not take it (Client error '401"),
+        ("wrong", "user/name", 1, "push: cannot upload to user/name (Client error '401"),
         ("secret", "user/na me/x", 2, "push: 'user/na me/x' is not a repository ("),
     ],
 )

@@ -1,7 +1,7 @@
 """Self-BLEU of a set of texts (Zhu et al. 2018, Texygen): how much each repeats the others; table 2 of the paper.
 
-Computed by its definition it is quadratic in the texts. Here each n-gram keeps its two highest counts in a text, which
-is all that clipping by "the highest count in any other text" needs: the same number, in one pass.
+By its definition the cost is quadratic in the number of texts. Here each n-gram keeps its two highest counts over the
+texts, which suffices to clip by "the highest count in any other text": the same number in linear time.
 """
 
 import bisect
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 ORDER = 4  # BLEU-4
-TOKENIZERS = ("13a", "intl", "char", "none")  # sacrebleu's that need no download
+TOKENIZERS = ("13a", "intl", "char", "none")  # of sacrebleu, those without a download
 
 _Gram = tuple[str, ...]
 
@@ -19,7 +19,7 @@ def self_bleu(texts: Sequence[str], tokenizer: str = "13a") -> float | None:
     """Mean over the texts of sacrebleu's sentence BLEU with all others as references, 0 to 100; lower is more diverse.
 
     Args:
-        texts: At least two, else there is nothing to compare with and the result is None.
+        texts: The texts; with fewer than two the result is None.
         tokenizer: One of `TOKENIZERS`.
     """
     if len(texts) < 2:
@@ -31,7 +31,8 @@ def self_bleu(texts: Sequence[str], tokenizer: str = "13a") -> float | None:
     lengths = sorted(map(len, tokens))
     scores = []
     for index, (row, own) in enumerate(zip(tokens, counts, strict=True)):
-        correct, total = [0] * ORDER, [0] * ORDER
+        correct = [0] * ORDER
+        total = [0] * ORDER
         for gram, count in own.items():
             first, holder, second = highest[gram]
             correct[len(gram) - 1] += min(count, second if holder == index else first)
@@ -48,7 +49,7 @@ def self_bleu(texts: Sequence[str], tokenizer: str = "13a") -> float | None:
 
 
 def signature(tokenizer: str = "13a") -> str:
-    """How it was computed, as sacrebleu writes it."""
+    """The settings of the computation in sacrebleu's notation."""
     import sacrebleu
 
     return f"nrefs:all-others|case:mixed|eff:yes|tok:{tokenizer}|smooth:exp|version:{sacrebleu.__version__}"

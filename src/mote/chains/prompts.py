@@ -1,8 +1,7 @@
-"""A scheme and a question -> the prompt that asks a model for a stage, or for its check of an answer.
+"""A scheme and a question -> the prompt for a stage, or for the check of an answer.
 
-Worked examples are turns of a dialogue that the question goes on with, so user and assistant alternate whatever the
-stage, and a system text stands in front of them all: chat templates refuse anything else. This module knows nothing of
-models.
+Worked examples are earlier turns of the same dialogue, so user and assistant alternate in every prompt, after at most
+one system message: chat templates refuse anything else. This module knows nothing about models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +21,14 @@ def stage_prompt(
     seed: int,
     category: str | None = None,
 ) -> Prompt:
-    """The prompt that asks for a stage of a chain.
+    """The prompt for a stage of a chain.
 
     Args:
-        scheme: Its templates and examples.
-        stage: What is to be written.
-        question: A dialogue that ends with the user's turn.
-        known: Stage -> text, of those that were written before; the examples show the same ones.
-        settings: Number of examples, sampling, and tokens that may be written.
+        scheme: Templates and worked examples.
+        stage: The stage to generate.
+        question: A dialogue that ends with a user turn.
+        known: Earlier stage -> its text; the examples show the same stages.
+        settings: Number of examples, sampling and token budget.
         seed: Seed of this request.
         category: Show examples of this category only.
     """
@@ -37,25 +36,25 @@ def stage_prompt(
     for example in scheme.first_examples(settings.examples, category):
         turns += _asked(scheme, stage, _dialogue(example), {name: example.steps[name] for name in known})
         turns.append(Message(role="assistant", content=example.steps[stage]))
-    lead, own = _system(scheme, stage, question), _asked(scheme, stage, question, known)
+    system = _system(scheme, stage, question)
     return Prompt(
-        messages=(*lead, *turns, *own),
+        messages=(*system, *turns, *_asked(scheme, stage, question, known)),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=seed,
         frequency_penalty=settings.frequency_penalty,
-        shared=_shared(scheme, lead, turns),
+        shared=_shared(scheme, system, turns),
     )
 
 
 def check_prompt(
     scheme: Scheme, question: Sequence[Message], answer: str, settings: ChainSettings, seed: int
 ) -> Prompt:
-    """The prompt that asks which of the scheme's two verdicts an answer deserves (Safety Checking, section 3.1).
+    """The prompt of Safety Checking (section 3.1): which of the scheme's two verdicts an answer deserves.
 
-    Each worked example shows an answer that passes and one that does not, in an order that changes from one example to
-    the next, so that the words do not simply alternate.
+    Each worked example shows a passing and a failing answer; their order changes from one example to the next, so that
+    the verdicts do not simply alternate.
     """
     turns: list[Message] = []
     for number, example in enumerate(scheme.first_examples(settings.examples)):
@@ -65,8 +64,9 @@ def check_prompt(
         for text, verdict in reversed(shown) if number % 2 else shown:
             turns += _asked(scheme, CHECK, _dialogue(example), {"answer": text})
             turns.append(Message(role="assistant", content=verdict))
-    lead, own = _system(scheme, CHECK, question), _asked(scheme, CHECK, question, {"answer": answer})
-    return Prompt((*lead, *turns, *own), max_tokens=4, seed=seed, shared=_shared(scheme, lead, turns))
+    system = _system(scheme, CHECK, question)
+    messages = (*system, *turns, *_asked(scheme, CHECK, question, {"answer": answer}))
+    return Prompt(messages, max_tokens=4, seed=seed, shared=_shared(scheme, system, turns))
 
 
 def category_prompt(scheme: Scheme, category: str) -> Prompt:
@@ -78,14 +78,14 @@ def category_prompt(scheme: Scheme, category: str) -> Prompt:
 
 
 def as_text(messages: Sequence[Message]) -> str:
-    """A dialogue as text: the question itself where there is one turn, else each turn behind its speaker."""
+    """A dialogue as text: a single turn as it is, else each turn after its role."""
     if len(messages) == 1:
         return messages[0].content
     return "\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages)
 
 
 def _asked(scheme: Scheme, stage: str, messages: Sequence[Message], known: Mapping[str, str]) -> list[Message]:
-    """The user turn that asks for a stage, behind the dialogue's earlier turns where the stage goes on with it."""
+    """The user turn that asks for a stage, after the dialogue's earlier turns if the stage continues the dialogue."""
     last = messages[-1].content
     turn = Message(role="user", content=scheme.render(stage, question=as_text(messages), last=last, **known))
     earlier = [m for m in messages[:-1] if m.role != "system"] if scheme.continues_dialogue(stage) else []
@@ -93,16 +93,16 @@ def _asked(scheme: Scheme, stage: str, messages: Sequence[Message], known: Mappi
 
 
 def _system(scheme: Scheme, stage: str, question: Sequence[Message]) -> tuple[Message, ...]:
-    """The scheme's system prompt, and the question's own where the stage goes on with it, as one message."""
+    """The scheme's system prompt and, if the stage continues the dialogue, the question's, as one message."""
     own = [m.content for m in question if m.role == "system"] if scheme.continues_dialogue(stage) else []
     text = "\n\n".join(part for part in [scheme.system, *own] if part)
     return (Message(role="system", content=text),) if text else ()
 
 
-def _shared(scheme: Scheme, lead: Sequence[Message], turns: Sequence[Message]) -> int:
-    """How many messages are the same for all questions: none where a question brings a system message of its own."""
-    ours = not lead or lead[0].content == scheme.system
-    return len(lead) + len(turns) if ours else 0
+def _shared(scheme: Scheme, system: Sequence[Message], examples: Sequence[Message]) -> int:
+    """Number of leading messages shared by all questions: 0 if the question has its own system message."""
+    scheme_only = not system or system[0].content == scheme.system
+    return len(system) + len(examples) if scheme_only else 0
 
 
 def _dialogue(example: Example) -> tuple[Message, ...]:

@@ -1,4 +1,4 @@
-"""Rules that a written step must keep; a chain that breaks one is rejected with the rule's name (decisions/0018)."""
+"""Quality rules of a generated step; a chain that breaks one is rejected with the rule's name (decisions/0018)."""
 
 import functools
 import re
@@ -13,12 +13,31 @@ from mote.chains.engine import Completion
 from mote.core.recipe import Rule
 from mote.core.words import ngrams_of, without_code, words_of
 
-_ENOUGH, _ENOUGH_ASKED = 20, 12  # letters from which on the language of a step and of a question can be told
-_ENOUGH_NONSENSE = 40  # letters from which on nonsense can be told from names and codes
-_SURE, _SURE_ASKED, _POSSIBLE = 0.97, 0.8, 0.05  # probabilities: a step's, a question's, and one it may be in
-_STRANGE_SHARE, _STRANGE_LETTERS = 0.2, 4  # of letters in other scripts than the question's
+# <|im_start|>, <|/analysis>, DeepSeek's with a wide bar, [INST], <<SYS>>, <start_of_turn>, <think>
+_MARKER = re.compile(r"<[|\uff5c]/?\w|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|</?think>")
+_LABEL = re.compile(r"[\s*_#>\"'\[(-]*(\w+(?: \w+)?)[*_\])]*:")  # `**Analysis**:` and similar at the start of a text
+_TURN = re.compile(r"^[\s*_#>]*(?:user|human|assistant|question)\b[*_]*:", re.IGNORECASE | re.MULTILINE)
+_LONGEST_LOOP = 40  # words
+_LOOP_WORDS = 9  # words of a phrase's three repetitions that make a loop: "no, no, no" is none
+_SAID_TWICE_WORDS = 8  # words of a phrase whose two repetitions make a loop
+_SAID_TWICE_SHARE = 0.6  # if they are this share of the text
+_SENTENCE_WORDS = 3  # words of a sentence whose three repetitions make a loop
+_SENTENCE_SHARE = 0.4  # if they are this share of the text
+_SHARED_WORDS = 8  # an n-gram of this length that an instruction or example also has is an echo
+_COPIED_NGRAM = 4  # words
+_COPIED_SHARE = 0.8  # share of the step's words in n-grams of the original
+_COPIED_BACK = 0.5  # share of the original's words in n-grams of the step
+
+_ENOUGH = 20  # least letters to identify the language of a step
+_ENOUGH_ASKED = 12  # and of a question
+_ENOUGH_NONSENSE = 40  # least letters to tell nonsense from names and codes
+_SURE = 0.97  # least probability of a step's language
+_SURE_ASKED = 0.8  # and of a question's
+_POSSIBLE = 0.05  # least probability of a language the question may be in
+_STRANGE_SHARE = 0.2  # share of letters in scripts that the question lacks
+_STRANGE_LETTERS = 4  # and their least number
 _NONSENSE = "zxx"  # ISO 639: no linguistic content
-# Those of most of the web's text; the model knows 140, and takes short English for a neighbour of it.
+# The languages of most of the web's text; the model knows 140 and confuses short English with related languages.
 _LANGUAGES = [
     *("en", "ru", "es", "de", "ja", "fr", "pt", "tr", "it", "fa", "nl", "pl", "zh", "vi", "id"),
     *("cs", "ko", "uk", "ar", "el", "he", "sv", "ro", "hu", "th", "da", "sk", "fi", "bg", "no"),
@@ -32,7 +51,7 @@ _NO_SCRIPT = {
     *("MODIFIER", "MATHEMATICAL", "FULLWIDTH", "HALFWIDTH", "DOUBLE-STRUCK", "SCRIPT", "BLACK-LETTER", "MICRO"),
     *("FEMININE", "MASCULINE", "SUPERSCRIPT", "SUBSCRIPT", "IDEOGRAPHIC", "OHM", "KELVIN", "ANGSTROM"),
 }
-# A question that speaks of languages may be answered in any.
+# A question about languages may be answered in any language.
 _OF_LANGUAGES = re.compile(
     r"\b(languages?|translat\w+|transliterat\w+|bilingual|alphabet|pronounc\w+|pinyin|romaji|lyrics"
     r"|english|spanish|french|german|italian|portuguese|dutch|swedish|norwegian|danish|finnish|polish|czech|slovak"
@@ -45,86 +64,6 @@ _OF_LANGUAGES = re.compile(
 )
 
 
-def off_language(text: str, asked: Sequence[str]) -> bool:
-    """Whether a text is in a language or script that none of the texts it answers has, or is no language at all.
-
-    Short texts are in any language, and so is all that answers a question which speaks of languages ("Say it in
-    French"). Code, addresses and single letters do not count.
-
-    Args:
-        text: What was written.
-        asked: The texts in whose languages it may be: the turns of the question, its instructions.
-    """
-    text = _ADDRESS.sub(" ", without_code(text))
-    letters = _scripts(text)
-    found, sure = _identifier().classify(text)
-    whole = " ".join(asked)
-    if found == _NONSENSE:
-        return sure >= _SURE and letters.total() >= _ENOUGH_NONSENSE and _known(whole)
-    if _OF_LANGUAGES.search(whole):
-        return False
-    scripts = _scripts(whole)
-    strange = sum(count for script, count in letters.items() if script not in scripts)
-    if scripts and strange >= _STRANGE_LETTERS and strange >= _STRANGE_SHARE * letters.total():
-        return True
-    if sure < _SURE or letters.total() < _ENOUGH or not _known(whole):
-        return False
-    return not any(_ranked(part).get(found, 0) >= _POSSIBLE for part in [*asked, whole])
-
-
-def _known(asked: str) -> bool:
-    """Whether the language of a question can be told."""
-    ranked = _ranked(asked)
-    best = max(ranked, key=ranked.__getitem__)
-    return best != _NONSENSE and ranked[best] >= _SURE_ASKED and _scripts(asked).total() >= _ENOUGH_ASKED
-
-
-def _scripts(text: str) -> Counter[str]:
-    """Script -> letters; a character that could not be decoded counts as one of a script of its own."""
-    if text.isascii():
-        latin = sum(map(str.isalpha, text))
-        return Counter({"LATIN": latin} if latin else {})
-    found: Counter[str] = Counter()
-    for word in re.findall(r"[^\W\d_]+|\ufffd", text):
-        for letter in word:
-            if (script := _script(letter)) and (len(word) > 1 or script in ("CJK", "HANGUL", "REPLACEMENT")):
-                found[script] += 1
-    return found
-
-
-@functools.cache
-def _script(letter: str) -> str:
-    script = unicodedata.name(letter, "").split(" ")[0].split("-")[0]
-    return "" if script in _NO_SCRIPT else _ONE_SCRIPT.get(script, script)
-
-
-@functools.lru_cache(maxsize=4096)  # all steps of a chain answer the same question
-def _ranked(text: str) -> dict[str, float]:
-    """Language -> probability."""
-    return dict(_identifier().rank(text))
-
-
-@functools.cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # half a second, and only where chains are made
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    identifier.set_languages([*_LANGUAGES, _NONSENSE])
-    return identifier
-
-
-# <|im_start|>, <|/analysis>, DeepSeek's with a wide bar, [INST], <<SYS>>, <start_of_turn>, <think>
-_MARKER = re.compile(r"<[|\uff5c]/?\w|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>|</?think>")
-_LABEL = re.compile(r"[\s*_#>\"'\[(-]*(\w+(?: \w+)?)[*_\])]*:")  # **Analysis**: and the like, where a text begins
-_TURN = re.compile(r"^[\s*_#>]*(?:user|human|assistant|question)\b[*_]*:", re.IGNORECASE | re.MULTILINE)
-_LONGEST_LOOP = 40  # words
-_LOOP_WORDS = 9  # a phrase said three times is a loop when the three have as many words: "no, no, no" is none
-_SAID_TWICE_WORDS, _SAID_TWICE_SHARE = 8, 0.6  # what is said twice in a row, and its share of the text
-_SENTENCE_WORDS, _SENTENCE_SHARE = 3, 0.4  # a sentence said three times, and its share of the text
-_SHARED_WORDS = 8  # a run this long that also stands in an instruction or an example is copied, not written
-_COPIED_RUN, _COPIED_SHARE, _COPIED_BACK = 4, 0.8, 0.5  # words; shares of the copy and of its original that agree
-
-
 def broken_rule(
     completion: Completion,
     prompt: Iterable[str],
@@ -134,21 +73,20 @@ def broken_rule(
     labels: Iterable[str] = (),
     instructions: Sequence[str] = (),
 ) -> Rule | None:
-    """The first rule that a step breaks, None where it keeps them all.
+    """The first rule that a step breaks; None if it breaks none.
 
     Args:
-        completion: What the model wrote.
-        prompt: Texts of the prompt that no step repeats: examples and, before the answer, instructions.
-        question: The turns of the dialogue that is answered. None of their words count as an echo of the prompt.
-        earlier: Steps of the same chain that stand before this one.
-        labels: What the templates call the parts of a prompt: the names of the scheme's steps.
-        instructions: Further texts in whose language the step may be written: its template, for steps that follow it
-            rather than the question.
+        completion: The model's reply.
+        prompt: Texts of the prompt that the step must not repeat: examples and, except for the answer, instructions.
+        question: The turns of the dialogue; their words never count as an echo of the prompt.
+        earlier: Earlier steps of the same chain.
+        labels: Labels of the prompt's parts: the names of the scheme's steps.
+        instructions: Further texts whose language is allowed: the step's template, unless it is the answer.
 
     Returns:
-        `empty` (no words), `truncated` (hit the token limit), `marker` (the form of a special token), `looping` (the
-        same words again and again), `echo` (of the prompt), `copy` (of an earlier step or the question) or `language`
-        (another one than the question's, or none).
+        `empty` (no words), `truncated` (token budget used up), `marker` (the form of a special token), `looping`
+        (repeated words), `echo` (of the prompt), `copy` (of an earlier step or the question) or `language` (not the
+        question's, or none).
     """
     text = completion.text
     words = words_of(text)
@@ -185,7 +123,7 @@ def _loops(text: str) -> bool:
 
 
 def _repeated(words: list[str], period: int) -> Iterable[tuple[list[str], int]]:
-    """Stretches that repeat with a period: the phrase, and the words of the whole stretch."""
+    """Spans that repeat with a period: the phrase, and the number of words of the span."""
     start = 0
     same = map(eq, words, islice(words, period, None))
     for i, agree in enumerate(chain(same, [False])):
@@ -200,8 +138,8 @@ def _echoes(text: str, words: list[str], prompt: Iterable[str], question: Sequen
     known = {word for turn in asked for word in turn}
     label = _LABEL.match(text)
     if label and (name := label[1].casefold()) in {part.casefold() for part in labels} and name not in known:
-        return True  # "Analysis: ...", where the question asks for none
-    for turn in _TURN.finditer(text):  # "Question: ..." with the question's own words, as a template has them
+        return True  # "Analysis: ...", unless the question asks for one
+    for turn in _TURN.finditer(text):  # "Question: ..." followed by the question, as in a template
         line = words_of(text[turn.end() :].lstrip().partition("\n")[0])
         if line and any(line == own[: len(line)] or line[: len(own)] == own for own in asked if own):
             return True
@@ -212,8 +150,8 @@ def _echoes(text: str, words: list[str], prompt: Iterable[str], question: Sequen
 
 
 def _copies(words: list[str], question: Sequence[str], earlier: Iterable[str]) -> bool:
-    """Whether a step only says what one earlier step says, and most of that; or the question, word by word."""
-    if len(words) < _SHARED_WORDS:  # too short for a copy: "12 apples" may well stand in two steps
+    """Whether a step mostly repeats one earlier step, or is the question word for word."""
+    if len(words) < _SHARED_WORDS:  # too short for a copy: two steps may both say "12 apples"
         return False
     if question and words == words_of(question[-1]):
         return True
@@ -224,10 +162,78 @@ def _copies(words: list[str], question: Sequence[str], earlier: Iterable[str]) -
 
 
 def _covered(words: list[str], other: list[str]) -> float:
-    """Share of the words that stand in a run which the other text has too."""
-    there = ngrams_of(other, _COPIED_RUN)
+    """Share of the words that lie in an n-gram which the other text has too."""
+    found = ngrams_of(other, _COPIED_NGRAM)
     covered: set[int] = set()
-    for i in range(len(words) - _COPIED_RUN + 1):
-        if tuple(words[i : i + _COPIED_RUN]) in there:
-            covered.update(range(i, i + _COPIED_RUN))
+    for i in range(len(words) - _COPIED_NGRAM + 1):
+        if tuple(words[i : i + _COPIED_NGRAM]) in found:
+            covered.update(range(i, i + _COPIED_NGRAM))
     return len(covered) / len(words) if words else 0.0
+
+
+def off_language(text: str, asked: Sequence[str]) -> bool:
+    """Whether a text is in a language or script that none of the texts it answers has, or is not language at all.
+
+    Short texts pass, and so do answers to questions about languages ("Say it in French"). Code, addresses and single
+    letters are ignored.
+
+    Args:
+        text: The generated text.
+        asked: Texts whose languages are allowed: the turns of the question, the instructions.
+    """
+    text = _ADDRESS.sub(" ", without_code(text))
+    letters = _scripts(text)
+    found, sure = _identifier().classify(text)
+    whole = " ".join(asked)
+    if found == _NONSENSE:
+        return sure >= _SURE and letters.total() >= _ENOUGH_NONSENSE and _known(whole)
+    if _OF_LANGUAGES.search(whole):
+        return False
+    scripts = _scripts(whole)
+    strange = sum(count for script, count in letters.items() if script not in scripts)
+    if scripts and strange >= _STRANGE_LETTERS and strange >= _STRANGE_SHARE * letters.total():
+        return True
+    if sure < _SURE or letters.total() < _ENOUGH or not _known(whole):
+        return False
+    return not any(_ranked(part).get(found, 0) >= _POSSIBLE for part in [*asked, whole])
+
+
+def _known(asked: str) -> bool:
+    """Whether the language of a question can be identified."""
+    ranked = _ranked(asked)
+    best = max(ranked, key=ranked.__getitem__)
+    return best != _NONSENSE and ranked[best] >= _SURE_ASKED and _scripts(asked).total() >= _ENOUGH_ASKED
+
+
+def _scripts(text: str) -> Counter[str]:
+    """Script -> letters; the replacement character counts as a script."""
+    if text.isascii():
+        latin = sum(map(str.isalpha, text))
+        return Counter({"LATIN": latin} if latin else {})
+    found: Counter[str] = Counter()
+    for word in re.findall(r"[^\W\d_]+|\ufffd", text):
+        for letter in word:
+            if (script := _script(letter)) and (len(word) > 1 or script in ("CJK", "HANGUL", "REPLACEMENT")):
+                found[script] += 1
+    return found
+
+
+@functools.cache
+def _script(letter: str) -> str:
+    script = unicodedata.name(letter, "").split(" ")[0].split("-")[0]
+    return "" if script in _NO_SCRIPT else _ONE_SCRIPT.get(script, script)
+
+
+@functools.lru_cache(maxsize=4096)  # all steps of a chain answer the same question
+def _ranked(text: str) -> dict[str, float]:
+    """Language -> probability."""
+    return dict(_identifier().rank(text))
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # takes half a second; needed for this rule only
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier.set_languages([*_LANGUAGES, _NONSENSE])
+    return identifier
