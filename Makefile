@@ -21,7 +21,7 @@ VLLM_NEEDS = cloudpickle psutil cbor2 pyzmq aiohttp 'requests>=2.33' oss-harmony
   'llguidance>=1.7,<1.8' einops compressed-tensors==0.17.0 setuptools==78.1.1 uvicorn watchfiles \
   'prometheus-fastapi-instrumentator>=8' 'model-hosting-container-standards<1' numba==0.65.0 pytest hypothesis
 
-CODE = src tests benchmarks examples docs/*.py
+CODE = src tests benchmarks examples docs/*.py docs/img/*.py
 
 .PHONY: quickstart docs test test-fast test-vllm check format install clean
 
@@ -44,6 +44,7 @@ check: install  ## lint, types, order of imports
 
 docs: install  ## the tables of docs/ from the code, and the drawing of the method
 	$(BIN)/python docs/generate_tables.py
+	$(BIN)/python docs/img/draw_method.py
 
 test: check  ## all of the above and the tests
 	$(BIN)/python -m pytest
