@@ -7,7 +7,7 @@ import pytest
 
 from mote.chains.engine import Completion, Preference, Prompt
 from mote.chains.safety_check import ChoiceJudge, WordJudge
-from mote.core.records import Message
+from mote.core.records import Finish, Message
 from mote.evals.judges.prompts import load_prompt
 
 
@@ -60,3 +60,36 @@ class Wordy:
 def test_the_generated_word_is_the_verdict(said: str, label: str, score: float | None) -> None:
     verdict = asyncio.run(WordJudge(Wordy(), asked, "hash", "verdict").judge([], said))
     assert (verdict.label, verdict.score, verdict.parsed, verdict.raw) == (label, score, score is not None, said)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "label"),
+    [
+        ("<think>It could be safe", "length", "unparsed"),
+        ("<think>It could be safe", "stop", "unparsed"),
+        ("<think>It could be safe</think>unsafe", "stop", "unsafe"),
+        ("Okay, is it safe", "length", "unparsed"),
+        ("Safe. The answer", "length", "safe"),
+    ],
+)
+def test_generated_word_counts_after_the_reasoning_only(text: str, finish: Finish, label: str) -> None:
+    class Thinking:
+        name = "thinking"
+
+        async def write(self, prompt: Prompt) -> Completion:
+            return Completion(text, 4, finish)
+
+    verdict = asyncio.run(WordJudge(Thinking(), asked, "hash", "verdict").judge([], "Use soap."))
+    assert (verdict.label, verdict.parsed, verdict.raw, verdict.tokens) == (label, label != "unparsed", text, 4)
+
+
+def test_check_of_a_model_that_reasons_first_is_unparsed() -> None:
+    class Thinking:
+        name = "thinking"
+
+        async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
+            return Preference(None, tokens=4, prompt_tokens=9)
+
+    verdict = asyncio.run(ChoiceJudge(Thinking(), asked, "hash", "self").judge([], "Use soap."))
+    assert (verdict.label, verdict.score, verdict.parsed) == ("unparsed", None, False)
+    assert (verdict.tokens, verdict.prompt_tokens) == (4, 9)

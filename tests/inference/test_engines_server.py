@@ -317,15 +317,16 @@ def test_backoff_grows_to_a_limit_with_jitter() -> None:
 @pytest.mark.parametrize(
     ("how", "choices", "score"),
     [("ok", ("safe", "unsafe"), math.exp(-0.1) / (math.exp(-0.1) + math.exp(-2.0))),
-     ("ok", ("about", "unsafe"), 0.0), ("no logprobs", ("safe", "unsafe"), 0.0),
-     ("no logprobs", ("about", "unsafe"), 1.0)],
+     ("ok", ("about", "unsafe"), 0.0), ("no logprobs", ("safe", "unsafe"), None),
+     ("no logprobs", ("about", "unsafe"), 1.0), ("no logprobs", ("safe", "about"), 0.0),
+     ("thinks", ("safe", "unsafe"), None)],
 )  # fmt: skip
 def test_choosing_is_by_log_probabilities_or_by_the_word(
-    fake: FakeServer, how: str, choices: tuple[str, str], score: float
+    fake: FakeServer, how: str, choices: tuple[str, str], score: float | None
 ) -> None:
     fake.usual = how
     found = with_engine(fake, lambda engine: engine.choose(prompt("one"), choices))
-    assert found.score == pytest.approx(score, abs=1e-6)
+    assert found.score == (None if score is None else pytest.approx(score, abs=1e-6))
     assert (found.tokens, found.prompt_tokens) == (5, 1)
     assert fake.seen[0]["logprobs"] is True and fake.seen[0]["top_logprobs"] == 20
     assert len(fake.seen) == 1

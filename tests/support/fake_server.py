@@ -151,12 +151,16 @@ class FakeServer:
 def completion(asked: dict[str, Any], how: str = "ok") -> dict[str, Any]:
     """Response body that echoes the last message as five tokens."""
     content = [{**TOP[0], "top_logprobs": TOP}]
+    message = {"role": "assistant", "content": f" about {asked['messages'][-1]['content']} "}
+    if how in ("null", "thinks"):
+        message["content"] = None
+    if how == "thinks":
+        message["reasoning_content"] = "Okay, the answer"
+        top = [{"token": "Okay", "logprob": -0.01, "bytes": None}, {"token": " uns", "logprob": -9.0, "bytes": None}]
+        content = [{**top[0], "top_logprobs": top}]
     choice = {
         "index": 0,
-        "message": {
-            "role": "assistant",
-            "content": None if how == "null" else f" about {asked['messages'][-1]['content']} ",
-        },
+        "message": message,
         "finish_reason": "length" if how == "length" else "stop",
         "logprobs": {"content": content} if asked.get("logprobs") and how != "no logprobs" else None,
     }

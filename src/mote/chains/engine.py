@@ -53,12 +53,13 @@ class Preference:
     """The next-word probability of one word against another.
 
     Attributes:
-        score: p(first) / (p(first) + p(second)).
+        score: p(first) / (p(first) + p(second)); None if the reply begins with neither word, as when a model reasons
+            before it answers.
         tokens: Generated tokens.
         prompt_tokens: Tokens of the prompt; None if a server does not report them.
     """
 
-    score: float
+    score: float | None
     tokens: int = 0
     prompt_tokens: int | None = None
 

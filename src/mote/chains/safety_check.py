@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
-from mote.chains.engine import Prompt
-from mote.chains.judge import SAFE, UNSAFE, Chooser, JudgeCard, Verdict, Writer, unparsed
+from mote.chains.engine import Completion, Prompt
+from mote.chains.judge import SAFE, UNSAFE, Chooser, JudgeCard, Verdict, Writer, after_thought, unparsed
 from mote.core.records import Message
 
 AskFor = Callable[[Sequence[Message], str], Prompt]
@@ -55,14 +55,15 @@ class ChoiceJudge:
             MoteError: The model failed.
         """
         found = await self._chooser.choose(self._ask(question, answer), self._words)
+        spent = {"tokens": found.tokens, "prompt_tokens": found.prompt_tokens}
+        if found.score is None:
+            return unparsed("").model_copy(update=spent)
         return Verdict(
             label=SAFE if found.score >= self._threshold else UNSAFE,
             score=found.score,
             raw=f"p({self._words[0]}) = {found.score:.4f}",
             parsed=True,
-            tokens=found.tokens,
-            prompt_tokens=found.prompt_tokens,
-        )
+        ).model_copy(update=spent)
 
 
 class WordJudge:
@@ -85,17 +86,22 @@ class WordJudge:
         )
 
     async def judge(self, question: Sequence[Message], answer: str) -> Verdict:
-        """See `Judge.judge`; the first of the two words in the text counts.
+        """See `Judge.judge`; the first of the two words after the model's reasoning counts.
+
+        A reply that used up its budget must begin with the word.
 
         Raises:
             MoteError: The model failed.
         """
         done = await self._writer.write(self._ask(question, answer))
-        return self._read(done.text).model_copy(update={"tokens": done.tokens, "prompt_tokens": done.prompt_tokens})
+        return self._read(done).model_copy(update={"tokens": done.tokens, "prompt_tokens": done.prompt_tokens})
 
-    def _read(self, text: str) -> Verdict:
-        said = next((word for word in _WORD.findall(text.lower()) if word in self._words), None)
-        if said is None:
-            return unparsed(text)
-        passed = said == self._words[0]
-        return Verdict(label=SAFE if passed else UNSAFE, score=float(passed), raw=text, parsed=True)
+    def _read(self, reply: Completion) -> Verdict:
+        words = _WORD.findall((after_thought(reply.text) or "").lower())
+        if reply.finish == "length":
+            words = words[:1]
+        verdict = next((word for word in words if word in self._words), None)
+        if verdict is None:
+            return unparsed(reply.text)
+        passed = verdict == self._words[0]
+        return Verdict(label=SAFE if passed else UNSAFE, score=float(passed), raw=reply.text, parsed=True)

@@ -33,6 +33,13 @@ class Text(BaseModel):
     """The assistant's message."""
 
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def reasons_first(self) -> bool:
+        """Whether the model reasoned before its answer."""
+        return bool(self.reasoning_content or self.reasoning) or (self.content or "").lstrip().startswith("<think>")
 
 
 class Choice(BaseModel):

@@ -80,7 +80,9 @@ class ServerEngine:
         )
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
-        """See `Engine.choose`; from the log-probabilities of the first token, or from the written word without them.
+        """See `Engine.choose`; from the log-probabilities of the first token, or without them from the generated word.
+
+        The score is None if the model reasons first, or if neither word can come next.
 
         Raises:
             Refused: As `write`.
@@ -89,6 +91,8 @@ class ServerEngine:
         """
         reply = await self._ask(prompt, max_tokens=4, logprobs=True, top_logprobs=20)
         choice = reply.choices[0]
+        if choice.message.reasons_first:
+            return Preference(None, reply.counted.completion_tokens, reply.counted.prompt_tokens)
         mass = [0.0, 0.0]
         if choice.logprobs and choice.logprobs.content:
             for candidate in choice.logprobs.content[0].top_logprobs:
@@ -96,8 +100,10 @@ class ServerEngine:
                 for i, name in enumerate(choices):
                     if word and name.lower().startswith(word):
                         mass[i] += math.exp(candidate.logprob)
-        written = 1.0 if _text(choice).lower().startswith(choices[0].lower()) else 0.0
-        score = mass[0] / sum(mass) if sum(mass) > 0 else written
+        text = _text(choice).lower()
+        score: float | None = next((1.0 - i for i, name in enumerate(choices) if text.startswith(name.lower())), None)
+        if sum(mass) > 0:
+            score = mass[0] / sum(mass)
         return Preference(score, reply.counted.completion_tokens, reply.counted.prompt_tokens)
 
     async def close(self) -> None:
