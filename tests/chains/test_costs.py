@@ -1,4 +1,4 @@
-"""What chains cost, counted by hand."""
+"""Costs of chains, computed by hand."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Other people's answers in their upstream layouts, with rows written here, become chains."""
+"""Imports of answers in upstream layouts, with rows written here."""
 
 import gzip
 import json
@@ -146,6 +146,17 @@ def test_skipped_rows_are_counted(tmp_path: Path) -> None:
     assert made.summary().startswith("1 chains, 0 of them with reasoning; left out: 1 repeated questions, 3 rows")
 
 
+def test_null_answers_are_skipped_and_null_columns_ignored(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {**turns("A?", "a"), "question": None, "response": None, "score": None, "chosen": None, "prompt": None},
+        {"messages": None, "question": "B?", "response": None, "score": None},
+    ]
+    made = import_chains(write(tmp_path / "x.jsonl", rows), tmp_path / "out")
+    assert (made.chains, made.unanswered) == (1, 1)
+    made = import_chains(write(tmp_path / "y.jsonl", [{**STAR, "response": None}, STAR]), tmp_path / "out2", "star1")
+    assert (made.chains, made.unanswered) == (1, 1)
+
+
 def test_import_takes_a_writer_and_a_limit(tmp_path: Path) -> None:
     rows = bring(tmp_path, [turns("A?", "a"), turns("B?", "b"), turns("C?", "c")], writer="teacher:big", limit=2)
     assert [(row.text, row.model) for row in rows] == [("A?", "teacher:big"), ("B?", "teacher:big")]
@@ -159,6 +170,7 @@ def test_import_takes_a_writer_and_a_limit(tmp_path: Path) -> None:
         ([STAR, HH], "auto", "line 2: no column 'response', which the format star1 has"),
         ([{"messages": "hello"}], "auto", "line 1: messages is not a list of objects with role and content"),
         ([{"messages": [{"role": "tool", "content": "x"}]}], "auto", "line 1: role 'tool' is not known"),
+        ([{**STAR, "response": 5}], "star1", "line 1: response is 5, not a text"),
         ([turns("A?")], "auto", "holds no answered question"),
     ],
 )

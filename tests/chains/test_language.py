@@ -1,4 +1,4 @@
-"""Which texts are in another language than they should be: answers as models write them, and what only looks odd."""
+"""The rule `language`: answers in a wrong language that it must find, and unusual ones that it must pass."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The adaptive loop with a scripted model: what is asked, in which order, and what becomes of the answers."""
+"""The adaptive loop with a scripted model: its requests, their order, and the resulting chains."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Accepted chains as a folder that `datasets` reads, its card, and its upload to a server that takes it for the hub."""
+"""Accepted chains as a folder for `datasets`, its card, and its upload to a fake hub."""
 
 import subprocess
 import sys

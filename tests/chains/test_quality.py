@@ -1,4 +1,4 @@
-"""Each rule on texts as models write them: what it must find, and what only looks like it."""
+"""Each quality rule on realistic texts: those it must find, and lookalikes that it must pass."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Questions that a server refuses, over real HTTP: their chains are rejected, unless it refuses all."""
+"""Requests that a server refuses, over real HTTP: their chains are rejected, unless all are refused."""
 
 import asyncio
 from collections.abc import Callable, Iterator

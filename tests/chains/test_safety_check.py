@@ -1,4 +1,4 @@
-"""Safety Checking by the next word."""
+"""Safety Checking by next-word probability and by the generated word."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Chains counted by hand; the tables and the plot that show them."""
+"""Statistics of chains, computed by hand; their table and plot."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path

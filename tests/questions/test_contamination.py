@@ -1,4 +1,4 @@
-"""Which questions stand in an evaluation set, by runs of words and, of short rows, as a whole."""
+"""Overlap with an evaluation set, by n-grams of words and, for short rows, as a whole."""
 
 import pytest
 from support.paths import UPSTREAM

@@ -1,4 +1,4 @@
-"""Near-duplicates by hashes beside the similarity that is counted."""
+"""Near-duplicates by MinHash beside the exact similarity."""
 
 import random
 

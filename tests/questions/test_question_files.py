@@ -1,4 +1,4 @@
-"""Files of every layout, and one line for every way a file is bad."""
+"""Question files of every layout, and one line for each kind of invalid file."""
 
 import gzip
 import json

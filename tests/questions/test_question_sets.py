@@ -1,4 +1,4 @@
-"""Rows of each upstream set and of one's own, and one line for every way a row is bad."""
+"""Rows of each upstream set and of the user, and one line for each kind of invalid row."""
 
 from collections import Counter
 
@@ -247,6 +247,7 @@ def test_the_users_kind_source_and_system_win(write: Write, row: dict[str, objec
         ({"prompt": [USER, ASSISTANT, USER], "chosen": [ASSISTANT]}, ["Why?", "Because.", "Why?"]),
         ({"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": " Because.", "rejected": " No."}, ["Why?"]),
         ({"prompt": [USER]}, ["Why?"]),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]}, ["Why?"]),
     ],
 )
 def test_preference_rows_are_read(write: Write, row: dict[str, object], expected: list[str]) -> None:

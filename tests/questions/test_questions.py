@@ -1,4 +1,4 @@
-"""Questions: the package's own sets, one at a time, without duplicates, and what a file of them may not hold."""
+"""Questions: the package's own sets, streaming, duplicates, and invalid files."""
 
 from collections import Counter
 

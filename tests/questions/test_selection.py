@@ -1,4 +1,4 @@
-"""Which questions of a file are taken: `decontaminate`, `near_duplicates`, `limit`, and what is said of the others."""
+"""Selection of questions by `decontaminate`, `near_duplicates` and `limit`, and the record of dropped ones."""
 
 import json
 from pathlib import Path

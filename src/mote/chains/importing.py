@@ -14,7 +14,7 @@ from mote.core.dialogue import join_turns
 from mote.core.errors import UserError
 from mote.core.files import atomic_folder, check_new
 from mote.core.records import ChainRow, ChainTokens, Frozen, StepText, append_rows
-from mote.questions.columns import Row, is_filled
+from mote.questions.columns import Row, is_filled, short
 from mote.questions.files import rows_of
 from mote.questions.formats import question_of
 from mote.questions.load import normalised
@@ -96,7 +96,7 @@ def import_chains(
 
 
 def _format(row: Row, where: str) -> str:
-    if {"question", "response", "score"} <= row.keys():
+    if {"question", "response", "score"} <= row.keys() and is_filled(row["response"]):
         return "star1"
     if is_filled(row.get("messages")):
         return "messages"
@@ -115,6 +115,8 @@ def _chain(row: Row, form: str, filename: str, where: str, writer: str | None) -
     column = _COLUMN[form]
     if column not in row:
         raise UserError(f"import: {where}: no column '{column}', which the format {form} has; give another --format")
+    if not is_filled(row[column]):
+        return None
     replies = _replies(row, form, where)
     for name in ("messages", "prompt", "chosen"):
         if isinstance(row.get(name), list):
@@ -143,12 +145,12 @@ def _chain(row: Row, form: str, filename: str, where: str, writer: str | None) -
 def _replies(row: Row, form: str, where: str) -> list[tuple[str, str]]:
     """(Reasoning, text) of each assistant turn after the last user turn."""
     value = row[_COLUMN[form]]
-    if form == "star1":
-        return [_split(str(value))]
+    if form in ("star1", "hh-rlhf") and not isinstance(value, str):
+        raise UserError(f"import: {where}: {_COLUMN[form]} is {short(value)}, not a text; mend the row")
     if form == "hh-rlhf":
-        turns = join_turns(hh_turns(str(value)))
+        turns = join_turns(hh_turns(value))
         return [("", turns[-1][1])] if turns and turns[-1][0] == "assistant" else []
-    if form == "preference" and isinstance(value, str):
+    if form in ("star1", "preference") and isinstance(value, str):
         return [_split(value)]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise UserError(

@@ -58,7 +58,15 @@ def _messages(value: Any, column: str) -> list[tuple[str, str]]:
             raise BadRow(f"role {short(role)} is not known; use one of {list(ROLES)}")
         if role == "system" and number:
             raise BadRow(f"message {number + 1} has the role 'system'; only the first one may")
-    return [(message["role"], text_of(message, "content")) for message in value]
+    return [(message["role"], _content(message)) for message in value]
+
+
+def _content(message: Row) -> str:
+    """A message's text; one in parts, as in multimodal data sets, must have text parts only."""
+    parts = message.get("content")
+    if isinstance(parts, list) and parts and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+        return "".join(text_of(part, "text") for part in parts)
+    return text_of(message, "content")
 
 
 def is_true(value: Any) -> bool:
