@@ -1,5 +1,6 @@
 """Safety self-alignment of open language models: reasoning chains and step experts (MoTE, ACL 2025)."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mote.tuner import MoteConfig as MoteConfig
+
+# PEFT imports bitsandbytes if it is installed, which on some CPUs warns that an optional kernel package is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Loaded on first use, so that making chains through a server needs no torch.
 _LAZY = {

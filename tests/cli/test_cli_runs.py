@@ -12,6 +12,7 @@ import pytest
 from support import processes
 from support.cli_runs import SMALL, assert_finishes, command, fails_apart, files
 from support.commands import Fails, one_error
+from support.paths import ROOT
 
 from mote import cli
 from mote.core.records import ChainRow, folder_lock, read_rows
@@ -67,6 +68,46 @@ def test_no_usable_chain_to_train_on(tmp_path: Path, recipe: Path, done: Path) -
     message = fails_apart(tmp_path, "train", *SMALL, "--recipe", recipe, "--chains", path, "--out", out, code=2)
     assert message.startswith("chains: none of the 8 chains can be trained on") and "chains.threshold" in message
     assert files(out) == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["chains"],
+        ["train"],
+        ["answer"],
+        ["run", "recipe.yaml"],
+        ["ablations", str(ROOT / "recipes" / "paper" / "figure5.yaml")],
+        ["eval"],
+        ["export", "--adapter", "a", "--format", "merged"],
+        ["chains", "export", "runs"],
+        ["chains", "import", "answers.jsonl"],
+        ["eval", "agreement", "--judge", "rule", "--labels", "labels.csv"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+@pytest.mark.parametrize("name", ["chains.jsonl", "Out.JSON", "answers.jsonl.gz"])
+def test_out_folder_named_like_a_file_is_refused(
+    fails: Fails, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe.read_text())
+    before = files(tmp_path)
+    message = fails(*arguments, "--out", name)
+    assert message.startswith(f"out: {name} is named like a file, but --out is ")
+    assert message.endswith(f"give --out {name.partition('.')[0]}") and files(tmp_path) == before
+
+
+def test_out_file_named_like_another_kind_is_refused(fails: Fails, done: Path, tmp_path: Path) -> None:
+    chains = done / "chains.jsonl"
+    before = chains.read_bytes()
+    for command_ in (["chains", "view", chains], ["report", done, done]):
+        message = fails(*command_, "--out", chains)
+        assert message == f"out: {chains} must be a .html file; give --out {done / 'chains.html'}"
+    message = fails("chains", "stats", chains, "--plot", chains)
+    assert message == f"plot: {chains} must be a .svg file; give --plot {done / 'chains.svg'}"
+    assert "must be a .json file" in fails("bench", "experts", "--shape", "tiny", "--out", tmp_path)
+    assert chains.read_bytes() == before
 
 
 @pytest.mark.parametrize("stage", ["chains", "train", "answer"])

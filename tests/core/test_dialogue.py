@@ -1,4 +1,4 @@
-from mote.core.dialogue import join_turns, regular_turns
+from mote.core.dialogue import alternating_turns, join_turns, regular_turns
 
 SYSTEM, GREETING = ("system", "Be brief."), ("assistant", "Hello!")
 
@@ -13,3 +13,21 @@ def test_a_regular_dialogue_begins_and_ends_with_the_user() -> None:
     assert regular_turns([SYSTEM, GREETING, asked, ("assistant", "Dry.")]) == [SYSTEM, asked]
     assert regular_turns([asked, ("assistant", "Dry."), asked]) == [asked, ("assistant", "Dry."), asked]
     assert regular_turns([SYSTEM, GREETING]) == []
+
+
+def test_alternating_dialogue_is_left_as_it_is() -> None:
+    dialogue = [SYSTEM, ("user", " Hi.\n"), ("assistant", ""), ("user", "")]
+    assert alternating_turns(dialogue) == dialogue
+    assert alternating_turns([]) == []
+
+
+def test_irregular_dialogue_alternates_afterwards() -> None:
+    asked = ("user", "How do I store onions?")
+    assert alternating_turns([GREETING, asked]) == [asked]
+    assert alternating_turns([SYSTEM, SYSTEM, ("user", "Hi."), asked]) == [
+        ("system", "Be brief.\n\nBe brief."), ("user", "Hi.\n\nHow do I store onions?")
+    ]  # fmt: skip
+    assert alternating_turns([("user", "Hi."), GREETING, SYSTEM, asked]) == [
+        ("user", "Hi."), GREETING, ("user", "Be brief.\n\nHow do I store onions?")
+    ]  # fmt: skip
+    assert alternating_turns([GREETING, ("user", " ")]) == []

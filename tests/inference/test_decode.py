@@ -101,9 +101,13 @@ def test_a_budget_in_all_still_leaves_an_answer(model: Model, mode: str, most: i
         assert answer.finish == ("length" if answer.tokens.total >= most else "stop")
 
 
-def test_a_budget_that_holds_no_answer_is_refused(model: Model) -> None:
-    with pytest.raises(UserError, match=r"max_tokens: 11 is too few .* mode 'full' .* at least 12"):
-        model.answer(QUESTIONS, "full", max_tokens=11)
+@pytest.mark.parametrize("mode", ["direct", "analysis", "full", "adaptive", "base"])
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 11])
+def test_small_budget_generates_what_fits(model: Model, mode: str, most: int) -> None:
+    for answer in model.answer(QUESTIONS, mode, max_tokens=most):
+        assert answer.tokens.total <= most and sum(answer.tokens.steps.values()) == answer.tokens.total
+        assert answer.finish == ("length" if answer.tokens.total == most else "stop")
+        assert mode not in ("direct", "adaptive") or most < 4 or answer.tokens.steps["response"] > 2
 
 
 def test_an_error_in_a_listener_ends_the_answer_and_nothing_else(model: Model) -> None:

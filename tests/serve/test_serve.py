@@ -16,9 +16,12 @@ from support.servers import ask, served, wait_until
 
 import mote
 from mote.core.generation import Limits
+from mote.core.records import Question
 from mote.inference.inputs import as_question
 from mote.inference.model import Model
+from mote.serve.chat_request import parse_request
 from mote.serve.server import Server
+from mote.serve.server_settings import ServeSettings
 
 MODES = ["adaptive", "direct", "analysis", "full", "base"]
 
@@ -171,6 +174,24 @@ def test_max_tokens_holds_and_leaves_room_for_the_response(address: str) -> None
     assert body["choices"][0]["mote"]["steps"]["response"] > 2
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("budget", [1, 2, 3, 5])
+def test_small_max_tokens_answers_what_fits(address: str, model: Model, mode: str, budget: int) -> None:
+    expected = model.answer(QUESTIONS[0], mode, max_step_tokens=6, max_tokens=budget)
+    for name in ("max_tokens", "max_completion_tokens"):
+        reply = ask(address, QUESTIONS[0], mode=mode, **{name: budget})
+        assert reply.status_code == 200, reply.text
+        choice = reply.json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (expected.answer, expected.finish)
+        assert reply.json()["usage"]["completion_tokens"] == expected.tokens.total <= budget
+        assert choice["finish_reason"] == "length" or budget > 3 or mode == "base"
+    streamed = ask(address, QUESTIONS[0], mode=mode, max_tokens=budget, stream=True).text.split("\n\n")
+    chunks = [json.loads(line[6:])["choices"][0] for line in streamed[:-2]]
+    assert streamed[-2:] == ["data: [DONE]", ""] and chunks[-1]["finish_reason"] == expected.finish
+    assert "".join(chunk["delta"].get("content") or "" for chunk in chunks) == expected.answer
+    wait_until(lambda: model.batcher.rows == (0, 0))
+
+
 def test_each_mode_is_a_listed_model(client: openai.OpenAI) -> None:
     names = [entry.id for entry in client.models.list()]
     assert names == ["tiny", "tiny:adaptive", "tiny:full", "tiny:analysis", "tiny:direct", "tiny:base"]
@@ -190,6 +211,73 @@ def test_reasoning_of_earlier_turns_is_dropped(address: str, model: Model) -> No
     body = ask(address, history, mode="full").json()
     assert body["choices"][0]["message"]["content"] == model.answer(plain, "full", max_step_tokens=6).answer
     assert body["usage"]["prompt_tokens"] == len(model.request(as_question(plain), "full", Limits(6)).ids)
+
+
+# What clients make of {"content": "answer", "reasoning_content": "what I thought"} in the next request.
+RETURNED: list[dict[str, Any]] = [
+    {"content": "\nanswer", "reasoning_content": "what I thought"},
+    {"content": "\n\nanswer\n", "reasoning": "what I thought"},
+    {"content": "answer", "reasoning_details": [{"type": "reasoning.text", "text": "what I thought"}]},
+    {"content": "<think>what I thought</think>\n\nanswer"},
+    {"content": '\n<think internal="InJlYXNvbmluZyI=">\nwhat I thought\n</think>\n\nanswer'},
+    {"content": [{"type": "reasoning", "reasoning": "what I thought"}, {"type": "text", "text": "\nanswer"}]},
+    {"content": [{"type": "thinking", "thinking": "what I thought"}, {"type": "text", "text": "answer"}]},
+    {"content": [{"type": "refusal", "refusal": "answer"}]},
+]
+
+
+@pytest.mark.parametrize("turn", RETURNED)
+def test_returned_reasoning_does_not_change_the_second_turn(turn: dict[str, Any], model: Model) -> None:
+    def question(answer: dict[str, Any]) -> Question:
+        turns = [("user", {"content": "safe?"}), ("assistant", answer), ("user", {"content": "kill it"})]
+        messages = [{"role": role, **fields} for role, fields in turns]
+        body = json.dumps({"model": "mote", "messages": messages}).encode()
+        return parse_request(body, ServeSettings(), model.modes).question
+
+    assert question(turn) == question({"content": "answer"})
+
+
+def test_literal_thought_in_an_answer_stays_in_the_history(model: Model) -> None:
+    contents = ["It ends with </think> then.", "Write <think>x</think> first.", "<think>x"]
+    given = [({"content": content}, content) for content in contents]
+    given.append(({"content": "<think>x</think> is a tag.", "reasoning": "r"}, "<think>x</think> is a tag."))
+    for turn, text in given:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", **turn}, {"role": "user", "content": "?"}]
+        body = json.dumps({"model": "mote", "messages": messages}).encode()
+        assert parse_request(body, ServeSettings(), model.modes).question.messages[1].content == text
+
+
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' or (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ("uu", ["a\n\nb"]),
+        ("au", ["b"]),
+        ("uuaau", ["a\n\nb", "c\n\nd", "e"]),
+        ("saau", ["a\n\nd"]),
+        ("ssu", ["a\n\nb\n\nc"]),
+        ("uasu", ["a", "b", "c\n\nd"]),
+    ],
+)
+def test_irregular_turns_are_joined_for_strict_templates(
+    address: str, model: Model, monkeypatch: pytest.MonkeyPatch, roles: str, expected: list[str]
+) -> None:
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    messages = [{"role": names[role], "content": text} for role, text in zip(roles, "abcde", strict=False)]
+    regular = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(expected)]
+    monkeypatch.setattr(model.tokenizer, "chat_template", STRICT)
+    first = ask(address, messages, mode="full")
+    assert first.status_code == 200, first.text
+    assert first.json()["usage"] == ask(address, regular, mode="full").json()["usage"]
+    ids = model.request(as_question(messages), "full", Limits(6)).ids
+    assert ids == model.request(as_question(regular), "full", Limits(6)).ids
 
 
 def test_include_reasoning_false_omits_reasoning(address: str) -> None:
@@ -243,7 +331,8 @@ def test_curl_gets_an_answer_and_a_stream(address: str) -> None:
         ({"temperature": "warm"}, 400, "temperature", "valid number"),
         ({"n": 9}, 400, "n", "less than or equal to 8"),
         ({"stop": ["a"] * 5}, 400, "stop", "at most 4 items"),
-        ({"max_tokens": 3}, 400, "max_tokens", "3 is too few for the markers of mode 'adaptive'"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens", "greater than or equal to 1"),
         ({"max_tokens": 5000}, 400, "max_tokens", "5000 is more than the 4096 that this server generates"),
         ({"max_tokens": 2040, "max_step_tokens": None}, 400, "messages", "exceed the model's context of 2048"),
         ({"max_tokens": 20, "max_completion_tokens": 30}, 400, "max_tokens", "differs from max_completion_tokens"),
@@ -321,13 +410,21 @@ def test_oversized_body_is_refused_while_it_is_read(model: Model) -> None:
 
 def test_requests_need_the_api_key_if_one_is_set(model: Model) -> None:
     with served(model, api_key="sécret") as (address, _):
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic x"}, {"authorization": ""}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic x"},
+            {"authorization": ""},
+            {"authorization": "Basic sécret".encode()},
+            {"authorization": "bearer"},
+        ):
             reply = httpx.get(f"{address}/v1/models", headers=headers)
             assert reply.status_code == 401 and reply.json()["error"]["type"] == "authentication_error"
             assert reply.headers["www-authenticate"] == "Bearer"
             assert httpx.get(f"{address}/metrics", headers=headers).status_code == 401
-        key = {"authorization": "Bearer sécret".encode()}
-        assert httpx.get(f"{address}/v1/models", headers=key).status_code == 200
+        for scheme in ("Bearer", "bearer", "BEARER", "Bearer "):  # the scheme's name is case-insensitive
+            key = {"authorization": f"{scheme} sécret".encode()}
+            assert httpx.get(f"{address}/v1/models", headers=key).status_code == 200, scheme
         assert httpx.get(f"{address}/").status_code == httpx.get(f"{address}/health").status_code == 200
         assert ask(address).status_code == 401
 

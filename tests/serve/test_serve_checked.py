@@ -107,6 +107,19 @@ def test_stop_and_hidden_reasoning_apply_after_the_check(address: str, answers: 
     assert "harmful" not in streamed and '"event":"check"' not in streamed
 
 
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 8, 11])
+def test_small_max_tokens_checks_what_fits(model: Model, budget: int) -> None:
+    with served(model, answers=AnswerSettings(check_threshold=1.0)) as (address, _):
+        reply = ask(address, QUESTIONS[0], mode=CHECKED, max_tokens=budget)
+    assert reply.status_code == 200, reply.text
+    (choice,) = reply.json()["choices"]
+    depths = [check["depth"] for check in choice["mote"]["checks"]]
+    assert depths == ["direct", "analysis"][: 1 if budget < 8 else 2] and choice["mote"]["safe"] is False
+    given = {step: tokens for step, tokens in choice["mote"]["steps"].items() if step != "check"}
+    assert 0 < sum(given.values()) <= budget
+    assert choice["finish_reason"] == "length" or sum(given.values()) < budget
+
+
 def test_dropped_tokens_are_counted_in_the_metrics(address: str, answers: list[Answer]) -> None:
     def number() -> float:
         lines = httpx.get(f"{address}/metrics").text.splitlines()

@@ -1,7 +1,6 @@
 """The command line: thin commands over the package. An error is one line on stderr and an exit code."""
 
 import functools
-import logging
 import os
 import sys
 import traceback
@@ -28,8 +27,6 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT imports it if installed; on some CPUs it then logs that a faster kernel is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     fail = functools.partial(_fail, debug)
     try:
         mote.main(args=arguments or ["--help"], prog_name="mote", standalone_mode=False)

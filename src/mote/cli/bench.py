@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mote.cli.options import MODEL_HELP, mote
+from mote.cli.options import MODEL_HELP, file_of, mote
 
 
 @mote.group(invoke_without_command=True)
@@ -39,4 +39,5 @@ def experts(out: Path | None, **flags: Any) -> None:
     from mote.experiments.bench.expert_settings import choose_settings
     from mote.experiments.bench.targets import table
 
-    print(table(compare_variants(choose_settings(**flags), out)))
+    file = None if out is None else file_of(out, ".json")
+    print(table(compare_variants(choose_settings(**flags), file)))

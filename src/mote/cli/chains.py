@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from mote.chains.diversity import TOKENIZERS
+from mote.cli.options import file_of, folder_of
 from mote.cli.stages import chains
 
 _PATH = click.argument("path", type=click.Path(path_type=Path))
@@ -33,6 +34,8 @@ def stats(
     from mote.chains.stats import chain_stats, table
     from mote.report.chains_page import plots_of
 
+    if plot is not None:
+        file_of(plot, ".svg", "plot")
     token_price = Price(read=price[0], written=price[1]) if price is not None else None
     found = chain_stats(path, token_price, sample, tokenizer)
     if plot is not None:
@@ -50,8 +53,9 @@ def view(path: Path, out: Path) -> None:
     """Write the chains of PATH as one self-contained HTML page to read and filter."""
     from mote.report.chains_page import write_page
 
-    write_page(path, out)
-    print(out)
+    page = file_of(out, ".html")
+    write_page(path, page)
+    print(page)
 
 
 @click.command("import")
@@ -70,8 +74,9 @@ def import_(file: Path, form: str, writer: str | None, limit: int | None, out: P
     """Convert existing answers in FILE to chains -> OUT/chains.jsonl."""
     from mote.chains.importing import import_chains
 
-    imported = import_chains(file, out, form, writer, limit)
-    print(f"{out / 'chains.jsonl'}: {imported.summary()}")
+    folder = folder_of(out, "the folder to create")
+    imported = import_chains(file, folder, form, writer, limit)
+    print(f"{folder / 'chains.jsonl'}: {imported.summary()}")
 
 
 @click.command("export")
@@ -86,10 +91,11 @@ def export(path: Path, out: Path, licence: str, push: str | None, private: bool)
     """Export the accepted chains of PATH as a dataset folder for datasets.load_dataset, with a card."""
     from mote.chains.publishing import export_dataset, push_dataset
 
-    export_dataset(path, out, licence, push)
-    print(out)
+    folder = folder_of(out, "the folder to create")
+    export_dataset(path, folder, licence, push)
+    print(folder)
     if push:
-        print(push_dataset(out, push, private))
+        print(push_dataset(folder, push, private))
 
 
 for _command in (stats, view, import_, export):

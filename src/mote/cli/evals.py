@@ -100,6 +100,7 @@ def agreement(
     from mote.evals.judges.labels import read_labels
     from mote.evals.judges.open import open_judge
 
+    folder = None if out is None else folder_of(out)
     form, rows = read_labels(files, form)
     rows = [row for row in rows if half is None or row.number % 2 == (half == "odd")][:limit]
     if not rows:
@@ -116,9 +117,9 @@ def agreement(
     else:
         card, verdicts_ = asyncio.run(judged())
     report = measures.agreement(card, form, rows, verdicts_, seed)
-    if out is not None:
-        with locked(out):
-            write_atomic(out / "evals" / measures.file_name(report), measures.as_json(report) + "\n")
+    if folder is not None:
+        with locked(folder):
+            write_atomic(folder / "evals" / measures.file_name(report), measures.as_json(report) + "\n")
     print(measures.as_json(report) if as_json else measures.table(report))
 
 

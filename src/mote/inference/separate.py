@@ -18,7 +18,7 @@ class Steps:
     """The steps to write, one after the other.
 
     Attributes:
-        request: The prompt, and how to sample; its grammar and limit are those of no step.
+        request: The prompt, how to sample, and the limit of all steps together; its grammar is that of no step.
         grammars: One a step, in order.
         budgets: Tokens of each step at most, its end marker among them, where so many are written already.
     """
@@ -40,24 +40,31 @@ def submit_steps(batcher: Batcher, steps: Steps) -> "Future[list[Item]]":
     def go_on(written: list[int], number: int) -> None:
         if result.cancelled():
             return
-        if number == len(steps.grammars):
-            if result.set_running_or_notify_cancel():
-                result.set_result([*written])
+        room = steps.request.limit - len(written)
+        if number == len(steps.grammars) or room < 1:
+            finish(written)
             return
         grammar = steps.grammars[number]
         grammar.max_step_tokens = steps.budgets[number](len(written))
         written = [*written, grammar.start]
         if on_token is not None:
             on_token(grammar.start)
+        if room == 1:
+            finish(written)
+            return
         sampling = steps.request.sampling
         request = replace(
             steps.request,
             ids=[*steps.request.ids, *written],
             grammar=grammar,
-            limit=grammar.max_step_tokens + 1,
+            limit=min(max(grammar.max_step_tokens, 0) + 1, room - 1),
             sampling=replace(sampling, seed=seed_of(sampling.seed, number)),
         )
         batcher.submit(request).add_done_callback(lambda done: end(done, written, number))
+
+    def finish(written: list[int]) -> None:
+        if result.set_running_or_notify_cancel():
+            result.set_result([*written])
 
     def end(done: "Future[list[int]]", written: list[int], number: int) -> None:
         error = done.exception()

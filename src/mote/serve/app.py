@@ -87,8 +87,9 @@ def _guard(endpoint: Endpoint, settings: ServeSettings) -> Endpoint:
         if settings.local and _host_name(host) not in LOOPBACK:
             raise ApiError(403, f"host: '{host[:80]}' is not this machine; call the server as {settings.host}")
         if settings.api_key is not None and request.url.path not in _OPEN:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-            if not hmac.compare_digest(given, settings.api_key.encode()):
+            scheme, _, key = request.headers.get("authorization", "").partition(" ")
+            given = key.strip().encode("latin-1")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given, settings.api_key.encode()):
                 message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
                 raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         response = await endpoint(request)

@@ -1,6 +1,7 @@
 """Parses the body of a chat completion request; a field that would change the answer is never ignored."""
 
 import difflib
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (), "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "tools": ([],),
     "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
+_REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")  # content parts that clients keep reasoning in
+_THOUGHT = re.compile(r"\A\s*<think\b[^>]*>.*?</think>", re.DOTALL)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -45,12 +48,16 @@ _Stop = Annotated[str, Field(min_length=1, max_length=200)]
 class _Part(BaseModel):
     type: str
     text: str = ""
+    refusal: str = ""
 
 
 class _Turn(BaseModel):
     """A message; its other fields, such as the reasoning of an earlier answer, are ignored."""
 
     role: str
+    reasoning: Any = None
+    reasoning_content: Any = None
+    reasoning_details: Any = None
     content: Annotated[list[_Part] | None, BeforeValidator(_as_parts)] = None
     tool_calls: list[Any] | None = None
 
@@ -188,11 +195,20 @@ def _question(turns: list[_Turn], max_chars: int) -> Question:
 
 
 def _text(turn: _Turn, where: str) -> str:
-    parts = turn.content or []
+    """The text of a message; for an earlier answer without its reasoning, as our own history keeps it."""
+    answer = turn.role == "assistant"
+    parts = [part for part in turn.content or [] if not (answer and part.type in _REASONING_PARTS)]
     for part in parts:
-        if part.type != "text":
+        if part.type != "text" and not (answer and part.type == "refusal"):
             raise ApiError(422, f"{where}.content: only text is supported, not '{part.type[:40]}'", f"{where}.content")
-    return "".join(part.text for part in parts)
+    text = "".join(part.refusal if part.type == "refusal" else part.text for part in parts)
+    if not answer:
+        return text
+    # Some clients send reasoning back as a thought before the answer instead of in its own field.
+    own_field = turn.reasoning or turn.reasoning_content or turn.reasoning_details
+    if not own_field and len(parts) == len(turn.content or []):
+        text = _THOUGHT.sub("", text)
+    return text.strip()
 
 
 def _max_tokens(body: _Body, limit: int) -> int | None:

@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 from mote.core.scheme import BASE
-from mote.inference.grammar import LEAST, ChainGrammar
+from mote.inference.grammar import ChainGrammar
 from mote.tokens.routing import Markers
 
 GRAMMAR_CONFLICT = "{}: not with step experts, whose grammar decides which tokens are allowed; leave it out"
@@ -61,8 +61,8 @@ class ServedConfig(BaseModel):
         """Ids that text never encodes to: the markers, the twin and the padding of the vocabulary."""
         return frozenset((self.opening[1], *self.unused, *(id_ for pair in self.markers.values() for id_ in pair)))
 
-    def check(self, request: dict[str, object], max_tokens: int | None) -> None:
-        """Validate a request's mode and budgets.
+    def check(self, request: dict[str, object]) -> None:
+        """Validate a request's mode and step budget.
 
         Raises:
             ValueError: One of them is not supported.
@@ -75,13 +75,6 @@ class ServedConfig(BaseModel):
         budget = request.get("max_step_tokens", 1)
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
             raise ValueError(f"max_step_tokens={budget!r}: give a whole number of tokens, 1 or more")
-        least = LEAST * max(map(len, self.modes[str(mode)]))
-        # Without a mode it may be a base-model request, which only its prompt shows.
-        if "mode" in request and max_tokens is not None and max_tokens < least:
-            raise ValueError(
-                f"max_tokens={max_tokens}: too few for the markers of mode '{mode}' and an answer; give at least "
-                f"{least}"
-            )
 
     def grammar(self, request: dict[str, object], max_tokens: int | None) -> ChainGrammar:
         """The grammar of a validated request."""

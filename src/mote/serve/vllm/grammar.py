@@ -46,7 +46,7 @@ class StepGrammarProcessor(LogitsProcessor):
             ValueError: Its mode, a budget or another setting is not supported.
         """
         assert StepEngineConfig.served is not None
-        StepEngineConfig.served.check(sampling_params.extra_args or {}, sampling_params.max_tokens)
+        StepEngineConfig.served.check(sampling_params.extra_args or {})
         for name in ("structured_outputs", "allowed_token_ids", "logit_bias", "bad_words", "min_tokens"):
             if getattr(sampling_params, name):
                 raise ValueError(GRAMMAR_CONFLICT.format(name))

@@ -12,9 +12,12 @@ from typing_extensions import override
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
+from mote.core.dialogue import alternating_turns
 from mote.core.scheme import BASE
 from mote.serve.vllm.folder_config import ServedConfig
 from mote.tokens.encode import encode_dialogue
+
+_ROLES = ("system", "user", "assistant")
 
 
 class StepRenderer(HfRenderer):
@@ -76,11 +79,7 @@ def guard(tokenizer: Any) -> Any:
                 text: str = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **fixed, **held)
                 return text
 
-            stripped = [
-                {**turn, "content": turn["content"].strip()} if isinstance(turn.get("content"), str) else turn
-                for turn in conversation
-            ]  # as in training
-            return encode_dialogue(tokenizer, [stripped, texts], tools, render)
+            return encode_dialogue(tokenizer, [_as_in_training(conversation), texts], tools, render)
 
         def __reduce__(self) -> Any:  # vLLM copies the tokenizer for each of its threads
             return guard, (copy.deepcopy(tokenizer),)
@@ -88,6 +87,18 @@ def guard(tokenizer: Any) -> Any:
     guarded = copy.copy(tokenizer)
     guarded.__class__ = Guarded
     return guarded
+
+
+def _as_in_training(conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with stripped texts; turns that do not alternate are joined if all of them are plain texts."""
+    stripped = [
+        {**turn, "content": turn["content"].strip()} if isinstance(turn.get("content"), str) else turn
+        for turn in conversation
+    ]
+    plain = all(turn["role"] in _ROLES and isinstance(turn.get("content"), str) for turn in stripped)
+    turns = [(turn["role"], turn["content"]) for turn in stripped] if plain else []
+    joined = alternating_turns(turns)
+    return stripped if joined == turns else [{"role": role, "content": text} for role, text in joined]
 
 
 def _may_hold_text(value: Any) -> bool:
