@@ -120,6 +120,18 @@ def test_other_text_is_tokenised_as_by_the_adapter(folders: Path, model: Model) 
     }
 
 
+def test_folder_keeps_all_stop_ids_of_the_base_model(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    config = json.loads((base / "generation_config.json").read_text())
+    stop = 7  # an ordinary token at which the model's own generate stops
+    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], stop]}))
+    make_adapter(base, tmp_path / "adapter")
+    export_vllm(str(tmp_path / "adapter"), tmp_path / "out")
+    served = ServedConfig.model_validate(json.loads((tmp_path / "out" / "config.json").read_text())["mote"])
+    stops = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [served.markers["response"][1], served.eos, stop] and {served.eos, stop} <= set(served.special)
+
+
 def test_sharded_models_index_names_the_experts(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
 

@@ -23,7 +23,7 @@ from mote.inference.load import load, read_adapter
 from mote.inference.model import Model
 from mote.serve.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
 from mote.serve.vllm.folder_config import ServedConfig
-from mote.tokens.encode import encode_prompt, special_ids
+from mote.tokens.encode import encode_prompt, special_ids, stop_ids
 from mote.tuner import MoteConfig
 from mote.tuner.expert_weights import expert_weight_table
 
@@ -79,7 +79,8 @@ def export_vllm(
     served = _served_config(loaded, config, plain, rank, mode, max_step_tokens)
     tokenizer = without_markers(loaded.tokenizer, served)
     plain.config.update({"mote": served.model_dump(mode="json")})
-    plain.generation_config.eos_token_id = [config.markers[served.answer][1], served.eos]
+    stops = stop_ids(loaded.tokenizer, loaded.base.model)
+    plain.generation_config.eos_token_id = [config.markers[served.answer][1], *stops]
     with disk_errors("export", out, "run the same command again"), atomic_folder(out) as scratch:
         plain.save_pretrained(scratch)
         _edit_json(scratch / "config.json", {"architectures": [f"Mote{architecture}"]})
@@ -127,7 +128,7 @@ def _served_config(
         mode=mode,
         answer=loaded.scheme.answer,
         max_step_tokens=max_step_tokens,
-        special=tuple(sorted(special_ids(loaded.tokenizer))),
+        special=tuple(sorted(special_ids(loaded.tokenizer).union(stop_ids(loaded.tokenizer, loaded.base.model)))),
         eos=loaded.tokenizer.eos_token_id,
     )
 

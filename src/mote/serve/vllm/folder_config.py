@@ -30,7 +30,7 @@ class ServedConfig(BaseModel):
         mode: Default mode of a request.
         answer: Name of the step that the user reads.
         max_step_tokens: Default token budget of a step.
-        special: Ids of special tokens, which no step may contain.
+        special: Ids of special tokens and stop ids, which no step may contain.
         eos: Id that ends the turn.
     """
 
