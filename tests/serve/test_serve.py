@@ -237,6 +237,26 @@ def test_returned_reasoning_does_not_change_the_second_turn(turn: dict[str, Any]
     assert question(turn) == question({"content": "answer"})
 
 
+def test_second_turn_from_inspect_reads_our_own_history(address: str, model: Model) -> None:
+    pytest.importorskip("inspect_ai")
+    from inspect_ai.model import ChatMessageUser, GenerateConfig, get_model
+
+    async def two_turns() -> tuple[Any, Any]:
+        config = GenerateConfig(temperature=0, max_tokens=40, max_retries=0)
+        client = get_model("openai-api/mote/tiny:full", base_url=f"{address}/v1", api_key="none", config=config)
+        first = await client.generate([ChatMessageUser(content=QUESTIONS[0])])
+        history = [ChatMessageUser(content=QUESTIONS[0]), first.message, ChatMessageUser(content="kill it")]
+        return first, await client.generate(history)
+
+    first, second = asyncio.run(two_turns())
+    assert [part.type for part in first.message.content] == ["reasoning", "text"]
+    messages = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": first.message.text},
+                {"role": "user", "content": "kill it"}]  # fmt: skip
+    expected = ask(address, messages, mode="full", max_tokens=40, max_step_tokens=None).json()
+    assert second.usage.input_tokens == expected["usage"]["prompt_tokens"]
+    assert second.message.text == expected["choices"][0]["message"]["content"]
+
+
 def test_literal_thought_in_an_answer_stays_in_the_history(model: Model) -> None:
     contents = ["It ends with </think> then.", "Write <think>x</think> first.", "<think>x"]
     given = [({"content": content}, content) for content in contents]
