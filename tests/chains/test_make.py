@@ -184,12 +184,13 @@ def test_existing_rows_are_kept_and_not_requested_again(tmp_path: Path) -> None:
 
 
 def test_batch_size_chains_are_in_flight_and_questions_are_lazy(tmp_path: Path) -> None:
-    engine, read = Scripted({"q": 9}), 0
+    engine = Scripted({"q": 9})
+    read = 0
 
     def endless() -> Iterator[Question]:
         nonlocal read
         for read in range(1, 21):
-            assert read <= len(read_rows(tmp_path / "c.jsonl", ChainRow)) + 4  # three in the making, one at hand
+            assert read <= len(read_rows(tmp_path / "c.jsonl", ChainRow)) + 4  # three in flight, one at hand
             yield from questions(f"q{read}")
 
     make(endless(), engine, tmp_path / "c.jsonl", batch_size=3)
@@ -243,7 +244,8 @@ def test_an_unparsed_verdict_is_unsafe(tmp_path: Path) -> None:
 
 
 def test_drafts_are_not_kept_in_the_chain(tmp_path: Path) -> None:
-    scheme, engine = load_scheme("critique-revise"), Scripted({})
+    scheme = load_scheme("critique-revise")
+    engine = Scripted({})
     asyncio.run(make_chains(questions("hard"), engine, None, scheme, settings(), 0, tmp_path / "c.jsonl"))
     row = read_rows(tmp_path / "c.jsonl", ChainRow)[0]
     assert [step.name for step in row.steps] == ["response"] and row.accepted

@@ -28,7 +28,8 @@ class Lister:
     name = "lister"
 
     def __init__(self, lead: float = 1.0, *texts: str) -> None:
-        self.lead, self.texts = lead, list(texts)
+        self.lead = lead
+        self.texts = list(texts)
         self.asked: list[Prompt] = []
 
     async def score(self, prompt: Prompt, reply: str) -> Likelihood:
@@ -86,7 +87,9 @@ def test_a_turn_that_fails_asks_is_unsure() -> None:
 def test_an_engine_that_cannot_score_is_refused() -> None:
     class Server:
         name = "server"
-        write, choose, close = Lister.write, Lister.choose, Lister.close
+        write = Lister.write
+        choose = Lister.choose
+        close = Lister.close
 
     with pytest.raises(UserError, match="engine=transformers computes; use it, or scheme=safety"):
         Categories(SCHEME, Server())  # type: ignore[arg-type]

@@ -93,7 +93,8 @@ def test_a_refused_check_rejects_the_chain(fake: FakeServer, tmp_path: Path) -> 
 def test_a_run_in_which_all_are_refused_stops_early(fake: FakeServer, tmp_path: Path, count: int) -> None:
     with pytest.raises(UserError) as found:
         make(fake, long(count), tmp_path / "chains.jsonl")
-    text, tried = str(found.value), min(count, FIRST + 3)
+    text = str(found.value)
+    tried = min(count, FIRST + 3)
     assert text.startswith(f"chains: the first {tried} were all refused, and none is written; engine: {fake.address}")
     assert "400: more than 3000 characters" in text and "chains.max_tokens" in text and "\n" not in text
     assert fake.refused == tried and not (tmp_path / "chains.jsonl").exists()

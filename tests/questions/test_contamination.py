@@ -63,7 +63,7 @@ def test_own_sets_do_not_overlap() -> None:
 
 @pytest.mark.skipif(not UPSTREAM.is_dir(), reason="the upstream files are not here")
 def test_upstream_sets_overlap_as_known() -> None:
-    """STAR-1 took some of its questions from HH-RLHF; a set stands in itself as a whole."""
+    """STAR-1 took some of its questions from HH-RLHF; a set overlaps with itself entirely."""
     star = load_questions(str(UPSTREAM / "star-1/STAR-1.json"), None)
     hh = load_questions(str(UPSTREAM / "hh-rlhf/harmless-base.jsonl.gz"), None)
     _, refused = split(star, hh)

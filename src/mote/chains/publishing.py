@@ -128,7 +128,8 @@ def _row(chain: ChainRow) -> dict[str, Any]:
 
 
 def _schema(pyarrow: Any) -> Any:
-    text, number = pyarrow.string(), pyarrow.float64()
+    text = pyarrow.string()
+    number = pyarrow.float64()
 
     def rows(**fields: Any) -> Any:
         return pyarrow.list_(pyarrow.struct(list(fields.items())))

@@ -39,7 +39,8 @@ class Categories:
                 f"scheme: '{scheme.name}' sorts questions into categories by their likelihood, which only "
                 "engine=transformers computes; use it, or scheme=safety"
             )
-        self._scheme, self._scorer = scheme, engine
+        self._scheme = scheme
+        self._scorer = engine
         texts = [[example.question, *example.steps.values()] for example in scheme.examples]
         seen = Counter(stem for parts in texts for stem in _stems(" ".join(parts)))
         self._common = {stem for stem, examples in seen.items() if examples > 1}  # carry no topic
@@ -72,7 +73,8 @@ class Categories:
         rules = self._scheme.categories[category]
         if step in rules.forms and not re.fullmatch(rules.forms[step], text, re.DOTALL):
             return "form"
-        asked, said = self._topic(question[-1].content), self._topic(text)
+        asked = self._topic(question[-1].content)
+        said = self._topic(text)
         if not asked & said:
             return "off-topic"
         if step in rules.closed:

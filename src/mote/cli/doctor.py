@@ -10,10 +10,9 @@ import sys
 from importlib import import_module, metadata
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from mote.cli.options import mote
 from mote.core.machine import cache_folder
+from mote.core.records import Frozen
 
 
 @mote.command()
@@ -43,10 +42,8 @@ ROOM = 2e9  # free bytes needed for the embedded model and a small run
 Level = Literal["ok", "warn", "missing"]
 
 
-class Finding(BaseModel):
+class Finding(Frozen):
     """Result of one check; `remedy` is empty if it passed. Level `missing` means that a command cannot run."""
-
-    model_config = ConfigDict(frozen=True)
 
     level: Level
     topic: str

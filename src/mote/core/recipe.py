@@ -13,9 +13,19 @@ Rule = Literal[
     "empty", "truncated", "marker", "looping", "echo", "copy", "language", "form", "off-topic", "unsure"
 ]  # of mote.chains.quality
 MethodName = Literal[
-    "mote", "mote-built", "mote-no-skip", "mote-no-share", "mote-neither", "lora", "lora-x2", "token-moe", "moelora",
-    "separate", "response-only", "four-experts",
-]  # fmt: skip
+    "mote",
+    "mote-built",
+    "mote-no-skip",
+    "mote-no-share",
+    "mote-neither",
+    "lora",
+    "lora-x2",
+    "token-moe",
+    "moelora",
+    "separate",
+    "response-only",
+    "four-experts",
+]
 DEFAULT_MODES = ("base", "direct", "analysis", "full", "adaptive")
 
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from mote.core.records import Frozen
 from mote.core.scheme import CHECK, Chain
 from mote.tokens.routing import Markers
 
@@ -66,15 +65,13 @@ def settle(items: Sequence[Item], markers: Markers) -> Settled:
     return Settled([id_ for step in steps for id_ in step], dropped, checks)
 
 
-class Event(BaseModel):
+class Event(Frozen):
     """A step begins, text comes, a step ends, all is done; `tokens` counts the step's, of `done` all.
 
     Where the answer is checked, `draft` says that one is begun whose text is held back, `check` is the verdict on it
     (`text` its word), and `again` says that a deeper chain begins (`text` its mode). An answer that is given follows
     its check.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     kind: Literal["begin", "text", "end", "done", "draft", "check", "again"]
     step: str

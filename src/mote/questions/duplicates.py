@@ -37,7 +37,8 @@ class NearDuplicates:
 
 def similarity(one: str, other: str) -> float:
     """The exact similarity that `NearDuplicates` estimates, 0 to 1."""
-    left, right = _grams(one), _grams(other)
+    left = _grams(one)
+    right = _grams(other)
     return len(left & right) / len(left | right)
 
 

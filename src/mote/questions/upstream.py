@@ -192,7 +192,7 @@ def _fits_or_bench(row: Row, filename: str) -> bool:
 
 
 def _fits_hh_rlhf(row: Row, filename: str) -> bool:
-    """A preference row with a prompt of its own has only the reply in `chosen`."""
+    """In a preference row with a prompt, `chosen` holds the reply only."""
     return isinstance(row["chosen"], str) and not is_filled(row.get("prompt")) and bool(hh_turns(row["chosen"]))
 
 
