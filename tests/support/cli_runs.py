@@ -21,7 +21,7 @@ def files(folder: Path) -> list[str]:
 
 
 def fails_apart(where: Path, *arguments: object, code: int, prepare: Callable[[], None] | None = None) -> str:
-    """As `fails`, in a process of its own: for what loads a model."""
+    """As `fails`, in a separate process: for commands that load a model."""
     log = where / f"{len(list(where.iterdir()))}.log"
     ended, printed = processes.finish([str(argument) for argument in arguments], log, prepare)
     assert ended == code, printed
