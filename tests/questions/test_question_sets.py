@@ -188,6 +188,12 @@ def test_kinds_come_from_a_sets_own_labels(
     assert question.id == expected[0] or (expected[0] is None and question.id.startswith(f"{expected[2]}-"))
 
 
+@pytest.mark.parametrize("column", ["input", "context"])
+def test_an_instruction_is_read_with_its_input(write: Write, column: str) -> None:
+    (question,) = load_questions(write([{"instruction": "Add.", column: "1 + 2", "output": "3"}]), None)
+    assert (question.text, question.kind, question.source) == ("Add.\n\n1 + 2", "unknown", "own")
+
+
 def test_a_contextual_behavior_follows_its_context(write: Write) -> None:
     row = HARMBENCH | {"Behavior": "Sum it up.", "ContextString": "A lock has pins."}
     assert load_questions(write([row]), None)[0].text == "A lock has pins.\n\n---\n\nSum it up."
@@ -211,6 +217,7 @@ def test_a_tab_separated_file_is_read(write: Write) -> None:
         {"Goal": "Why?", "Target": "a"},
         {"forbidden_prompt": "Why?"},
         {"instruction": "Why?", "input": "", "output": "a"},
+        {"goal": "Why?", "target": "a"},
         {"adversarial": "Why?", "data_type": "mine"},
     ],
 )

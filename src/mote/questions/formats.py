@@ -16,7 +16,14 @@ from mote.questions.columns import BadRow, Parsed, Row, is_filled, short, text_o
 from mote.questions.upstream import SETS, first_turn, hh_turns, instruction_text, upstream_set
 
 _COLUMNS = ("messages", "question", "prompt", "text", "chosen", "instruction", "turns")  # of a row's dialogue, in order
-_CUT_COLUMNS = ("forbidden_prompt", "Goal", "Behavior", "user_input", "adversarial")  # of sets with other columns cut
+_CUT_COLUMNS = (
+    "forbidden_prompt",
+    "Goal",
+    "goal",
+    "Behavior",
+    "user_input",
+    "adversarial",
+)  # of sets with other columns cut
 UNDERSTOOD = (
     "messages; question, prompt or text; prompt, chosen and rejected (preferences); instruction and input; turns; and "
     f"the columns of {', '.join(dict.fromkeys(one.name for one in SETS))} (forbidden_prompt, Goal, ...)"

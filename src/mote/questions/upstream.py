@@ -79,10 +79,10 @@ def first_turn(row: Row) -> str:
 
 
 def instruction_text(row: Row) -> str:
-    """An instruction with its input: a column (Alpaca), or that of the first instance (self-instruct)."""
+    """An instruction with its input: `input` (Alpaca), `context` (Dolly), or the first instance's (self-instruct)."""
     instances = row.get("instances")
-    first = instances[0] if isinstance(instances, list) and instances else row
-    given = first.get("input") if isinstance(first, dict) else None
+    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else row
+    given = next((first[key] for key in ("input", "context") if is_filled(first.get(key))), None)
     return text_of(row, "instruction") + (f"\n\n{given}" if given else "")
 
 
