@@ -100,9 +100,9 @@ class Endless(FreeText):
     """Grammar that forbids the end of turn, so that every sequence has the same length."""
 
     def __init__(self, eos_id: int) -> None:
-        super().__init__(eos_id, [eos_id])
+        super().__init__([], [eos_id])
 
-    def ended(self, written: Any) -> bool:
+    def ended(self, generated: Any) -> bool:
         """Never."""
         return False
 

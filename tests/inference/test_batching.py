@@ -28,8 +28,9 @@ from transformers import (
 from mote.core.errors import UserError
 from mote.core.generation import Sampling
 from mote.inference import batching
-from mote.inference.batching import Batcher, Request
+from mote.inference.batching import Batcher
 from mote.inference.grammar import FreeText
+from mote.inference.request import Request
 
 VOCAB, EOS = 60, 59
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -56,7 +57,7 @@ def requests(count: int = 9, shared: int = 21, temperature: float = 0.0) -> list
     for i in range(count):
         begin = begins[i % 3]
         ids = begin + random_ids(2 + 5 * i % 17, i)
-        made.append(Request(ids, FreeText(EOS), 3 + 4 * i % 11, len(begin), Sampling(temperature, 0.9, i)))
+        made.append(Request(ids, FreeText([EOS]), 3 + 4 * i % 11, len(begin), Sampling(temperature, 0.9, i)))
     return made
 
 
@@ -85,7 +86,7 @@ def model(tiny: Path) -> Any:
 def test_rows_equal_those_of_plain_generation(
     model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int, temperature: float
 ) -> None:
-    monkeypatch.setattr(batching, "_READ_TOKENS", stretch)
+    monkeypatch.setattr(batching, "_CHUNK_TOKENS", stretch)
     asked = requests(temperature=temperature)
     running = Batcher(model, slots)
     written = [future.result(60) for future in [running.submit(request) for request in asked]]
@@ -132,7 +133,7 @@ def test_requests_that_follow_go_on_in_their_slot(
     model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int
 ) -> None:
     """Every other row writes, compares words and writes again; nothing that its slot holds is computed again."""
-    monkeypatch.setattr(batching, "_READ_TOKENS", stretch)
+    monkeypatch.setattr(batching, "_CHUNK_TOKENS", stretch)
     asked, running, found, computed = requests(), Batcher(model, slots), {}, 0
     for number, request in enumerate(asked):
         request.shared = 0
@@ -159,7 +160,7 @@ def test_requests_that_follow_go_on_in_their_slot(
 
 
 def test_a_frequency_penalty_counts_what_was_written(model: Any) -> None:
-    request = Request(random_ids(5, 3), FreeText(EOS), 12, frequency_penalty=1.5)
+    request = Request(random_ids(5, 3), FreeText([EOS]), 12, frequency_penalty=1.5)
     ids, written = list(request.ids), []
     while len(written) < 12 and EOS not in written:
         logits = model(input_ids=torch.tensor([ids + written])).logits[0, -1].detach()
@@ -167,7 +168,7 @@ def test_a_frequency_penalty_counts_what_was_written(model: Any) -> None:
             logits[token] -= 1.5
         written.append(int(logits.argmax()))
     assert Batcher(model, 2).submit(request).result(60) == written
-    plain = Request(random_ids(5, 3), FreeText(EOS), 12)
+    plain = Request(random_ids(5, 3), FreeText([EOS]), 12)
     assert Batcher(model, 2).submit(plain).result(60) != written
 
 
@@ -185,7 +186,7 @@ def test_words_are_compared_without_writing(model: Any) -> None:
 def test_a_cancelled_row_makes_room_and_leaves_the_others_alone(model: Any) -> None:
     running = Batcher(model, 2)
     begun: list[int] = []
-    endless = Request(random_ids(5, 1), FreeText(EOS), 100_000, on_token=begun.append)
+    endless = Request(random_ids(5, 1), FreeText([EOS]), 100_000, on_token=begun.append)
     futures = [running.submit(request) for request in (endless, *requests(5))]
     while len(begun) < 3:
         time.sleep(0.001)
@@ -210,7 +211,7 @@ def test_long_rows_run_beside_fewer_others(model: Any) -> None:
         return forward(writing, parts, keep)
 
     running._forward = counted  # type: ignore[method-assign]
-    asked = [Request(random_ids(30, i), FreeText(EOS), 10) for i in range(5)]
+    asked = [Request(random_ids(30, i), FreeText([EOS]), 10) for i in range(5)]
     written = [future.result(60) for future in [running.submit(request) for request in asked]]
     assert most == 2
     assert written == [alone(model, request) for request in asked]
@@ -218,11 +219,11 @@ def test_long_rows_run_beside_fewer_others(model: Any) -> None:
 
 def test_an_error_reaches_every_row_and_the_next_request(model: Any) -> None:
     class Broken(FreeText):
-        def ended(self, written: Sequence[int]) -> bool:
+        def ended(self, generated: Sequence[int]) -> bool:
             raise ValueError("broken grammar")
 
     running = Batcher(model, 1)
-    futures = [running.submit(request) for request in (*requests(2), Request([1, 2], Broken(EOS), 3), *requests(2))]
+    futures = [running.submit(request) for request in (*requests(2), Request([1, 2], Broken([EOS]), 3), *requests(2))]
     for future in futures[2:]:
         with pytest.raises(ValueError, match="broken grammar"):
             future.result(60)
@@ -243,16 +244,16 @@ def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
     class Own(torch.nn.Module):
         _supports_attention_backend = False
 
-    with pytest.raises(UserError, match=r"Own computes attention in a way of its own .* --engine"):
+    with pytest.raises(UserError, match=r"Own cannot run .* its own attention .* --engine"):
         Batcher(Own(), 2)
 
 
 def test_scores_of_prompts_that_are_read_in_stretches_beside_written_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "_READ_TOKENS", 7)
+    monkeypatch.setattr(batching, "_CHUNK_TOKENS", 7)
     torch.manual_seed(0)
     model = FAMILIES["qwen3"]().eval()
     begin = random_ids(21, 100)
-    scored = [Request(begin + random_ids(4 + own, own), FreeText(EOS), 1, 20, scored=own) for own in (1, 6, 19)]
+    scored = [Request(begin + random_ids(4 + own, own), FreeText([EOS]), 1, 20, scored=own) for own in (1, 6, 19)]
     written = requests(4)
     alone = [Batcher(model, 1).submit(request).result() for request in written]
     batcher = Batcher(model, 5)

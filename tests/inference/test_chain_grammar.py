@@ -2,7 +2,7 @@
 
 import random
 
-from mote.inference.grammar import NOTHING, ChainGrammar
+from mote.inference.grammar import START, ChainGrammar
 from mote.tokens.routing import Markers
 
 MARKERS = Markers(starts=(10, 12, 14), ends=(11, 13, 15))
@@ -40,5 +40,5 @@ def test_reading_piece_by_piece_is_reading_at_once() -> None:
     for _ in range(200):
         ids = draws.choices(range(16), k=draws.randint(1, 20))
         cut = draws.randint(0, len(ids))
-        pieces = grammar.read(grammar.read(NOTHING, ids[:cut]), ids[cut:])
-        assert pieces == grammar.read(NOTHING, ids) and pieces.total == len(ids)
+        pieces = grammar.advance(grammar.advance(START, ids[:cut]), ids[cut:])
+        assert pieces == grammar.advance(START, ids) and pieces.total == len(ids)

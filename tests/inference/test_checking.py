@@ -18,7 +18,7 @@ from mote.core.recipe import Recipe
 from mote.core.records import Answer, StepText, read_rows
 from mote.core.scheme import CHECKED
 from mote.experiments.run import Run
-from mote.inference.events import Event, Item
+from mote.inference.events import Event, Token, Verdict
 from mote.inference.grammar import StepGrammar
 from mote.inference.inputs import as_question
 from mote.inference.model import Model
@@ -43,7 +43,7 @@ def uncached(model: Model, question: str, mode: str, limits: Limits) -> list[int
     prompt = encode_prompt(model.tokenizer, as_question(question).messages)
     chains = [tuple(EXPERTS.index(step) for step in chain) for chain in model.scheme.chains_of(mode)]
     special, eos = special_ids(model.tokenizer), model.tokenizer.eos_token_id
-    grammar = StepGrammar(chains, model.markers, special, eos, 0, limits.max_step_tokens, limits.max_tokens)
+    grammar = StepGrammar(chains, model.markers, special, eos, limits.max_step_tokens, limits.max_tokens)
     ids: list[int] = []
     with torch.no_grad():
         while not ids or not grammar.ended(ids):
@@ -179,9 +179,9 @@ def test_a_cancelled_one_leaves_the_batch_between_its_attempts(model: Model) -> 
     asked = next(q for q in QUESTIONS if len(model.answer(q, CHECKED, **given).checks) > 1)
     expected = model.answer(QUESTIONS[1], "full", max_step_tokens=MOST)
     checked, cancelled = threading.Event(), threading.Event()
-    items: list[Item] = []
+    items: list[Token | Verdict] = []
 
-    def told(item: Item) -> None:
+    def told(item: Token | Verdict) -> None:
         items.append(item)
         if not isinstance(item, int):
             checked.set()

@@ -8,6 +8,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from support.adapters import QUESTIONS
+from support.grammar import GrammarProcessor
 
 import mote
 from mote.core.errors import UserError
@@ -17,7 +18,6 @@ from mote.core.records import Answer, read_rows
 from mote.core.scheme import load_scheme
 from mote.experiments.run import answer_questions
 from mote.inference.events import Event
-from mote.inference.grammar import StepGrammar
 from mote.inference.inputs import as_question
 from mote.inference.model import Model
 from mote.models.load import load_base
@@ -52,7 +52,8 @@ def test_batches_equal_single_answers_and_an_uncached_reference(model: Model) ->
         prompt = len(ids)
         chains = [tuple(model.config.experts.index(s) for s in c) for c in model.scheme.chains_of("adaptive")]
         special = [i for i, token in model.tokenizer.added_tokens_decoder.items() if token.special]
-        grammar = StepGrammar(chains, model.markers, special, model.tokenizer.eos_token_id, prompt, 6)
+        eos = model.tokenizer.eos_token_id
+        grammar = GrammarProcessor(chains, model.markers, special, eos, 6, prompt_length=prompt)
         while len(ids) == prompt or ids[-1] != model.markers.ends[-1]:  # the plain loop: all of it, every time
             row = torch.tensor([ids])
             ids.append(int(grammar(row, model.model(input_ids=row).logits[:, -1]).argmax()))

@@ -68,10 +68,10 @@ def reference(model: Model, prompt: Sequence[int], mode: str, budget: int, most:
     markers = model.markers
     eos = model.tokenizer.eos_token_id
     if mode == BASE:
-        grammar: Any = FreeText(eos, [*markers.starts, *markers.ends])
+        grammar: Any = FreeText([eos], [*markers.starts, *markers.ends])
     else:
         chains = [tuple(model.experts.index(step) for step in chain) for chain in model.scheme.chains_of(mode)]
-        grammar = StepGrammar(chains, markers, special_ids(model.tokenizer), eos, 0, budget, most)
+        grammar = StepGrammar(chains, markers, special_ids(model.tokenizer), eos, budget, most)
     with model.model.disable_adapter() if mode == BASE else nullcontext():
         while not written or not (grammar.ended(written) or (mode == BASE and len(written) == budget)):
             scores = model.model(input_ids=torch.tensor([[*prompt, *written]])).logits[0, -1]

@@ -1,220 +1,200 @@
-"""Continuous batching in this process: rows join a running batch as soon as another has ended.
+"""Continuous batching in this process: a sequence joins the running batch as soon as another one has ended.
 
-One forward pass writes one token of every row and reads some more of the prompts that wait, so that short rows do not
-wait for long ones and no row waits for a prompt. It knows nothing of chains or chats: token ids go in and come out.
+Each forward pass decodes one token per running sequence and prefills a chunk of the waiting prompts, so neither blocks
+the other. This module knows nothing of chains or chats: token ids in, token ids out.
 """
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mote.core.errors import UserError
-from mote.core.generation import GREEDY, Sampling
-from mote.inference.kv_slots import EMPTY, SLOTS, Pass, Prefix, Reading, SlotCache, running
+from mote.inference.grammar import FreeText
+from mote.inference.kv_slots import EMPTY, SLOTS, BatchPlan, PrefillChunk, Prefix, SlotCache, executing
+from mote.inference.request import Request
+from mote.inference.rope import LengthDependentRope
 from mote.inference.sampling import draw
+from mote.inference.sequence import RunningSequence, by_prefix, common_length
 from mote.inference.threads import release_pool
 from mote.tokens.routing import NO_STEP, QUESTION, Markers, next_step, step_ids
 
-_READ_TOKENS = 512  # tokens of prompts read in one pass: more is faster, and longer for the rows that are written
-_PREFIXES = 32  # shared beginnings that are kept
+_CHUNK_TOKENS = 512  # prefill chunk size: larger raises throughput but delays decoding sequences
+_PREFIXES = 32  # shared prefixes that are kept
+_UNSUPPORTED = (
+    "model: {} cannot run in the continuous batch ({}); serve it with vLLM or another OpenAI-compatible server and "
+    "give its address with --engine, or call it through PEFT and transformers' `generate`"
+)
 
 
-class Grammar(Protocol):
-    """Which token a row may write next."""
-
-    def mask(self, logits_V: Tensor, written: Sequence[int]) -> Tensor:
-        """The logits with what may not come behind these ids at minus infinity."""
-
-    def ended(self, written: Sequence[int]) -> bool:
-        """Whether the text ends with the last of these ids."""
-
-
-@dataclass(eq=False)
-class Request:
-    """A text to go on with.
-
-    Attributes:
-        ids: Token ids of the prompt.
-        grammar: What may be written, and when it ends.
-        limit: Tokens that may be written.
-        shared: Tokens that other prompts begin with as well; they are computed and kept once.
-        sampling: How to sample; its seed is this request's own.
-        frequency_penalty: Taken from a token's logit for each time it was written before.
-        adapted: Read and write with the adapter, where there is one.
-        words: Write nothing; give the probability of the first of these token ids against the second.
-        scored: Write nothing; give the mean log-probability, in nats, of so many ids at the end of the prompt, which
-            stand behind `shared` ones and one more.
-        on_token: Called with each written token, in the batcher's thread.
-        follow: Called with the result, in the batcher's thread; it must not raise. Gives the request that the row goes
-            on with, whose prompt begins with this one's, or the result of the row.
-        extra: Tokens that such requests may hold beyond `limit`.
-    """
-
-    ids: Sequence[int]
-    grammar: Grammar
-    limit: int
-    shared: int = 0
-    sampling: Sampling = GREEDY
-    frequency_penalty: float = 0.0
-    adapted: bool = True
-    words: tuple[int, int] | None = None
-    scored: int = 0
-    on_token: Callable[[Any], None] | None = None
-    follow: "Callable[[Any], Request | Any] | None" = None
-    extra: int = 0
-
-
-@dataclass(eq=False)
-class _Row:
-    request: Request
-    result: "Future[Any]"
-    prefix: Prefix = EMPTY
-    read: int = 0  # tokens in its slot
-    written: list[int] = field(default_factory=list)
-    step: int = QUESTION  # of the last token
-    steps: list[int] = field(default_factory=list)  # of each token of the prompt
-    score: float = 0.0  # log-probability of the scored ids that were read
-
-    @property
-    def own(self) -> Sequence[int]:
-        """The prompt behind the prefix."""
-        return self.request.ids[self.prefix.length :]
-
-    @property
-    def most(self) -> int:
-        """Tokens that its slot may have to hold."""
-        return len(self.request.ids) - self.prefix.length + self.request.limit + self.request.extra
+_Chunks = list[tuple[RunningSequence, PrefillChunk]]
 
 
 class Batcher:
-    """A running batch over one model; requests come from any thread.
+    """A running batch over one model; any thread may submit requests.
 
-    While there are rows, the model is called from a thread of the batcher's own and must not be called from another.
+    While there are sequences, the batcher's own thread calls the model, and no other thread may.
 
     Args:
-        model: A causal language model, with an adapter or without.
-        slots: Rows at most.
-        markers: The markers of an adapter of step experts, None where there is none.
-        cache_tokens: Tokens that all slots may hold together; fewer rows run where they are long.
+        model: A causal language model, with or without an adapter.
+        slots: Maximum number of sequences in the batch.
+        markers: Markers of an adapter with step experts, None without one.
+        cache_tokens: Tokens that all slots may hold together; fewer sequences run at once if they are long.
 
     Raises:
-        UserError: The model's attention is its own and cannot be told which tokens belong to which row.
+        UserError: The model's attention or cache cannot be batched this way.
     """
 
     def __init__(self, model: Any, slots: int, markers: Markers | None = None, cache_tokens: int = 1 << 16) -> None:
-        if not getattr(model, "_supports_attention_backend", False):
-            raise UserError(
-                f"model: {type(model).__name__} computes attention in a way of its own that continuous batching cannot "
-                "use; serve it with vLLM or another OpenAI-compatible server and give its address with --engine"
-            )
         self.tokens_computed = 0
-        self._model, self._markers, self._cache_tokens = model, markers, cache_tokens
+        self._model = model
+        self._markers = markers
+        self._cache_tokens = cache_tokens
         self._cache = SlotCache(slots)
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._writing: list[_Row] = []  # row i is in slot i ...
-        self._reading: list[_Row] = []  # ... and those whose prompt is being read in the slots behind
-        self._waiting: deque[_Row] = deque()
+        self._decoding: list[RunningSequence] = []  # sequence i is in slot i ...
+        self._prefilling: list[RunningSequence] = []  # ... and these are in the slots after them
+        self._waiting: deque[RunningSequence] = deque()
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None  # there is one while there are rows
-        release_pool()  # whoever makes this has loaded the model
+        self._thread: threading.Thread | None = None  # runs while there are sequences
+        self._check_model()
+        self._rope = LengthDependentRope(model)
+        release_pool()  # the caller's thread loaded the model
 
     def submit(self, request: Request) -> "Future[Any]":
         """Queue a request.
 
         Returns:
-            A future of the written ids, of the probability where `words` are given, or of the mean log-probability
-            where ids are `scored`. Cancelling it ends the row.
+            A future of the generated ids, of the probability if `words` are given, or of the mean log-probability if
+            ids are `scored`. Cancelling it ends the sequence.
         """
-        row = _Row(request, Future())
+        sequence = RunningSequence(request, Future(), request.ids)
         release_pool()
         with self._lock:
-            self._waiting.append(row)
+            self._waiting.append(sequence)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="mote-batcher")
                 self._thread.start()
-        return row.result
+        return sequence.result
 
     @property
     def rows(self) -> tuple[int, int]:
-        """How many rows are in the batch, and how many wait."""
-        return len(self._writing) + len(self._reading), len(self._waiting)
+        """Number of sequences in the batch, and number waiting."""
+        return len(self._decoding) + len(self._prefilling), len(self._waiting)
 
     def wait(self) -> None:
-        """Wait until there are no rows and the model is free."""
+        """Wait until there are no sequences and the model is free."""
         while (thread := self._thread) is not None:
             thread.join()
 
+    def _check_model(self) -> None:
+        """Compare a short text's logits from slots with the model's own.
+
+        Raises:
+            UserError: They differ, or the model cannot use the slots.
+        """
+        get_base = getattr(self._model, "get_base_model", None)
+        name = type(get_base() if get_base else self._model).__name__
+        if not getattr(self._model, "_supports_attention_backend", False):
+            raise UserError(_UNSUPPORTED.format(name, "it has its own attention implementation"))
+        ids = [0, 1, 2, 3, 4, 5]
+        probe = RunningSequence(Request(ids, FreeText(()), 1), Future(), ids[:-1], generated=ids[-1:])
+        probe.step = NO_STEP
+        probe.steps = [NO_STEP] * len(probe.prompt)
+        self._cache.reserve(1, len(ids))
+        try:
+            with torch.inference_mode():
+                prefilled = self._run_model([], [(probe, PrefillChunk(0, 5, 0, 0, EMPTY))], torch.tensor([4]))
+                probe.cached = len(probe.prompt)
+                found = torch.cat([prefilled, self._run_model([probe], [], torch.tensor([0]))]).float()
+                row = torch.tensor([ids], device=self._model.device)
+                off = {} if self._markers is None else {"step_ids": torch.full_like(row, NO_STEP)}
+                with _attention_of(self._model.config, "eager"):
+                    expected = self._model(input_ids=row, use_cache=False, **off).logits[0, -2:].float()
+        except Exception as error:
+            reason = f"{type(error).__name__} in its cache or attention"
+            raise UserError(_UNSUPPORTED.format(name, reason)) from error
+        tolerance = 1e-3 if self._model.dtype == torch.float32 else 0.25  # of the largest logit; wrong ones are far off
+        if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+            raise UserError(_UNSUPPORTED.format(name, "its attention is more than softmax over the tokens so far"))
+        self._cache = SlotCache(self._cache.slots)
+        self.tokens_computed = 0
+
     def _run(self) -> None:
         with torch.inference_mode():
-            while self._work_left():
+            while self._has_work():
                 try:
                     self._admit()
                     self._step()
                 except BaseException as error:  # the next request finds an empty batch
                     self._fail(error)
 
-    def _work_left(self) -> bool:
+    def _has_work(self) -> bool:
         with self._lock:
-            if self._writing or self._reading or self._waiting:
+            if self._decoding or self._prefilling or self._waiting:
                 return True
             self._thread = None
             return False
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
-            rows = [*self._writing, *self._reading, *self._waiting]
-            self._writing, self._reading = [], []
+            sequences = [*self._decoding, *self._prefilling, *self._waiting]
+            self._decoding = []
+            self._prefilling = []
             self._waiting.clear()
-        for row in rows:
-            if row.result.set_running_or_notify_cancel():
-                row.result.set_exception(error)
+        for sequence in sequences:
+            if sequence.result.set_running_or_notify_cancel():
+                sequence.result.set_exception(error)
 
     def _admit(self) -> None:
-        """Give waiting rows the free slots."""
-        while len(self._writing) + len(self._reading) < self._cache.slots:
+        """Give free slots to waiting sequences."""
+        while len(self._decoding) + len(self._prefilling) < self._cache.slots:
             with self._lock:
                 if not self._waiting:
                     return
-                row = self._waiting[0]
-                rows = [*self._writing, *self._reading, row]
-                longest = max(r.most for r in rows)
-                if len(rows) > 1 and len(rows) * longest > self._cache_tokens:
+                sequence = self._waiting[0]
+                candidates = [*self._decoding, *self._prefilling, sequence]
+                longest = max(candidate.capacity for candidate in candidates)
+                if len(candidates) > 1 and len(candidates) * longest > self._cache_tokens:
                     return
                 self._waiting.popleft()
-            if row.result.cancelled():
+            if sequence.result.cancelled():
                 continue
-            row.steps = self._steps(row.request)
-            row.step = row.steps[-1] if row.steps else QUESTION
-            if 0 < row.request.shared < len(row.request.ids):
-                row.prefix = self._prefix(row)
-            self._reading.append(row)
-            self._cache.reserve(len(self._writing) + len(self._reading), row.most)
+            self._set_steps(sequence)
+            if 0 < sequence.request.shared < len(sequence.prompt) and self._is_short(len(sequence.prompt)):
+                sequence.prefix = self._prefix(sequence)
+            self._prefilling.append(sequence)
+            self._cache.reserve(len(self._decoding) + len(self._prefilling), sequence.capacity)
 
-    def _steps(self, request: Request) -> list[int]:
-        """The step of each token of a prompt."""
+    def _set_steps(self, sequence: RunningSequence) -> None:
+        """Compute the step of each prompt token."""
         if self._markers is None:
-            return []
-        if not request.adapted:
-            return [NO_STEP] * len(request.ids)
-        steps: list[int] = step_ids(torch.tensor([list(request.ids)]), self._markers)[0].tolist()
-        return steps
+            sequence.steps = []
+        elif not sequence.request.adapted:
+            sequence.steps = [NO_STEP] * len(sequence.prompt)
+        else:
+            sequence.steps = step_ids(torch.tensor([list(sequence.prompt)]), self._markers)[0].tolist()
+        sequence.step = sequence.steps[-1] if sequence.steps else QUESTION
 
-    def _prefix(self, row: _Row) -> Prefix:
-        """The shared beginning of a prompt, computed where it is not there yet."""
-        key = (row.request.adapted, *row.request.ids[: row.request.shared])
+    def _is_short(self, length: int) -> bool:
+        return not self._rope or self._rope.is_short(length)
+
+    def _prefix(self, sequence: RunningSequence) -> Prefix:
+        """The shared prefix of a prompt, computed unless it is stored."""
+        tokens = sequence.request.shared
+        key = (sequence.request.adapted, *sequence.request.ids[:tokens])
         if key not in self._prefixes:
-            tokens, slot = row.request.shared, len(self._writing) + len(self._reading)
+            slot = len(self._decoding) + len(self._prefilling)
             self._cache.reserve(slot + 1, tokens)
-            for start in range(0, tokens, _READ_TOKENS):
-                stop = min(tokens, start + _READ_TOKENS)
-                self._forward([], [(row, Reading(0, stop - start, slot, start, EMPTY))], None)
+            for start in range(0, tokens, _CHUNK_TOKENS):
+                stop = min(tokens, start + _CHUNK_TOKENS)
+                self._forward([], [(sequence, PrefillChunk(0, stop - start, slot, start, EMPTY))], None)
             self._prefixes[key] = self._cache.prefix(slot, tokens)
             while len(self._prefixes) > _PREFIXES:
                 self._prefixes.popitem(last=False)
@@ -222,92 +202,169 @@ class Batcher:
         return self._prefixes[key]
 
     def _step(self) -> None:
-        """One pass: a token of every written row, and as much of the waiting prompts as fits."""
-        self._drop([row for row in (*self._writing, *self._reading) if row.result.cancelled()])
-        writing, parts, at = list(self._writing), [], len(self._writing)
-        room, first = _READ_TOKENS, at
-        for slot, row in enumerate(self._reading, len(writing)):
-            count = min(len(row.own) - row.read, room)
+        """One forward pass: a token of each decoding sequence, and as much of the waiting prompts as fits."""
+        self._drop([s for s in (*self._decoding, *self._prefilling) if s.result.cancelled()])
+        if self._rope:
+            self._prefill_outdated()
+        decoding = list(self._decoding)
+        chunks = self._next_chunks()
+        if not decoding and not chunks:
+            return
+        done = [(sequence, chunk) for sequence, chunk in chunks if chunk.end == len(sequence.own)]
+        scored = [(sequence, *found) for sequence, chunk in chunks for found in sequence.scored(chunk)]
+        first = len(decoding)
+        keep = [*range(first), *(chunk.stop - 1 for _, chunk in done), *(index for _, index, _ in scored)]
+        logits = self._forward(decoding, chunks, torch.tensor(keep, dtype=torch.long))
+        for (sequence, _, token), logits_V in zip(scored, logits[first + len(done) :], strict=True):
+            sequence.score += float(logits_V.float().log_softmax(0)[token])
+        for sequence in decoding:
+            sequence.cached += 1
+        for sequence, chunk in chunks:
+            sequence.cached += chunk.stop - chunk.start
+        sequences = [*decoding, *(sequence for sequence, _ in done)]
+        results = self._take(sequences, logits[: len(sequences)]) if sequences else []
+        # Prefilled sequences become decoding ones: their slots come right after those, in order.
+        self._decoding += [sequence for sequence, _ in done]
+        self._prefilling = self._prefilling[len(done) :]
+        self._drop([sequence for sequence, result in results if not self._continues(sequence, result)])
+
+    def _next_chunks(self) -> _Chunks:
+        """The next tokens of the prompts that are prefilled, at most a chunk in all."""
+        chunks = []
+        start = len(self._decoding)
+        room = _CHUNK_TOKENS
+        for slot, sequence in enumerate(self._prefilling, start):
+            count = min(len(sequence.own) - sequence.cached, room)
             if count <= 0:
                 break
-            parts.append((row, Reading(at, at + count, slot, row.read, row.prefix)))
-            at, room = at + count, room - count
-        if at == 0:
-            return
-        read = [(row, part) for row, part in parts if part.place + part.stop - part.start == len(row.own)]
-        scored = [(row, *found) for row, part in parts for found in _scored(row, part)]
-        places = [*range(first), *(part.stop - 1 for _, part in read), *(place for _, place, _ in scored)]
-        logits = self._forward(writing, parts, torch.tensor(places, dtype=torch.long))
-        for (row, _, token), logits_V in zip(scored, logits[first + len(read) :], strict=True):
-            row.score += float(logits_V.float().log_softmax(0)[token])
-        for row in writing:
-            row.read += 1
-        for row, part in parts:
-            row.read += part.stop - part.start
-        rows = [*writing, *(row for row, _ in read)]
-        results = self._take(rows, logits[: len(rows)]) if rows else []
-        # Prompts that are read become written rows: they lie in the slots right behind those, in order.
-        self._writing += [row for row, _ in read]
-        self._reading = self._reading[len(read) :]
-        self._drop([row for row, result in results if not self._goes_on(row, result)])
+            chunks.append((sequence, PrefillChunk(start, start + count, slot, sequence.cached, sequence.prefix)))
+            start += count
+            room -= count
+        return chunks
 
-    def _goes_on(self, row: _Row, result: Any) -> bool:
-        """Whether another request follows in the row's slot; else its result is given."""
-        following = row.request.follow(result) if row.request.follow is not None else result
+    def _continues(self, sequence: RunningSequence, result: Any) -> bool:
+        """Whether another request follows in the sequence's slot; otherwise its result is set."""
+        following = sequence.request.follow(result) if sequence.request.follow is not None else result
         if not isinstance(following, Request):
-            if row.result.set_running_or_notify_cancel():  # False: it was cancelled meanwhile
-                row.result.set_result(following)
+            if sequence.result.set_running_or_notify_cancel():  # False: it was cancelled meanwhile
+                sequence.result.set_result(following)
             return False
-        # What lies in the slot is a pure function of the ids: what the new prompt begins with is not computed again.
-        held, begin = [*row.request.ids, *row.written][: row.prefix.length + row.read], following.ids[:-1]
-        same = next(
-            (i for i, (a, b) in enumerate(zip(held, begin, strict=False)) if a != b), min(len(held), len(begin))
-        )
-        place, last = self._writing.index(row), len(self._writing) - 1
-        self._cache.swap(place, last, max(row.read, self._writing[last].read))
-        self._writing[place] = self._writing[last]
-        self._writing.pop()
-        self._reading.insert(0, row)  # which begin in the slot behind the last written row's
-        row.request, row.read, row.written = following, same - row.prefix.length, []
-        row.steps = self._steps(following)
-        row.step = row.steps[-1] if row.steps else QUESTION
-        self._cache.reserve(len(self._writing) + len(self._reading), row.most)
+        # The content of a slot is a pure function of the ids, so what the new prompt starts with is not recomputed.
+        cached_ids = [*sequence.request.ids, *sequence.generated][: sequence.length]
+        kept = common_length(cached_ids, following.ids[:-1])
+        if self._rope and not (self._rope.is_short(sequence.length) and self._rope.is_short(len(following.ids))):
+            kept = 0
+            sequence.prefix = EMPTY
+        sequence.request = following
+        sequence.generated = []
+        self._prefill_again(sequence, following.ids, kept)
         return True
 
-    def _forward(self, writing: list[_Row], parts: list[tuple[_Row, Reading]], keep: Tensor | None) -> Tensor:
-        """Logits (len(keep), V) of the kept tokens; without any, of none that matters."""
-        ids, slots, places, positions, steps = [], [], [], [], []
-        for slot, row in enumerate(writing):
-            ids.append(row.written[-1])
+    def _prefill_again(self, sequence: RunningSequence, prompt: Sequence[int], kept: int) -> None:
+        """Let a decoding sequence prefill a prompt of which the first `kept` tokens are in the cache."""
+        index = self._decoding.index(sequence)
+        last = len(self._decoding) - 1
+        self._cache.swap(index, last, max(sequence.cached, self._decoding[last].cached))
+        self._decoding[index] = self._decoding[last]
+        self._decoding.pop()
+        self._prefilling.insert(0, sequence)  # their slots start after the last decoding one
+        sequence.prompt = prompt
+        sequence.cached = kept - sequence.prefix.length
+        self._set_steps(sequence)
+        self._cache.reserve(len(self._decoding) + len(self._prefilling), sequence.capacity)
+
+    def _prefill_outdated(self) -> None:
+        """Prefill the sequences again whose keys change as they pass the original length of `longrope`."""
+        for sequence in list(self._decoding):
+            if self._rope.outdated(sequence.length, sequence.length + 1):
+                sequence.prefix = EMPTY
+                self._prefill_again(sequence, [*sequence.request.ids, *sequence.generated], 0)
+
+    def _forward(self, decoding: list[RunningSequence], chunks: _Chunks, keep: Tensor | None) -> Tensor:
+        """Logits (len(keep), V) at the kept positions; with keep=None the result is unused."""
+        if not self._rope:
+            return self._run_model(decoding, chunks, keep)
+        regimes = {self._rope.regime(s.length + 1) for s in decoding}
+        regimes |= {self._rope.regime(sequence.length_at(chunk)) for sequence, chunk in chunks}
+        if regimes == {self._rope.regime(0)}:
+            self._rope.reset()
+            return self._run_model(decoding, chunks, keep)
+        return self._forward_by_regime(decoding, chunks, keep)
+
+    def _forward_by_regime(self, decoding: list[RunningSequence], chunks: _Chunks, keep: Tensor | None) -> Tensor:
+        """One forward pass for each rope regime; a decoded token is a chunk of one token there."""
+        decoded = [
+            (sequence, PrefillChunk(slot, slot + 1, slot, sequence.cached, sequence.prefix))
+            for slot, sequence in enumerate(decoding)
+        ]
+        groups: dict[tuple[int, ...], _Chunks] = {}
+        for sequence, chunk in [*decoded, *chunks]:
+            regime = self._rope.regime(sequence.length_at(chunk))
+            groups.setdefault(regime, []).append((sequence, chunk))
+        positions = [] if keep is None else keep.tolist()
+        logits: dict[int, Tensor] = {}
+        for group in groups.values():
+            moved: _Chunks = []
+            kept: list[tuple[int, int]] = []  # position in the whole batch, and in this forward pass
+            start = 0
+            for sequence, chunk in group:
+                shift = start - chunk.start
+                moved.append((sequence, replace(chunk, start=start, stop=chunk.stop + shift)))
+                kept += [(position, position + shift) for position in positions if chunk.start <= position < chunk.stop]
+                start = chunk.stop + shift
+            for sequence, chunk in group:
+                if chunk.end < len(sequence.own) and not self._rope.is_short(len(sequence.prompt)):
+                    # The prompt's last token shows the rotary embedding its length; its keys are written again later.
+                    last = PrefillChunk(start, start + 1, chunk.slot, len(sequence.own) - 1, chunk.prefix)
+                    moved.append((sequence, last))
+                    start += 1
+            self._rope.reset()
+            found = self._run_model([], moved, torch.tensor([index for _, index in kept], dtype=torch.long))
+            logits |= {position: logits_V for (position, _), logits_V in zip(kept, found, strict=True)}
+        return torch.stack([logits[position] for position in positions]) if positions else found
+
+    def _run_model(self, decoding: list[RunningSequence], chunks: _Chunks, keep: Tensor | None) -> Tensor:
+        """One forward pass of the model; see `_forward`."""
+        ids = []
+        slots = []
+        offsets = []
+        positions = []
+        steps = []
+        for slot, sequence in enumerate(decoding):
+            ids.append(sequence.generated[-1])
             slots.append(slot)
-            places.append(row.read)
-            positions.append(row.prefix.length + row.read)
-            steps.append(row.step)
-        for row, part in parts:
-            begin = part.prefix.length + part.place
-            end = begin + part.stop - part.start
-            ids += row.request.ids[begin:end]
-            slots += [part.slot] * (end - begin)
-            places += range(part.place, part.place + end - begin)
+            offsets.append(sequence.cached)
+            positions.append(sequence.length)
+            steps.append(sequence.step)
+        for sequence, chunk in chunks:
+            begin = chunk.prefix.length + chunk.offset
+            end = chunk.prefix.length + chunk.end
+            if begin < len(sequence.prompt):
+                ids += sequence.prompt[begin:end]
+                steps += sequence.steps[begin:end]
+            else:
+                ids.append(sequence.generated[-1])
+                steps.append(sequence.step)
+            slots += [chunk.slot] * (end - begin)
+            offsets += range(chunk.offset, chunk.end)
             positions += range(begin, end)
-            steps += row.steps[begin:end]
         device = self._model.device
-        lengths = [row.read + 1 for row in writing]
-        work = Pass(
+        lengths = [sequence.cached + 1 for sequence in decoding]
+        plan = BatchPlan(
             self._cache,
-            len(writing),
+            len(decoding),
             torch.tensor(slots, device=device),
-            torch.tensor(places, device=device),
+            torch.tensor(offsets, device=device),
             torch.tensor(lengths, device=device, dtype=torch.long),
             max(lengths, default=0),
-            _groups(writing, device),
-            max((row.prefix.length for row in writing), default=0),
-            [part for _, part in parts],
+            by_prefix(decoding, device),
+            max((sequence.prefix.length for sequence in decoding), default=0),
+            [chunk for _, chunk in chunks],
         )
         routing = {}
         if self._markers is not None:
-            routing = {"step_ids": torch.tensor([steps], device=device), "document_ids": work.slots[None]}
-        with running(work), _attention_of(self._model.config):
+            routing = {"step_ids": torch.tensor([steps], device=device), "document_ids": plan.slots[None]}
+        with executing(plan), _attention_of(self._model.config, SLOTS):
             logits: Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -319,84 +376,60 @@ class Batcher:
         self.tokens_computed += len(ids)
         return logits
 
-    def _take(self, rows: list[_Row], logits_B_V: Tensor) -> list[tuple[_Row, Any]]:
-        """Choose the next token of each row; gives the rows that have ended, with their results."""
-        ended: list[tuple[_Row, Any]] = []
-        for row, logits_V in zip(rows, logits_B_V, strict=True):
-            if row.request.words is not None:
-                ended.append((row, float(logits_V[list(row.request.words)].float().softmax(0)[0])))
-            elif row.request.scored:
-                ended.append((row, row.score / row.request.scored))
-        places = [i for i, row in enumerate(rows) if row.request.words is None and not row.request.scored]
-        if not places:
+    def _take(self, sequences: list[RunningSequence], logits_B_V: Tensor) -> list[tuple[RunningSequence, Any]]:
+        """Choose the next token of each sequence; returns those that have ended, with their results."""
+        ended: list[tuple[RunningSequence, Any]] = []
+        for sequence, logits_V in zip(sequences, logits_B_V, strict=True):
+            request = sequence.request
+            if request.words is not None:
+                ended.append((sequence, float(logits_V[list(request.words)].float().softmax(0)[0])))
+            elif request.scored:
+                ended.append((sequence, sequence.score / request.scored))
+        indices = [i for i, s in enumerate(sequences) if s.request.words is None and not s.request.scored]
+        if not indices:
             return ended
-        rows = [rows[i] for i in places]
-        masked = torch.stack([_masked(logits_B_V[i], row) for i, row in zip(places, rows, strict=True)])
-        tokens = draw(masked, [row.request.sampling for row in rows], [len(row.written) for row in rows])
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            row.written.append(token)
-            if self._markers is not None and row.request.adapted:
-                row.step = next_step(row.step, token, self._markers)
-            if row.request.on_token is not None:
-                row.request.on_token(token)
-            if row.request.grammar.ended(row.written) or len(row.written) == row.request.limit:
-                ended.append((row, row.written))
+        sequences = [sequences[i] for i in indices]
+        masked = torch.stack([s.masked(logits_B_V[i]) for i, s in zip(indices, sequences, strict=True)])
+        tokens = draw(masked, [s.request.sampling for s in sequences], [len(s.generated) for s in sequences])
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            request = sequence.request
+            sequence.generated.append(token)
+            if self._markers is not None and request.adapted:
+                sequence.step = next_step(sequence.step, token, self._markers)
+            if request.on_token is not None:
+                request.on_token(token)
+            if request.grammar.ended(sequence.generated) or len(sequence.generated) >= request.limit:
+                ended.append((sequence, sequence.generated))
         return ended
 
-    def _drop(self, gone: list[_Row]) -> None:
-        """Free the slots of these rows; the last row of their kind moves into the gap."""
-        for row in gone:
-            if row in self._writing:
-                gap, last = self._writing.index(row), self._writing.pop()
-                if last is not row:
-                    self._cache.move(len(self._writing), gap, last.read)
-                    self._writing[gap] = last
-                if self._reading:
-                    first = self._reading.pop()
-                    self._reading.insert(0, first)
-                    self._cache.move(len(self._writing) + len(self._reading), len(self._writing), first.read)
+    def _drop(self, gone: list[RunningSequence]) -> None:
+        """Free the slots of these sequences; the last decoding or prefilling one moves into the gap."""
+        for sequence in gone:
+            if sequence in self._decoding:
+                gap = self._decoding.index(sequence)
+                last = self._decoding.pop()
+                if last is not sequence:
+                    self._cache.move(len(self._decoding), gap, last.cached)
+                    self._decoding[gap] = last
+                if self._prefilling:
+                    first = self._prefilling.pop()
+                    self._prefilling.insert(0, first)
+                    self._cache.move(len(self._decoding) + len(self._prefilling), len(self._decoding), first.cached)
             else:
-                gap, last = self._reading.index(row), self._reading.pop()
-                if last is not row:
-                    base = len(self._writing)
-                    self._cache.move(base + len(self._reading), base + gap, last.read)
-                    self._reading[gap] = last
+                gap = self._prefilling.index(sequence)
+                last = self._prefilling.pop()
+                if last is not sequence:
+                    base = len(self._decoding)
+                    self._cache.move(base + len(self._prefilling), base + gap, last.cached)
+                    self._prefilling[gap] = last
 
 
 @contextmanager
-def _attention_of(config: Any) -> Iterator[None]:
-    """Let the model use the attention of slots for one pass: whoever calls it in between finds it as it was."""
+def _attention_of(config: Any, name: str) -> Iterator[None]:
+    """Let the model use this attention for one forward pass: other callers find the attention they set."""
     before = config._attn_implementation
-    config._attn_implementation = SLOTS
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
-
-
-def _scored(row: _Row, part: Reading) -> Iterator[tuple[int, int]]:
-    """The places in a pass whose logits are of scored ids, each with its id."""
-    ids = row.request.ids
-    following = part.prefix.length + part.place - part.start + 1  # of a place in the pass: where the next id stands
-    first, last = len(ids) - row.request.scored - following, len(ids) - following
-    for place in range(max(part.start, first), min(part.stop, last)):
-        yield place, ids[place + following]
-
-
-def _masked(logits_V: Tensor, row: _Row) -> Tensor:
-    """The logits of a row's next token, with what the grammar forbids at minus infinity."""
-    penalty = row.request.frequency_penalty
-    if penalty and row.written:
-        ids = torch.tensor(row.written, device=logits_V.device)
-        logits_V = logits_V.index_add(0, ids, logits_V.new_full((len(ids),), -penalty))
-    return row.request.grammar.mask(logits_V, row.written)
-
-
-def _groups(rows: list[_Row], device: torch.device) -> list[tuple[Prefix, Tensor | slice]]:
-    """The prefixes of written rows, each with the places of its rows."""
-    members: dict[Prefix, list[int]] = {}
-    for place, row in enumerate(rows):
-        members.setdefault(row.prefix, []).append(place)
-    if len(members) == 1:
-        return [(prefix, slice(None)) for prefix in members]
-    return [(prefix, torch.tensor(places, device=device)) for prefix, places in members.items()]

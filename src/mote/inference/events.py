@@ -1,6 +1,6 @@
-"""What happens while an answer is written, told token by token."""
+"""Events of one answer, token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,18 +8,20 @@ from mote.core.records import Frozen
 from mote.core.scheme import CHECK, Chain
 from mote.tokens.routing import Markers
 
+Token = int
+
 
 @dataclass(frozen=True)
-class Checked:
-    """The verdict of the trained check on the answer before it, p(c|y,x) of section 3.1.
+class Verdict:
+    """The trained check's verdict on the response before it, p(c|y,x) of section 3.1.
 
     Attributes:
-        depth: The mode whose chain was tried.
-        safe: Whether the answer passes.
-        score: Probability of the word for an answer that passes, against the other word.
+        depth: Mode whose chain was tried.
+        safe: Whether the response passes.
+        score: Probability of the word for a response that passes, against the other word.
         word: The verdict.
-        deeper: The mode whose chain is tried next; empty where the answer is given as it is.
-        kept: Steps of the tried chain that this one goes on from.
+        deeper: Mode whose chain is tried next; empty if the response is final.
+        kept: Number of steps of the tried chain that the deeper one continues from.
     """
 
     depth: str
@@ -30,30 +32,28 @@ class Checked:
     kept: int = 0
 
 
-Item = int | Checked  # a token, or the verdict on what is before it
-
-
 @dataclass(frozen=True)
-class Settled:
-    """What is left of all attempts.
+class FinalChain:
+    """What remains of all attempts.
 
     Attributes:
-        ids: Of the chain whose answer is given.
-        dropped: Tokens that no longer belong to it.
-        checks: The verdicts, each with the ids of the answer it is on.
+        ids: Of the chain whose response is given.
+        dropped: Number of tokens that are no longer part of it.
+        checks: The verdicts, each with the ids of the response it judges.
     """
 
     ids: list[int]
     dropped: int
-    checks: list[tuple[Checked, list[int]]]
+    checks: list[tuple[Verdict, list[int]]]
 
 
-def settle(items: Sequence[Item], markers: Markers) -> Settled:
-    """Leave out the steps that an unsafe answer has dropped."""
+def final_chain(output: Sequence[Token | Verdict], markers: Markers) -> FinalChain:
+    """Drop the steps that an unsafe response discarded."""
     steps: list[list[int]] = []
-    dropped, checks = 0, []
-    for item in items:
-        if isinstance(item, Checked):
+    dropped = 0
+    checks = []
+    for item in output:
+        if isinstance(item, Verdict):
             checks.append((item, steps[-1]))
             if item.deeper:
                 dropped += sum(map(len, steps[item.kept :]))
@@ -62,15 +62,14 @@ def settle(items: Sequence[Item], markers: Markers) -> Settled:
             steps.append([item])
         else:
             steps[-1].append(item)
-    return Settled([id_ for step in steps for id_ in step], dropped, checks)
+    return FinalChain([id_ for step in steps for id_ in step], dropped, checks)
 
 
 class Event(Frozen):
-    """A step begins, text comes, a step ends, all is done; `tokens` counts the step's, of `done` all.
+    """A step begins, its text grows, it ends, all is done; `tokens` counts the step's tokens, for `done` all of them.
 
-    Where the answer is checked, `draft` says that one is begun whose text is held back, `check` is the verdict on it
-    (`text` its word), and `again` says that a deeper chain begins (`text` its mode). An answer that is given follows
-    its check.
+    With a self-check, `draft` announces a response whose text is held back, `check` is its verdict (`text`: the word),
+    and `again` announces a deeper chain (`text` is the mode). The response that is given follows its check.
     """
 
     kind: Literal["begin", "text", "end", "done", "draft", "check", "again"]
@@ -82,38 +81,53 @@ class Event(Frozen):
 
 
 class Events:
-    """Turns what is written into events; text is given once it can no longer change.
+    """Turns the tokens of one answer into events; text is emitted once it can no longer change.
 
     Args:
         tokenizer: Of the model.
-        markers: The steps' markers.
-        experts: The steps' names.
-        step: The answer's step, to which text without markers belongs.
-        checks: Whether answers are checked: no text of theirs is given before.
+        markers: Markers of the steps.
+        experts: Names of the steps.
+        step: The response's step, which text without markers belongs to.
+        checks: Whether responses are checked: their text is held back until then.
+        stop_ids: Ids that end a turn and are no text.
     """
 
-    def __init__(self, tokenizer: Any, markers: Markers, experts: Chain, step: str, checks: bool = False) -> None:
-        self._tokenizer, self._markers, self._experts, self._step = tokenizer, markers, experts, step
-        self._checked = step if checks else None
+    def __init__(
+        self,
+        tokenizer: Any,
+        markers: Markers,
+        experts: Chain,
+        step: str,
+        checks: bool = False,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._markers = markers
+        self._experts = experts
+        self._step = step
+        self._stop_ids = frozenset(stop_ids)
+        self._checked_step = step if checks else None
         self._ids: list[int] = []
-        self._shown = ""
+        self._emitted = ""
         self._total = 0
-        self._held = False
+        self._held_back = False
 
-    def token(self, item: Item) -> Iterator[Event]:
+    def token(self, token: Token | Verdict) -> Iterator[Event]:
         """The events of one more token, or of a verdict."""
         self._total += 1
-        if isinstance(item, Checked):
-            yield from self._verdict(item)
-        elif item in self._markers.starts:
-            self._step = self._experts[self._markers.starts.index(item)]
-            self._ids, self._shown, self._held = [], "", self._step == self._checked
-            yield Event(kind="draft" if self._held else "begin", step=self._step)
-        elif item in self._markers.ends:
-            if not self._held:
+        if isinstance(token, Verdict):
+            yield from self._verdict(token)
+        elif token in self._markers.starts:
+            self._step = self._experts[self._markers.starts.index(token)]
+            self._ids = []
+            self._emitted = ""
+            self._held_back = self._step == self._checked_step
+            yield Event(kind="draft" if self._held_back else "begin", step=self._step)
+        elif token in self._markers.ends:
+            if not self._held_back:
                 yield from self._end()
-        else:
-            self._ids.append(item)
+        elif token not in self._stop_ids:
+            self._ids.append(token)
             yield from self._text()
 
     def end(self) -> Iterator[Event]:
@@ -121,14 +135,13 @@ class Events:
         yield from self._text(final=True)
         yield Event(kind="done", step=self._step, tokens=self._total)
 
-    def _verdict(self, checked: Checked) -> Iterator[Event]:
-        yield Event(
-            kind="check", step=CHECK, text=checked.word, tokens=1, safe=checked.safe, score=round(checked.score, 4)
-        )
-        if checked.deeper:
-            yield Event(kind="again", step=CHECK, text=checked.deeper)
+    def _verdict(self, verdict: Verdict) -> Iterator[Event]:
+        score = round(verdict.score, 4)
+        yield Event(kind="check", step=CHECK, text=verdict.word, tokens=1, safe=verdict.safe, score=score)
+        if verdict.deeper:
+            yield Event(kind="again", step=CHECK, text=verdict.deeper)
         else:
-            self._held = False
+            self._held_back = False
             yield Event(kind="begin", step=self._step)
             yield from self._end()
 
@@ -137,11 +150,11 @@ class Events:
         yield Event(kind="end", step=self._step, tokens=len(self._ids) + 2)
 
     def _text(self, final: bool = False) -> Iterator[Event]:
-        if self._held:
+        if self._held_back:
             return
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         if not final and text.endswith("\ufffd"):  # a character of several tokens
             return
-        if len(text) > len(self._shown):
-            yield Event(kind="text", step=self._step, text=text[len(self._shown) :])
-            self._shown = text
+        if len(text) > len(self._emitted):
+            yield Event(kind="text", step=self._step, text=text[len(self._emitted) :])
+            self._emitted = text

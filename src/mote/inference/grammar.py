@@ -1,23 +1,24 @@
-"""What may be written next, on logits: the steps of a mode between their markers, or any text."""
+"""Constrained decoding: which tokens may come next, so that an answer is a chain of its mode, or plain text."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from typing_extensions import override
 
 from mote.tokens.routing import Markers
 
-LEAST = 4  # tokens of a step with its markers, where the budget in all is small
+MIN_STEP_TOKENS = 4  # least tokens of a step with its markers, if there is a budget for the whole answer
+_MINUS_INFINITY = float("-inf")
 
 
-class Written(NamedTuple):
-    """What the grammar needs to know of an answer's ids.
+class ChainState(NamedTuple):
+    """What the grammar needs to know of the ids so far.
 
     Attributes:
-        chain: Indices of the steps begun so far.
-        length: Tokens in the open step, -1 while none is open.
+        chain: Indices of the steps opened so far.
+        length: Tokens in the open step, -1 if no step is open.
         total: Tokens in all.
     """
 
@@ -26,32 +27,32 @@ class Written(NamedTuple):
     total: int
 
 
-NOTHING = Written(chain=(), length=-1, total=0)
+START = ChainState(chain=(), length=-1, total=0)
 
 
 def chains_within(chains: Sequence[tuple[int, ...]], max_tokens: int | None) -> tuple[tuple[int, ...], ...]:
     """The chains that can be finished within `max_tokens`; the shortest one if none can."""
     if max_tokens is None:
         return tuple(chains)
-    fitting = tuple(chain for chain in chains if LEAST * len(chain) <= max_tokens)
+    fitting = tuple(chain for chain in chains if MIN_STEP_TOKENS * len(chain) <= max_tokens)
     return fitting or (min(chains, key=len),)
 
 
 class ChainGrammar:
-    """Lets an answer be a chain of its mode.
+    """Constrains an answer to a chain of its mode.
 
-    The first token is a start marker; inside a step every token but special ones and its own end marker is free; after
-    an end marker comes the start of a step that some allowed chain goes on with, or the end. A step that has used its
-    budget is closed. Half of the budget in all is the answer's: when the reasoning has used the other half, it is
-    closed and the answer follows as soon as the mode allows.
+    The first token is a start marker. Inside a step every token except special ones is allowed, and its own end marker.
+    After an end marker comes the start marker of a step that continues an allowed chain, or the end of the turn. A step
+    that has used its budget is closed. Half of the total budget is reserved for the response: once the reasoning has
+    used the other half, it is closed and the response follows as soon as the mode allows it.
 
     Args:
-        chains: The chains of the mode, as indices of the steps; all end with the answer. Those that `max_tokens` leaves
-            no room to finish are left out.
-        markers: The steps' marker ids.
-        eos_id: The end of the turn.
+        chains: The chains of the mode, as step indices; all end with the response. Those that cannot be finished within
+            `max_tokens` are left out.
+        markers: Marker ids of the steps.
+        eos_id: End of the turn.
         max_step_tokens: Budget of a step.
-        max_tokens: Budget in all, markers included; None for none.
+        max_tokens: Budget of the whole answer, markers included; None for no such budget.
     """
 
     def __init__(
@@ -62,82 +63,83 @@ class ChainGrammar:
         max_step_tokens: int,
         max_tokens: int | None = None,
     ) -> None:
-        self.chains, self.markers, self.eos_id = chains_within(chains, max_tokens), markers, eos_id
-        self.max_step_tokens, self.max_tokens = max_step_tokens, max_tokens
+        self.chains = chains_within(chains, max_tokens)
+        self.markers = markers
+        self.eos_id = eos_id
+        self.max_step_tokens = max_step_tokens
+        self.max_tokens = max_tokens
 
-    def read(self, before: Written, ids: Iterable[int]) -> Written:
-        """What is known of an answer once these ids came."""
-        chain, length, total = before.chain, before.length, before.total
+    def advance(self, state: ChainState, ids: Iterable[int]) -> ChainState:
+        """The state after these ids."""
+        chain, length, total = state
         for id_ in ids:
             total += 1
             if id_ in self.markers.starts:
-                chain, length = (*chain, self.markers.starts.index(id_)), 0
+                chain = (*chain, self.markers.starts.index(id_))
+                length = 0
             elif id_ in self.markers.ends:
                 length = -1
             elif length >= 0:
                 length += 1
-        return Written(chain, length, total)
+        return ChainState(chain, length, total)
 
-    def behind(self, written: Written) -> tuple[list[int], bool]:
-        """Special tokens that may come next, and whether nothing else may."""
-        chain, length = written.chain, written.length
-        answer = self.chains[0][-1]
-        over = self.max_tokens is not None and written.total >= self.max_tokens // 2
+    def next_ids(self, state: ChainState) -> tuple[list[int], bool]:
+        """(allowed special ids, forced): forced means ordinary tokens are masked out."""
+        chain, length, total = state
+        response = self.chains[0][-1]
+        half_used = self.max_tokens is not None and total >= self.max_tokens // 2
         if length >= 0:
             full = length >= self.max_step_tokens
             if self.max_tokens is not None:
-                full |= over if chain[-1] != answer else written.total >= self.max_tokens - 1
+                full |= half_used if chain[-1] != response else total >= self.max_tokens - 1
             return ([self.markers.ends[chain[-1]]] if length or full else []), full
         following = {c[len(chain)] for c in self.chains if c[: len(chain)] == chain and len(c) > len(chain)}
-        if over and answer in following:
-            following = {answer}
+        if half_used and response in following:
+            following = {response}
         return ([self.markers.starts[step] for step in sorted(following)] or [self.eos_id]), True
 
     def allowed(self, ids: Sequence[int]) -> tuple[list[int], bool]:
-        """`behind` all ids of an answer."""
-        return self.behind(self.read(NOTHING, ids))
+        """`next_ids` after all ids of an answer."""
+        return self.next_ids(self.advance(START, ids))
 
-    def ended(self, written: Sequence[int]) -> bool:
-        """Whether the answer has ended: its end marker is the last one of every chain."""
-        return written[-1] == self.markers.ends[self.chains[0][-1]]
-
-
-_NEVER = float("-inf")
+    def ended(self, generated: Sequence[int]) -> bool:
+        """Whether the response, with which every chain ends, is closed."""
+        return generated[-1] == self.markers.ends[self.chains[0][-1]]
 
 
 class FreeText:
     """Any text up to the end of the turn.
 
     Args:
-        eos_id: The end of the turn.
-        forbidden: Tokens that must not come: with the adapter off, the untrained rows of the markers.
+        stop_ids: Ids that end the turn.
+        forbidden: Ids that must not come: with the adapter off, the untrained rows of the markers.
     """
 
-    def __init__(self, eos_id: int, forbidden: Sequence[int] = ()) -> None:
-        self.eos_id, self.forbidden = eos_id, torch.tensor(forbidden, dtype=torch.long)
+    def __init__(self, stop_ids: Collection[int], forbidden: Sequence[int] = ()) -> None:
+        self.stop_ids = frozenset(stop_ids)
+        self.forbidden = torch.tensor(forbidden, dtype=torch.long)
 
-    def mask(self, logits_V: Tensor, written: Sequence[int]) -> Tensor:
-        """The logits with the forbidden tokens at minus infinity."""
+    def mask(self, logits_V: Tensor, generated: Sequence[int]) -> Tensor:
+        """The logits with the forbidden ids at minus infinity."""
         if not len(self.forbidden):
             return logits_V
-        return logits_V.index_fill(0, self.forbidden.to(logits_V.device), _NEVER)
+        return logits_V.index_fill(0, self.forbidden.to(logits_V.device), _MINUS_INFINITY)
 
-    def ended(self, written: Sequence[int]) -> bool:
+    def ended(self, generated: Sequence[int]) -> bool:
         """Whether the turn has ended."""
-        return written[-1] == self.eos_id
+        return generated[-1] in self.stop_ids
 
 
-class StepGrammar(ChainGrammar, LogitsProcessor):
-    """Lets a row write only chains of its mode, as `ChainGrammar` has it.
+class StepGrammar(ChainGrammar):
+    """`ChainGrammar` on logits.
 
     Args:
-        chains: The chains of the mode, as indices of the steps; all end with the answer.
-        markers: The steps' marker ids.
-        special_ids: Special tokens of the tokenizer, which no step may hold.
-        eos_id: The end of the turn.
-        prompt_length: Tokens of the padded prompt, where it is called as a logits processor.
+        chains: The chains of the mode, as step indices; all end with the response.
+        markers: Marker ids of the steps.
+        special_ids: Ids that no step may contain: the tokenizer's special tokens, and what ends a turn.
+        eos_id: End of the turn.
         max_step_tokens: Budget of a step.
-        max_tokens: Budget in all, markers included; None for none.
+        max_tokens: Budget of the whole answer, markers included; None for no such budget.
     """
 
     def __init__(
@@ -146,38 +148,31 @@ class StepGrammar(ChainGrammar, LogitsProcessor):
         markers: Markers,
         special_ids: Collection[int],
         eos_id: int,
-        prompt_length: int,
         max_step_tokens: int,
         max_tokens: int | None = None,
     ) -> None:
         super().__init__(chains, markers, eos_id, max_step_tokens, max_tokens)
-        self.prompt_length = prompt_length
         self.special_ids = torch.tensor(sorted({*special_ids, *markers.starts, *markers.ends, eos_id}))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) with what the grammar forbids at minus infinity: for transformers' `generate`."""
-        written = input_ids[:, self.prompt_length :].tolist()
-        return torch.stack([self.mask(row, ids) for row, ids in zip(scores, written, strict=True)])
-
-    def mask(self, logits_V: Tensor, written: Sequence[int]) -> Tensor:
-        """The logits with what the grammar forbids behind these ids at minus infinity."""
-        ids, only = self.allowed(written)
-        if only:
-            masked = torch.full_like(logits_V, _NEVER)
+    def mask(self, logits_V: Tensor, generated: Sequence[int]) -> Tensor:
+        """The logits with every id that may not follow `generated` at minus infinity."""
+        ids, forced = self.allowed(generated)
+        if forced:
+            masked = torch.full_like(logits_V, _MINUS_INFINITY)
         else:
-            masked = logits_V.index_fill(0, self.special_ids.to(logits_V.device), _NEVER)
+            masked = logits_V.index_fill(0, self.special_ids.to(logits_V.device), _MINUS_INFINITY)
         masked[ids] = logits_V[ids]
         return masked
 
 
 class OpenStep(StepGrammar):
-    """One step, which the prompt has opened with its start marker."""
+    """A single step whose start marker ends the prompt."""
 
     @property
     def start(self) -> int:
-        """The marker that the prompt ends with."""
+        """Its start marker."""
         return self.markers.starts[self.chains[0][0]]
 
+    @override
     def allowed(self, ids: Sequence[int]) -> tuple[list[int], bool]:
-        """As for a whole chain, behind the start marker."""
         return super().allowed([self.start, *ids])

@@ -1,6 +1,6 @@
-"""Answers from a model for each step: each of them reads the text so far anew and writes its step.
+"""Generation for `method=separate`: each step's model re-prefills the context and generates its step.
 
-A step's keys and values are of no use to the next model, so each step is a request of its own to the running batch.
+One model's keys and values are of no use to the next, so every step is a request of its own to the running batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,19 +8,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from mote.core.seeds import seed_of
-from mote.inference.batching import Batcher, Request
-from mote.inference.events import Item
+from mote.inference.batching import Batcher
+from mote.inference.events import Token, Verdict
 from mote.inference.grammar import OpenStep
+from mote.inference.request import Request
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The steps to write, one after the other.
+class SeparateSteps:
+    """Steps to generate, one after the other.
 
     Attributes:
-        request: The prompt, how to sample, and the limit of all steps together; its grammar is that of no step.
-        grammars: One a step, in order.
-        budgets: Tokens of each step at most, its end marker among them, where so many are written already.
+        request: The prompt, how to sample, and the limit of all steps together; its grammar is not used.
+        grammars: One per step, in order.
+        budgets: Maximum tokens of each step with its end marker, given the number of tokens generated before it.
     """
 
     request: Request
@@ -28,50 +29,50 @@ class Steps:
     budgets: Sequence[Callable[[int], int]]
 
 
-def submit_steps(batcher: Batcher, steps: Steps) -> "Future[list[Item]]":
-    """Queue the first step; each step's end queues the next one.
+def submit_steps(batcher: Batcher, steps: SeparateSteps) -> "Future[list[Token | Verdict]]":
+    """Queue the first step; the end of each step queues the next one.
 
     Returns:
-        A future of all written ids, start markers included; cancelling it ends the answer with its step.
+        A future of all generated ids, start markers included; cancelling it ends the answer with the current step.
     """
-    result: Future[list[Item]] = Future()
+    result: Future[list[Token | Verdict]] = Future()
     on_token = steps.request.on_token
 
-    def go_on(written: list[int], number: int) -> None:
+    def start(generated: list[int], number: int) -> None:
         if result.cancelled():
             return
-        room = steps.request.limit - len(written)
+        room = steps.request.limit - len(generated)
         if number == len(steps.grammars) or room < 1:
-            finish(written)
+            finish(generated)
             return
         grammar = steps.grammars[number]
-        grammar.max_step_tokens = steps.budgets[number](len(written))
-        written = [*written, grammar.start]
+        grammar.max_step_tokens = steps.budgets[number](len(generated))
+        generated = [*generated, grammar.start]
         if on_token is not None:
             on_token(grammar.start)
         if room == 1:
-            finish(written)
+            finish(generated)
             return
         sampling = steps.request.sampling
         request = replace(
             steps.request,
-            ids=[*steps.request.ids, *written],
+            ids=[*steps.request.ids, *generated],
             grammar=grammar,
             limit=min(max(grammar.max_step_tokens, 0) + 1, room - 1),
             sampling=replace(sampling, seed=seed_of(sampling.seed, number)),
         )
-        batcher.submit(request).add_done_callback(lambda done: end(done, written, number))
+        batcher.submit(request).add_done_callback(lambda done: end(done, generated, number))
 
-    def finish(written: list[int]) -> None:
+    def finish(generated: list[int]) -> None:
         if result.set_running_or_notify_cancel():
-            result.set_result([*written])
+            result.set_result([*generated])
 
-    def end(done: "Future[list[int]]", written: list[int], number: int) -> None:
+    def end(done: "Future[list[int]]", generated: list[int], number: int) -> None:
         error = done.exception()
         if error is None:
-            go_on([*written, *done.result()], number + 1)
+            start([*generated, *done.result()], number + 1)
         elif result.set_running_or_notify_cancel():
             result.set_exception(error)
 
-    go_on([], 0)
+    start([], 0)
     return result

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mote.inference.events import Event, Events, Item
+from mote.inference.events import Event, Events, Token, Verdict
 from mote.serve.openai_schema import ChunkChoice, Delta, StepEvent
 
 _SEPARATOR = "\n\n"  # between two reasoning steps
@@ -34,7 +34,7 @@ class AnswerStream:
         self._begun = False  # whether text of the current step was given
         self._reasoned = False  # whether any reasoning was given
 
-    def token(self, item: Item) -> Iterator[ChunkChoice]:
+    def token(self, item: Token | Verdict) -> Iterator[ChunkChoice]:
         """The choices that one more token or verdict adds."""
         for event in self._events.token(item):
             yield from self._choices(event)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mote.core.records import Answer
-from mote.inference.events import Item
+from mote.inference.events import Token, Verdict
 from mote.inference.model import Model
 from mote.serve.answer_stream import AnswerStream
 from mote.serve.api_error import ApiError
@@ -86,7 +86,7 @@ class AnswerState:
     """
 
     def __init__(self, model: Model, chat: ChatRequest, index: int) -> None:
-        self.items: list[Item] = []
+        self.items: list[Token | Verdict] = []
         self.stream = AnswerStream(model.events(chat.mode), model.scheme.answer, chat.stop, index)
         self._model = model
         self._chat = chat

@@ -13,9 +13,9 @@ from dataclasses import replace
 from jinja2 import TemplateError
 
 from mote.core.errors import UserError
-from mote.inference.batching import Request
-from mote.inference.events import Item
+from mote.inference.events import Token, Verdict
 from mote.inference.model import Model
+from mote.inference.request import Request
 from mote.serve.api_error import ApiError
 from mote.serve.chat_request import ChatRequest
 from mote.serve.server_settings import ServeSettings
@@ -37,9 +37,9 @@ class Job:
         self.prompt_tokens = len(requests[0].ids)
         self._loop = asyncio.get_running_loop()
         # Bounded by the answers' token limits, however slowly a client reads.
-        self._queue: asyncio.Queue[tuple[int, Item | None] | ApiError] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Token | Verdict | None] | ApiError] = asyncio.Queue()
         self._timer = self._loop.call_later(timeout, self.fail, ApiError(504, f"not finished within {timeout:g} s"))
-        self._futures: list[Future[list[Item]]] = []
+        self._futures: list[Future[list[Token | Verdict]]] = []
         for index, request in enumerate(requests):
             request.on_token = lambda token, index=index: self._put((index, token))
             future = model.batcher.submit(request)
@@ -51,7 +51,7 @@ class Job:
         """Answers that have not finished."""
         return sum(not future.done() for future in self._futures)
 
-    async def tokens(self) -> AsyncIterator[tuple[int, Item | None]]:
+    async def tokens(self) -> AsyncIterator[tuple[int, Token | Verdict | None]]:
         """Yield the index of an answer and its next token or verdict (None at its end) until all have ended.
 
         Raises:
@@ -80,11 +80,11 @@ class Job:
         for future in self._futures:
             future.cancel()
 
-    def _put(self, entry: tuple[int, Item | None] | ApiError) -> None:
+    def _put(self, entry: tuple[int, Token | Verdict | None] | ApiError) -> None:
         with suppress(RuntimeError):  # the loop is closed; an exception here would end the whole batch
             self._loop.call_soon_threadsafe(self._queue.put_nowait, entry)
 
-    def _ended(self, index: int, future: "Future[list[Item]]") -> None:
+    def _ended(self, index: int, future: "Future[list[Token | Verdict]]") -> None:
         error = None if future.cancelled() else future.exception()
         if error is not None:
             _LOG.error("an answer failed", exc_info=error)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from mote.inference.grammar import NOTHING, ChainGrammar
+from mote.inference.grammar import START, ChainGrammar
 from mote.serve.vllm.engine_config import StepEngineConfig
 from mote.serve.vllm.folder_config import GRAMMAR_CONFLICT, ServedConfig
 
@@ -25,14 +25,14 @@ class RequestState:
     def __init__(self, grammar: ChainGrammar, ids: Sequence[int]) -> None:
         self.grammar = grammar
         self.ids = ids
-        self.written = NOTHING
+        self.state = START
         self.read = 0
 
     def allowed(self) -> tuple[list[int], bool]:
         """Allowed special ids and whether they are forced; only reads ids added since the last call."""
-        self.written = self.grammar.read(self.written, self.ids[self.read :])
+        self.state = self.grammar.advance(self.state, self.ids[self.read :])
         self.read = len(self.ids)
-        return self.grammar.behind(self.written)
+        return self.grammar.next_ids(self.state)
 
 
 class StepGrammarProcessor(LogitsProcessor):
