@@ -53,8 +53,9 @@ def test_refusal_metrics_are_not_called_goodness_or_harm() -> None:
     assert set(headline([row()])) == {"harmless"}
 
 
-def test_over_refusal_is_over_safe_prompts_only() -> None:
-    given = {"task": "xstest", "measures": "refusal"}
+@pytest.mark.parametrize("task", ["xstest", "jailbreakbench"])
+def test_over_refusal_is_over_safe_prompts_only(task: str) -> None:
+    given = {"task": task, "measures": "refusal"}
     rows = [
         row(id="1", kind="benign", type="homonyms", label="full_compliance", **given),
         row(id="2", kind="benign", type="homonyms", label="partial_refusal", **given),

@@ -7,6 +7,8 @@ from support.evals import HARM, judged, small, write_evals
 
 from mote.report.evaluation import Evaluation, read_evaluation
 from mote.report.metric_labels import is_safety, metric_label
+from mote.report.report_page import render
+from mote.report.summary import summarise
 from mote.report.tables import by_technique, by_type, class_shares, headline_tables
 
 
@@ -51,14 +53,41 @@ def test_techniques_are_grouped_by_kind(evaluation: Evaluation) -> None:
 
 
 def test_xstest_by_type_and_class(evaluation: Evaluation) -> None:
-    safe, unsafe = by_type(evaluation)
+    (task, safe), (_, unsafe) = by_type(evaluation)
+    assert task == "xstest"
     assert (safe.metric, [group for group, _ in safe.rows]) == ("not_overrefuse", ["figurative_language", "homonyms"])
     assert [[c.estimate.value for c in cells if c] for _, cells in safe.rows] == [[0.0] * 3, [1.0] * 3]
     assert unsafe.metric == "refusal_on_unsafe" and unsafe.rows[0][1][0] is not None
     assert (unsafe.rows[0][1][0].estimate.n, unsafe.rows[0][1][0].unparsed) == (1, 1)
     shares = class_shares(evaluation)
-    assert shares["benign"]["base", "base"] == {"full_compliance": 0.5, "partial_refusal": 0.5, "full_refusal": 0.0}
-    assert list(shares["harmful"]) == [("base", "base"), ("ours", "direct"), ("ours", "full@8")]
+    assert shares["xstest", "benign"]["base", "base"] == {
+        "full_compliance": 0.5,
+        "partial_refusal": 0.5,
+        "full_refusal": 0.0,
+    }
+    assert list(shares["xstest", "harmful"]) == [("base", "base"), ("ours", "direct"), ("ours", "full@8")]
+
+
+def test_jailbreakbench_has_its_own_type_tables(tmp_path: Path) -> None:
+    rows = [
+        judged("base", "base", "jailbreakbench", "1", "full_refusal", type="Fraud/Deception"),
+        judged("base", "base", "jailbreakbench", "2", "full_compliance", kind="benign", type="Fraud/Deception"),
+        judged("base", "base", "xstest", "1", "full_compliance", kind="benign", type="homonyms"),
+    ]
+    found = read_evaluation(write_evals(tmp_path, rows))
+    assert found is not None
+    assert [(task, table.metric) for task, table in by_type(found[0])] == [
+        ("jailbreakbench", "not_overrefuse"),
+        ("jailbreakbench", "refusal_on_unsafe"),
+        ("xstest", "not_overrefuse"),
+    ]
+    assert list(class_shares(found[0])) == [
+        ("jailbreakbench", "benign"),
+        ("jailbreakbench", "harmful"),
+        ("xstest", "benign"),
+    ]
+    page = render(summarise(tmp_path))
+    assert "Refusal of unsafe prompts (jailbreakbench)" in page and "Safe prompts (jailbreakbench)" in page
 
 
 @pytest.mark.parametrize(

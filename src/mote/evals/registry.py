@@ -6,7 +6,7 @@ from mote.evals.scorers import exact, goodness, judged, share_of
 from mote.evals.tasks.ability import gsm8k, mmlu
 from mote.evals.tasks.helpful_harmless import hh_harm, hh_harm_help, hh_help
 from mote.evals.tasks.jailbreak import strongreject
-from mote.evals.tasks.over_refusal import xstest
+from mote.evals.tasks.over_refusal import jailbreakbench, xstest
 from mote.evals.tasks.step_quality import analysis_quality, guidance_quality
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "hh_harm",
     "hh_harm_help",
     "hh_help",
+    "jailbreakbench",
     "judged",
     "mmlu",
     "mote",

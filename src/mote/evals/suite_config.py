@@ -16,6 +16,7 @@ TaskName = Literal[
     "hh-harm-help",
     "strongreject",
     "xstest",
+    "jailbreakbench",
     "analysis-quality",
     "guidance-quality",
     "mmlu",

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: safety against tokens (figure 6), and the three refusal classes of XSTest."""
+"""Plots of an evaluation: safety against tokens (figure 6), and the three refusal classes."""
 
 from collections.abc import Mapping, Sequence
 

@@ -107,9 +107,11 @@ def _classes(evaluation: Evaluation) -> list[str]:
     titles = {"benign": "Safe prompts", "harmful": "Unsafe prompts"}
     return [
         eval_plots.classes(
-            {" · ".join(name): of_name for name, of_name in shares.items()}, f"classes-{kind}", titles.get(kind, kind)
+            {" · ".join(column): of_column for column, of_column in shares.items()},
+            f"classes-{task}-{kind}",
+            f"{titles.get(kind, kind)} ({task})",
         )
-        for kind, shares in class_shares(evaluation).items()
+        for (task, kind), shares in class_shares(evaluation).items()
     ]
 
 

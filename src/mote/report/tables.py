@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL, JudgeCard
 from mote.evals.attacks import load_techniques
+from mote.evals.metrics import OVER_REFUSAL
 from mote.evals.results import Number
 from mote.report.evaluation import TOKENS, Evaluation, Headline
 from mote.report.metric_labels import is_safety
@@ -75,28 +76,28 @@ def by_technique(evaluation: Evaluation) -> list[tuple[str, GroupTable]]:
     return [(kind, table._replace(rows=rows)) for kind, rows in rows_by_kind.items()]
 
 
-def by_type(evaluation: Evaluation) -> list[GroupTable]:
-    """XSTest by type of prompt: compliance on the safe types, refusal of the unsafe ones."""
-    by_metric: dict[str, list[Number]] = {}
+def by_type(evaluation: Evaluation) -> list[tuple[str, GroupTable]]:
+    """(task, table) of XSTest and JailbreakBench by type: compliance with safe prompts, refusal of unsafe ones."""
+    by_metric: dict[tuple[str, str], list[Number]] = {}
     for number in evaluation.groups:
-        if number.task == "xstest" and number.metric not in _CLASSES:
-            by_metric.setdefault(number.metric, []).append(number)
+        if number.task in OVER_REFUSAL and number.metric not in _CLASSES:
+            by_metric.setdefault((number.task, number.metric), []).append(number)
     return [
-        _group_table(numbers, sorted({number.group for number in numbers}), evaluation.columns)
-        for numbers in by_metric.values()
+        (task, _group_table(numbers, sorted({number.group for number in numbers}), evaluation.columns))
+        for (task, _), numbers in by_metric.items()
     ]
 
 
-def class_shares(evaluation: Evaluation) -> dict[str, dict[SystemMode, dict[str, float]]]:
-    """Kind of prompt -> system and mode -> class -> share of the XSTest answers."""
-    by_kind: dict[str, dict[SystemMode, dict[str, float]]] = {}
+def class_shares(evaluation: Evaluation) -> dict[tuple[str, str], dict[SystemMode, dict[str, float]]]:
+    """(task, kind of prompt) -> system and mode -> class -> share of the answers."""
+    by_kind: dict[tuple[str, str], dict[SystemMode, dict[str, float]]] = {}
     for number in evaluation.groups:
-        if number.task == "xstest" and number.metric in _CLASSES and number.estimate.value is not None:
-            shares = by_kind.setdefault(number.group, {}).setdefault((number.system, number.mode), {})
+        if number.task in OVER_REFUSAL and number.metric in _CLASSES and number.estimate.value is not None:
+            shares = by_kind.setdefault((number.task, number.group), {}).setdefault((number.system, number.mode), {})
             shares[number.metric] = number.estimate.value
     return {
-        kind: {column: shares[column] for column in evaluation.columns if column in shares}
-        for kind, shares in by_kind.items()
+        task_and_kind: {column: shares[column] for column in evaluation.columns if column in shares}
+        for task_and_kind, shares in by_kind.items()
     }
 
 
