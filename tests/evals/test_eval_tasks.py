@@ -181,7 +181,7 @@ def test_strongreject_cached_attacks_and_minimum_techniques(forbidden: Path, tmp
     with pytest.raises(UserError, match="less than one of 6; give at least 10 techniques"):
         strongreject(str(forbidden), techniques="forged")
     assert len(strongreject(str(forbidden), techniques="forged", k=0.5).dataset) == 12
-    with pytest.raises(UserError, match="k: 0 is no share"):
+    with pytest.raises(UserError, match="k: 0 is not a share"):
         strongreject(str(forbidden), k=0)
 
 
