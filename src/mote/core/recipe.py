@@ -289,6 +289,27 @@ class AnswerSettings(_Settings):
     )
 
 
+class EvalSettings(_Settings):
+    """How the trained model is evaluated at the end of a run; `eval=false` leaves the evaluation out."""
+
+    suite: str | None = Field(
+        "smoke",
+        min_length=1,
+        description="Suite of tasks: `smoke` (the package's own questions, offline judge), `paper`, or a `.yaml` file "
+        "(evaluation.md); null, like `eval=false`, for no evaluation. Cost: time in each of `answer.modes`; `paper` "
+        "takes hours.",
+    )
+    judge: str | None = Field(
+        None,
+        min_length=1,
+        description="Judge of tasks that do not name one, as `--judge` of `mote eval`. Cost: that of its model.",
+    )
+    data: str | None = Field(None, min_length=1, description="Folder of the files that the suite names. Cost: none.")
+    limit: int | None = Field(
+        None, ge=1, description="Maximum number of questions per task; null for the suite's own limits. Cost: time."
+    )
+
+
 class Shape(_Settings):
     """Shape of a base model, so that a run can be planned without the model's files."""
 
@@ -361,9 +382,19 @@ class Recipe(_Settings):
     experts: ExpertSettings = Field(ExpertSettings(), description="The step experts.")
     train: TrainSettings = Field(TrainSettings(), description="Training.")
     answer: AnswerSettings = Field(AnswerSettings(), description="Which questions are answered, and how.")
+    eval: EvalSettings = Field(
+        EvalSettings(), description="How the trained model is evaluated; `false` for not at all."
+    )
     shape: Shape | None = Field(
         None, description="Shape of a model that is not on this machine, for `--dry-run` only. Cost: none."
     )
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _evaluation_switch(cls, given: object) -> object:
+        if isinstance(given, bool):
+            return {} if given else {"suite": None}
+        return given
 
     @field_validator("engine")
     @classmethod

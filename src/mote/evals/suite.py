@@ -141,7 +141,9 @@ class SuiteRun:
         if not system.local:
             endpoint_args: dict[str, Any] = {**system.args}
             return get_model(system.model, **endpoint_args)
-        args: dict[str, Any] = {"mode": mode} | ({"adapter": system.adapter} if system.adapter else {})
+        args: dict[str, Any] = {**system.args, "mode": mode}
+        if system.adapter:
+            args["adapter"] = system.adapter
         return get_model(
             system.model,
             max_step_tokens=self.suite.max_step_tokens,

@@ -9,6 +9,8 @@ from pathlib import Path
 from mote.core.recipe import Recipe
 from mote.core.records import Frozen
 from mote.core.scheme import ADAPTIVE, BASE, CHECKED, Scheme
+from mote.evals.attacks import load_techniques
+from mote.evals.suite_config import Suite, SuiteTask
 from mote.experiments.throughput import Machine
 from mote.models.memory_estimate import BYTES, RUNTIME_BYTES, advice, checkpoints, training_bytes, weights_bytes
 from mote.models.shapes import ModelShape, active_parameters
@@ -93,6 +95,14 @@ def expected_texts(scheme: Scheme, retries: int) -> float:
     return texts * (1 + RETRIED * retries)
 
 
+def _answers_to(task: SuiteTask, recipe: Recipe) -> tuple[int | None, list[str]]:
+    """Questions of a task (None if neither the suite nor the recipe limits them) and the modes they are asked in."""
+    modes = [mode for mode in recipe.answer.modes if task.modes is None or mode in task.modes]
+    limits = [limit for limit in (task.limit, recipe.eval.limit) if limit is not None]
+    techniques = len(load_techniques(None)) if task.task == "strongreject" else 1
+    return (min(limits) * techniques if limits else None), modes
+
+
 def _reach(depth: int) -> float:
     return REACH[min(depth, len(REACH) - 1)]
 
@@ -161,6 +171,23 @@ class RunEstimate:
             what=f"{asked.count} from {settings.questions} in {len(settings.modes)} modes: {', '.join(settings.modes)}",
             tokens=round(texts * USED_BUDGET * settings.max_step_tokens + prompts),
             seconds=slower * (self._prefill(prompts) + decoding),
+        )
+
+    def evaluation(self, suite: Suite) -> Stage:
+        """Prefill and decode as for answers, with questions of assumed length; judging is not included."""
+        counts = [_answers_to(task, self.recipe) for task in suite.tasks]
+        known = [(count, modes) for count, modes in counts if count is not None]
+        texts = sum(count * expected_steps(self.scheme, mode) for count, modes in known for mode in modes)
+        answers = sum(count * len(modes) for count, modes in known)
+        seconds = self._prefill(answers * UNKNOWN_TOKENS) + self._decoding(
+            texts, suite.batch_size, suite.max_step_tokens
+        )
+        complete = len(known) == len(counts)
+        return Stage(
+            name="eval",
+            what=f"suite {suite.name}: " + (f"{answers} judged answers" if complete else "all questions of its tasks"),
+            tokens=round(texts * USED_BUDGET * suite.max_step_tokens + answers * UNKNOWN_TOKENS) if complete else 0,
+            seconds=seconds if complete else None,
         )
 
     def _decoding(self, texts: float, batch: int, tokens: int) -> float:

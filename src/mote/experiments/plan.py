@@ -10,6 +10,7 @@ from mote.core.recipe import Recipe
 from mote.core.records import Frozen
 from mote.core.scheme import load_scheme
 from mote.experiments.estimates import QuestionStats, RunEstimate, Stage, question_stats
+from mote.experiments.eval_stage import inspect_is_installed, suite_of_run
 from mote.experiments.throughput import Machine, measure
 from mote.models.shapes import ModelShape, count_parameters, count_trainable, find_shape
 
@@ -86,6 +87,10 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     questions = question_stats(recipe.questions, recipe.limit, recipe, "questions", notes)
     answered = question_stats(recipe.answer.questions, recipe.answer.limit, recipe, "answer.questions", notes)
     estimate = RunEstimate(recipe, scheme, shape, dtype, trainable, steps, machine or measure(device))
+    suite = suite_of_run(recipe)
+    if suite is not None and not inspect_is_installed():
+        notes.append("eval: inspect-ai is not installed; the evaluation is left out (install mote-align[eval])")
+        suite = None
     notes += _warnings(estimate, device, questions, answered)
     return Plan(
         name=recipe.name,
@@ -100,6 +105,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
             estimate.chains(questions),
             estimate.training(questions),
             estimate.answers(answered),
+            *([estimate.evaluation(suite)] if suite is not None else []),
             Stage(name="report", what="report.json, report.html", tokens=0, seconds=REPORT_SECONDS),
         ),
         adapter_bytes=4 * trainable,

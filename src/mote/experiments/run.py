@@ -1,4 +1,4 @@
-"""`mote run`: questions -> chains -> train -> answer -> report; each stage resumes from what the folder holds."""
+"""`mote run`: questions -> chains -> train -> answer -> eval -> report; each stage is resumable."""
 
 import asyncio
 import hashlib
@@ -28,6 +28,7 @@ from mote.core.recipe import Recipe
 from mote.core.recipe_file import dump_recipe, load_recipe
 from mote.core.records import Answer, ChainRow, LeftOut, Question, append_rows, iter_rows, read_rows, rewrite_rows
 from mote.core.scheme import CHECK, Chain, load_scheme
+from mote.experiments.eval_stage import evaluate, inspect_is_installed, suite_of_run
 from mote.experiments.stage_log import StageLog, changed_keys
 from mote.questions.load import load_questions, select_questions
 
@@ -56,6 +57,7 @@ class Run:
         self.chains()
         self.train(self.folder / "chains.jsonl")
         self.answer(self.folder / "adapter")
+        self.evaluate(self.folder / "adapter")
         self.report()
 
     def claim(self) -> None:
@@ -71,13 +73,21 @@ class Run:
         path = self.folder / "recipe.yaml"
         text = dump_recipe(recipe)
         if path.exists() and path.read_text(encoding="utf-8") != text:
+            # A recipe written by an older version lacks newer settings and is the same if their defaults are.
             changed = changed_keys(load_recipe(path).model_dump(mode="json"), recipe.model_dump(mode="json"))
-            raise UserError(
-                f"out: {self.folder} holds the run of another recipe (it differs in {changed or 'its form'}); give "
-                "another folder with --out, or remove that one"
-            )
+            if changed:
+                raise UserError(
+                    f"out: {self.folder} holds the run of another recipe (it differs in {changed}); give another "
+                    "folder with --out, or remove that one"
+                )
         load_questions(recipe.answer.questions, recipe.answer.limit, recipe.chains.max_question_chars)
         check_settings(recipe, self.scheme, self.folder)
+        if suite_of_run(recipe) is not None and not inspect_is_installed():
+            print(
+                "eval: inspect-ai is not installed, so the run ends without an evaluation; install mote-align[eval], "
+                "or say eval=false",
+                file=sys.stderr,
+            )
         self.questions()
         write_atomic(path, text)
 
@@ -231,6 +241,29 @@ class Run:
                     answer_questions(model, questions, mode, self.recipe, path, answered[mode])
                     progress(sum(len(read_rows(path, Answer)) for path in paths.values()), total)
             result.note = f"{total} answers in {len(paths)} modes"
+
+    def evaluate(self, adapter: Path) -> None:
+        """Answers to the recipe's suite, judged -> `evals/`; left out with `eval=false` or without Inspect."""
+        recipe = self.recipe
+        suite = suite_of_run(recipe)
+        if suite is None or not inspect_is_installed():
+            return
+        folder = self.folder / "evals"
+        made_by = {
+            "model": recipe.model,
+            "seed": recipe.seed,
+            "adapter": sha256_of(adapter / "adapter_model.safetensors"),
+            "modes": list(recipe.answer.modes),
+            "suite": suite.model_dump(mode="json", exclude={"batch_size"}),
+            "eval": recipe.eval.model_dump(mode="json"),
+        }
+        if (folder / "summary.json").exists() and self.stages.settings("eval") == made_by:
+            self.stages.reuse("eval", made_by, f"{folder / 'summary.json'} is there")
+            return
+        with self.stages.record("eval", made_by, folder) as result:
+            self._base = None  # Inspect loads its own
+            answers = evaluate(recipe, suite, adapter, self.folder)
+            result.note = f"{answers} judged answers to the suite {suite.name}"
 
     def report(self) -> None:
         """Everything in the folder -> `report.json` and `report.html`; fast, so always rewritten."""
