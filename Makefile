@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: install  ## questions -> chains -> step experts -> answers -> report, on the embedded model
+quickstart: install  ## questions -> chains -> step experts -> answers -> judged report, on the embedded model
 	$(BIN)/mote run recipes/quickstart.yaml --out $(RUN)
 
 check: install  ## lint, types, order of imports

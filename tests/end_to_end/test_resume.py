@@ -33,6 +33,7 @@ train:
   marker_learning_rate: 1.0e-3
   save_steps: {SAVE_STEPS}
 answer: {{limit: {ANSWERED}, max_step_tokens: 8, temperature: 0.7, batch_size: 1, modes: [{", ".join(MODES)}]}}
+eval: false
 """
 Folder = Path
 
@@ -281,6 +282,26 @@ def test_killed_while_answering(recipe: Path, reference: Folder, tmp_path: Path)
     assert_same(folder, reference)
     for name, rows in before.items():
         assert_kept(folder, f"answers/{name}", rows)
+
+
+def test_killed_while_evaluating(tiny: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "name: small\nmax_step_tokens: 8\nbatch_size: 2\n"
+        "tasks: [{task: xstest, file: mote:test, judge: rule, limit: 6}]\n"
+    )
+    recipe = tmp_path / "evaluated.yaml"
+    recipe.write_text(f"model: {tiny}\n{SETTINGS}".replace("eval: false", f"eval: {{suite: {suite}}}"))
+    folder = killed(
+        recipe,
+        tmp_path,
+        lambda f: any((f / "evals").rglob("*.eval")),
+        lambda f: not (f / "evals" / "summary.json").exists(),
+    )
+    printed = again(recipe, folder)
+    assert "answer: reused" in printed and "eval: 30 judged answers to the suite small" in printed
+    assert lines(folder / "evals" / "results.jsonl") == 30
+    assert json.loads((folder / "report.json").read_text())["evaluation"]["suite"] == "small"
 
 
 def test_killed_in_the_report(recipe: Path, reference: Folder, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def recipe(tiny: Path, tmp_path: Path) -> Any:
     """A recipe with a suite of two questions in two modes."""
     suite = tmp_path / "two.yaml"
     suite.write_text(
-        "name: two\nmax_step_tokens: 4\nbatch_size: 4\ntasks:\n  - {task: xstest, file: mote:test, judge: rule, limit: 2}\n"
+        "name: two\nmax_step_tokens: 4\nbatch_size: 4\n"
+        "tasks: [{task: xstest, file: mote:test, judge: rule, limit: 2}]\n"
     )
     overrides = [f"model={tiny}", "device=cpu", "limit=4", "answer.modes=[base,direct]", f"eval.suite={suite}"]
     return load_recipe(None, overrides)

@@ -175,7 +175,7 @@ def test_expected_lengths_follow_the_papers_shares() -> None:
 
 def test_stages_in_order_with_positive_numbers() -> None:
     result = planned(limit=20, answer={"limit": 5})
-    assert [stage.name for stage in result.stages] == ["questions", "chains", "train", "answer", "report"]
+    assert [stage.name for stage in result.stages] == ["questions", "chains", "train", "answer", "eval", "report"]
     assert result.stages[0].what == "20 from mote:train"
     for stage in result.stages[1:4]:
         assert stage.tokens > 0 and stage.seconds is not None and stage.seconds > 0
@@ -278,11 +278,12 @@ def test_table() -> None:
     assert "19,541,376 trained parameters, 78.2 MB on disk" in text
     assert "100.0 GFLOP/s in float32" in text and "10.0 GB/s" in text
     lines = [line.split()[0] for line in text.splitlines() if line]
-    assert [name for name in lines if name in ("questions", "chains", "train", "answer", "report")] == [
+    assert [name for name in lines if name in ("questions", "chains", "train", "answer", "eval", "report")] == [
         "questions",
         "chains",
         "train",
         "answer",
+        "eval",
         "report",
     ]
     assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("note"))

@@ -16,7 +16,7 @@ from mote.core.recipe_file import load_recipe
 @options("out")
 @click.option("--dry-run", is_flag=True, help="Print stages, sizes, estimated memory and time, then exit.")
 def run(recipe: Path, overrides: tuple[str, ...], out: Path | None, dry_run: bool) -> None:
-    """Run a RECIPE: questions, chains, train, answer, report.
+    """Run a RECIPE: questions, chains, train, answer, eval, report.
 
     KEY=VALUE overrides a setting of the recipe, such as limit=32 or train.learning_rate=1e-4. The run folder is
     runs/<name of the recipe> by default; run the same command again to resume.
