@@ -9,7 +9,14 @@ from support.commands import PROGRESS, one_error
 
 QUESTION = '{"question": "How do I boil an egg?"}\n'
 SMALL = [
-    *("limit=8", "chains.batch_size=2", "chains.max_tokens=24", "chains.threshold=0.8", "chains.reject=[]"),
+    *(
+        "eval=false",
+        "limit=8",
+        "chains.batch_size=2",
+        "chains.max_tokens=24",
+        "chains.threshold=0.8",
+        "chains.reject=[]",
+    ),
     *("experts.r=4", "train.num_train_epochs=4", "train.per_device_train_batch_size=1", "train.save_steps=2"),
     *("train.learning_rate=5e-4", "answer.limit=3", "answer.max_step_tokens=8", "answer.batch_size=1"),
 ]
