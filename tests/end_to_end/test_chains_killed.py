@@ -1,4 +1,4 @@
-"""kill -9 at a hundred random moments: no finished chain is lost, none is made twice."""
+"""kill -9 at a hundred random moments: no finished chain is lost or repeated."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ QUESTIONS = 400
 
 
 class Busy:
-    """Takes as long as a server may, and says the same to the same request."""
+    """A slow but deterministic fake server."""
 
     name = "busy"
 
@@ -58,7 +58,7 @@ def whole_lines(path: Path) -> bytes:
 
 
 def kill_often(folder: Path) -> None:
-    """Fork a worker, kill it at work, and again; this process has no threads, so that forking it is safe and quick."""
+    """Repeatedly fork a worker and kill it; this process has no threads, so forking is safe and fast."""
     cut, path = folder / "cut.jsonl", folder / "whole.jsonl"
     draws, before = random.Random(0), b""
     for kill in range(KILLS):

@@ -1,4 +1,4 @@
-"""Training on two processes: gradients, a step and the saved adapter are those of one process with both batches."""
+"""Training in two processes: gradients, update and saved adapter equal those of one process with both batches."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ LONGEST = 60  # seconds
 
 
 def batch() -> dict[str, Tensor]:
-    """Two rows for each process. No row has the second step, and the first process has no step at all."""
+    """Two rows per process; no row has the second step, and the first process has no step at all."""
     ids = torch.randint(3, 60, (2 * WORLD, 12), generator=torch.Generator().manual_seed(3))
     ids[2, 3], ids[2, 8], ids[3, 5] = 64, 68, 64
     return {"input_ids": ids, "labels": ids, "question_experts": torch.tensor([3, 1, 1, 3])}
@@ -137,7 +137,7 @@ def on_two_processes(scenario: Callable[[int, Path], Any], folder: Path) -> list
 
 @pytest.fixture(scope="module")
 def alone() -> Any:
-    """One process with the whole batch: what it found, and its logits afterwards."""
+    """One process with the whole batch: its results and its logits afterwards."""
     model = adapted().train()
     found = train(model, model, batch())
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_two_processes_train_as_one(scenario: Callable[[int, Path], Any], alone:
 
 
 def test_expert_without_tokens_gets_a_zero_gradient(alone: Any) -> None:
-    """So DDP waits for nothing, with `find_unused_parameters` as it is by default."""
+    """So DDP does not wait, with the default `find_unused_parameters`."""
     gradients = alone[0]["gradients"]
     first = {name: gradient for name, gradient in gradients.items() if "mote_A" in name}
     assert first

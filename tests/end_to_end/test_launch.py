@@ -1,4 +1,4 @@
-"""`mote train` as launchers start it, two processes on a CPU: the losses and the adapter are those of one process."""
+"""`mote train` under launchers with two CPU processes: losses and adapter equal those of one process."""
 
 import functools
 import os
@@ -24,13 +24,13 @@ FSDP = {
 
 
 def set_up(environment: dict[str, str]) -> None:
-    """In a process of its own, before anything else."""
+    """Runs first in the subprocess."""
     torch.set_num_threads(1)
     os.environ.update(environment)
 
 
 def folder_of(tiny: Path, folder: Path, batch: int, **changes: object) -> list[str]:
-    """Chains of which 16 are trained on, and the command that does."""
+    """A chains file with 16 trainable chains, and the training command."""
     folder.mkdir()
     accepted = [row for row in checked(30) if row.accepted][:16]
     rewrite_rows(folder / "chains.jsonl", [ChainRow.model_validate(row.model_dump()) for row in accepted])
@@ -42,7 +42,7 @@ def folder_of(tiny: Path, folder: Path, batch: int, **changes: object) -> list[s
 
 
 def launched(command: list[str], where: Path, extra: dict[str, str]) -> list[str]:
-    """Run a command in two processes; what each printed."""
+    """Run a command in two processes; returns the output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,7 +99,7 @@ def test_other_stages_refuse_several_processes(tiny: Path, tmp_path: Path) -> No
 
 
 def test_training_on_quantised_weights_gives_an_adapter(tiny: Path, tmp_path: Path) -> None:
-    """QLoRA: the frozen weights in 4 bits; what is trained is as large and answers on the plain model."""
+    """QLoRA: 4-bit frozen weights; the adapter has the same size and loads on the unquantised model."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for this system")
     folder = tmp_path / "run"
     command = folder_of(tiny, folder, 8, quantization="4bit")

@@ -1,4 +1,4 @@
-"""kill -9 anywhere, the same command again: the run ends as if it had never been cut."""
+"""kill -9 at any stage, then the same command again: the run ends as if it had not been interrupted."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def recipe(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A run that nothing cut."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     again(recipe, folder)
     rows = rows_of(folder / "chains.jsonl")
@@ -65,7 +65,7 @@ def command(recipe: Path, folder: Folder) -> list[str]:
 
 
 def again(recipe: Path, folder: Folder) -> str:
-    """Run to the end; what was printed."""
+    """Run to the end; returns the output."""
     log = folder.with_name(f"{folder.name}-end.log")
     code, printed = processes.finish(command(recipe, folder), log)
     assert code == 0, printed
@@ -75,7 +75,7 @@ def again(recipe: Path, folder: Folder) -> str:
 def killed(
     recipe: Path, where: Path, begun: Callable[[Folder], bool], caught: Callable[[Folder], bool] | None = None
 ) -> Folder:
-    """A run folder that a run left when it was killed while `begun`; `caught` is asked again after the kill."""
+    """The folder of a run that was killed as soon as `begun` held; `caught` is checked after the kill."""
     caught = caught or begun
     for attempt in range(5):  # on a busy machine a stage may be over before we look again
         folder = where / f"run{attempt}"
@@ -88,7 +88,7 @@ def killed(
 
 
 def killed_by_itself(recipe: Path, folder: Folder, prepare: Callable[[], None]) -> None:
-    """Start a run that kills itself at the point that `prepare` has laid."""
+    """Start a run that kills itself where `prepare` tells it to."""
     code, printed = processes.finish(command(recipe, folder), folder.with_name("cut.log"), prepare)
     assert code == -signal.SIGKILL, printed
 
@@ -114,7 +114,7 @@ def whole_checkpoints(folder: Folder) -> list[int]:
 
 
 def went_beyond_a_checkpoint(folder: Folder) -> bool:
-    """Whether training has logged steps that are in no checkpoint, and has not ended."""
+    """Whether training has logged steps after the last checkpoint and has not ended."""
     whole = whole_checkpoints(folder)
     return bool(whole) and lines_of_steps(folder) > whole[-1] and not (folder / "adapter").exists()
 
@@ -137,7 +137,7 @@ def files(folder: Folder) -> list[str]:
 
 
 def assert_same(folder: Folder, reference: Folder) -> None:
-    """Every file is there, and all but the times is the same."""
+    """All files exist and are equal except for times."""
     assert files(folder) == files(reference)
     for name in files(reference):
         if name == "chains.jsonl":  # its rows are written as they are done
@@ -151,7 +151,7 @@ def assert_same(folder: Folder, reference: Folder) -> None:
 
 
 def assert_kept(folder: Folder, name: str, before: list[dict[str, Any]]) -> None:
-    """Rows from before the kill were not made anew: even their times are the same."""
+    """Rows from before the kill were not generated again: even their times are equal."""
     assert rows_of(folder / name)[: len(before)] == before
 
 
@@ -338,7 +338,7 @@ def test_leftover_temporary_files_are_ignored(name: str, recipe: Path, reference
     assert_same(folder, reference)
 
 
-# --- what is there is used
+# --- existing results are reused
 
 
 def test_third_run_reuses_everything(recipe: Path, reference: Folder, tmp_path: Path) -> None:

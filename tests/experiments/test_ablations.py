@@ -1,4 +1,4 @@
-"""Ablations: every variant and seed is trained on the same chains, answered with and counted; cut short, it goes on."""
+"""Ablations: every variant and seed is trained on the same chains and measured; an interrupted run resumes."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def test_chains_are_shared_by_all_variants(tiny: Path, tmp_path: Path, monkeypat
 
 
 def test_human_replies_replace_the_chains(tiny: Path, tmp_path: Path) -> None:
-    """On the same questions; those that the file does not answer are left out."""
+    """On the same questions; those without a reply in the file are left out."""
     human = tmp_path / "hh.jsonl"
     asked = [row.model_copy(update={"id": ""}) for row in checked(6)]
     human.write_text(

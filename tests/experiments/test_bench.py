@@ -1,4 +1,4 @@
-"""The benchmark computes what it says: equal variants are equal, ratios are ratios, and the file holds everything."""
+"""`mote bench experts`: equivalent variants agree, ratios are paired, and the result file is complete."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def base() -> Any:
 
 
 def with_same_weights(base: Any) -> dict[str, Variant]:
-    """Every way to run the same step experts, with random B."""
+    """Every implementation of the same step experts, with random lora_B."""
     variants = {name: build(name, share(base, name)) for name in SAME_EXPERTS}
     mote = dict(variants["mote-4x16"].causal.named_modules())
     with torch.no_grad():

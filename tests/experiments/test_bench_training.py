@@ -1,4 +1,4 @@
-"""The benchmark of training measures what it says: seven data sets, counted products, and everything in the file."""
+"""The training benchmark: the seven data sets, FLOP counts, and a complete result file."""
 
 import json
 import sys
@@ -66,7 +66,7 @@ def test_full_chain_has_seven_forms() -> None:
 
 
 def test_counted_flops_equal_the_matmul_flops() -> None:
-    """The in-place product and the CPU's attention, which PyTorch's counter leaves out."""
+    """The in-place matmul and CPU attention, which PyTorch's counter misses."""
 
     def counted(action: Any) -> int:
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:

@@ -1,4 +1,4 @@
-"""Every table and figure of the paper by its recipe, from end to end on a tiny model, beside the paper's numbers."""
+"""Every table and figure of the paper from its recipe, end to end on a tiny model, next to the paper's numbers."""
 
 import json
 import re
@@ -51,12 +51,12 @@ def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Chains and adapters that were made for one recipe and serve the next one too."""
+    """Chains and adapters shared by the recipes."""
     return tmp_path_factory.mktemp("pool")
 
 
 def run(name: str, small: Path, pool: Path, out: Path, *more: str) -> None:
-    """`mote ablations recipes/paper/NAME.yaml` with a tiny model in the place of the paper's."""
+    """`mote ablations recipes/paper/NAME.yaml` with a tiny model instead of the paper's."""
     data = yaml.safe_load(RECIPES[name].read_text())
     data["variants"] = [v for v in data["variants"] if v["name"] in KEPT.get(name, [v["name"]])]
     (small / f"{name}.yaml").write_text(yaml.safe_dump({**data, "recipe": "small.yaml"}))
@@ -163,7 +163,7 @@ def test_tables_list_the_papers_rows_beside_ours(
 def test_interrupted_ablations_resume(
     small: Path, pool: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What is trained and judged stays; another judge finds the adapters."""
+    """Trained adapters and judged answers are kept; another judge reuses the adapters."""
     run("figure6", small, pool, tmp_path / "out")
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.eval")}
     first = table_of(tmp_path / "out")

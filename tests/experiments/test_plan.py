@@ -1,4 +1,4 @@
-"""Plans: exact counts against hand arithmetic and against real models, estimates that move the right way, recipes."""
+"""Plans: exact parameter counts, monotonic estimates, and the shipped recipes."""
 
 import json
 import re

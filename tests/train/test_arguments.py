@@ -1,4 +1,4 @@
-"""What the settings make of the trainer: trackers, early stopping, the best checkpoint, the loss."""
+"""Training settings: trackers, early stopping, the best checkpoint, loss weights."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from mote.train.arguments import step_weights
 
 
 def test_tensorboard_gets_the_losses(tiny: Path, tmp_path: Path) -> None:
-    """Real event files, which stay when the checkpoints go."""
+    """Real event files, kept when the checkpoints are deleted."""
     folder = trained(tiny, tmp_path, report_to=["tensorboard"], num_train_epochs=2)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,7 +35,7 @@ def test_missing_trackers_are_refused(tiny: Path, tmp_path: Path, monkeypatch: p
 
 
 def evaluated(tiny: Path, folder: Path, **changes: Any) -> tuple[list[float], Path]:
-    """Held-out losses of a training that goes wrong within a few epochs: the learning rate is far too high."""
+    """Held-out losses of a training that diverges: the learning rate is far too high."""
     settings: dict[str, Any] = {"learning_rate": 3.0, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
     settings |= {"num_train_epochs": 3, **changes}
     trained(tiny, folder, count=24, per_device_train_batch_size=4, **settings)

@@ -1,4 +1,4 @@
-"""The card of an adapter says what was trained; the hub gets the adapter's folder as it is."""
+"""The model card, and pushing an adapter folder to the Hub."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The loss that never holds all logits equals the plain one, in value and in gradients."""
+"""The chunked loss equals the plain cross-entropy in value and gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ STEPS = ("analysis", "response")
 
 
 def trained(folder: Path, with_markers: bool = True) -> Any:
-    """A model with experts and marker rows that are not where they began."""
+    """A model with random experts and changed marker rows."""
     base = load_base(str(folder), "cpu", "float32")
     config = mote.MoteConfig(r=4, experts=STEPS, draw_question_expert=False)
     if with_markers:
@@ -32,7 +32,7 @@ def trained(folder: Path, with_markers: bool = True) -> Any:
 
 
 def batch(model: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Two rows with every marker among them, and labels on some of the tokens."""
+    """Two rows with every marker, and labels on some tokens."""
     torch.manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (2, 40))
     ids[0, 10:14] = torch.arange(model.config.vocab_size - 4, model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""Every method trains behind the same call, is what it claims to be, and its adapter answers with the same command."""
+"""Every training method: its rows, its equivalence to what it claims to be, and answers from its adapter."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ MODES = {name: ["direct", "analysis", "full", "adaptive"] for name in METHODS} |
 
 
 def rows(tiny: Path, method: str, given: list[ChainRow], **changes: Any) -> tuple[list[Tokens], Any, Any]:
-    """A method's rows, its model with nothing at zero, and its configuration."""
+    """A method's rows, its model without zero weights, and its configuration."""
     settings, base = recipe(tiny, method=method, **changes), load_base(str(tiny), device="cpu")
     config = mote_config(settings, SCHEME)
     config.init_weights = False
@@ -58,7 +58,7 @@ def batch_of(rows: list[Tokens], steps: tuple[str, ...]) -> dict[str, Any]:
 
 
 def as_peft_lora(tiny: Path, model: Any, r: int, alpha: float, take: slice) -> Any:
-    """PEFT's own LoRA with the weights of one of the experts, on a base that holds the markers' rows."""
+    """PEFT's LoRA with the weights of one expert, on a base with the marker rows."""
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, attn_implementation="sdpa")
     state = model.state_dict()
     embedding = next(v for k, v in state.items() if "embed_tokens" in k and k.endswith(".weight")).clone()
@@ -119,7 +119,7 @@ def test_every_method_trains_and_answers_with_the_same_call(
 
 
 def test_lora_method_equals_peft_lora(tiny: Path) -> None:
-    """The same loss and gradients on the same chains, to 1e-6; the plain causal mask is all there is."""
+    """Same loss and gradients on the same chains to 1e-6, with the plain causal mask."""
     for method, r, alpha in (("lora", 4, 8), ("lora-x2", 8, 16)):
         given, model, config = rows(tiny, method, chains())
         batch = batch_of(given, config.experts)
@@ -141,7 +141,7 @@ def test_lora_method_equals_peft_lora(tiny: Path) -> None:
 
 
 def test_separate_models_are_loras_trained_on_one_step_each(tiny: Path) -> None:
-    """What a step's rows give its expert is what they give to PEFT's LoRA; the other experts get nothing."""
+    """A step's rows give its expert the gradients of PEFT's LoRA, and the other experts none."""
     given, model, config = rows(tiny, "separate", chains())
     assert not config.shared and config.whole_rows
     for index, _ in enumerate(config.experts):
@@ -165,7 +165,7 @@ def test_separate_models_are_loras_trained_on_one_step_each(tiny: Path) -> None:
 
 
 def test_expanded_chains_are_all_outcomes_of_skipping(tiny: Path, tmp_path: Path) -> None:
-    """All that end with the answer, the whole one first; of a held-out chain only that one counts."""
+    """All chains that end with the answer, the full one first; only that one is held out."""
     from mote.train.examples import split_groups
 
     deepest, direct = chains(3)[2], chains(1)[0]
@@ -193,7 +193,7 @@ def test_separate_rows_hold_every_label_of_a_chain_once(tiny: Path) -> None:
 
 
 def test_separate_models_answer_like_each_model_alone(tiny: Path, tmp_path: Path) -> None:
-    """Greedy steps are those of a plain LoRA of that step, loaded without mote's routing, on the text so far."""
+    """Greedy steps equal those of the step's plain LoRA, without mote's routing, on the text so far."""
     folder = trained(tiny, tmp_path / "run", method="separate", num_train_epochs=4)
     model = mote.load(str(tiny), folder / "adapter", device="cpu")
     asked = "how do I answer"
@@ -262,7 +262,7 @@ def test_chains_may_be_cut_to_some_steps(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_fourth_expert_learns_only_verdicts(tiny: Path) -> None:
-    """Of every answer that was tried; skipping never hides the answer from its verdict."""
+    """Every tried answer gives a row, and the answer is always visible to its verdict."""
     given, model, config = rows(tiny, "four-experts", checked())
     assert config.experts == (*SCHEME.steps, "check")
     verdicts = [row for row in given if 4 in row.steps]
@@ -283,8 +283,8 @@ def test_fourth_expert_learns_only_verdicts(tiny: Path) -> None:
     )
     assert all(4 not in row.steps for row in rows(tiny, "four-experts", [unread])[0])
     pairs = apply_method(recipe(tiny, method="four-experts", skip_p=1.0), SCHEME).train
-    chances = skip_probabilities(pairs.skip_p, pairs.skip_pairs, config.experts)
-    assert not chances[4].any() and chances[3, 1] == 1
+    probabilities = skip_probabilities(pairs.skip_p, pairs.skip_pairs, config.experts)
+    assert not probabilities[4].any() and probabilities[3, 1] == 1
     model.train()(**batch_of(verdicts, config.experts)).loss.backward()
     gradients = [p.grad.split(4) for name, p in model.named_parameters() if "mote_A" in name]
     assert all(check.any() for *_, check in gradients)

@@ -1,4 +1,4 @@
-"""Training on the tiny model: what a batch holds, what the held-out loss is, and what a recipe may say."""
+"""Training the tiny model: batches, held-out loss, checkpoints and settings."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def test_marker_rows_take_a_separate_learning_rate(tiny: Path, tmp_path: Path) -
 def test_packing_does_not_change_the_update(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
 ) -> None:
-    """One update from the same chains and draws: loss, gradient, tokens and held-out losses are those without it."""
+    """One update from the same chains and draws: loss, gradient, tokens and held-out losses are unchanged."""
     made: list[MoteTrainer] = []
 
     class Kept(MoteTrainer):
@@ -181,7 +181,7 @@ def test_step_weights_scale_the_loss(tiny: Path, tmp_path: Path, given: dict[str
 
 
 def test_draws_lengthen_rows_and_keep_the_loss(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Experts begin at zero, where a view changes nothing but sights: a chance near 0 shows the whole chain twice."""
+    """Experts start at zero; with a skip probability near 0 the second draw repeats the full chain."""
     changes = {"held_out": 0, "learning_rate": 1e-9, "skip_p": 1e-9, "step_weights": {"analysis": 0.5}}
     plain = trained(tiny, tmp_path / "plain", **changes)
     twice = trained(tiny, tmp_path / "twice", **changes, skip_views=2)

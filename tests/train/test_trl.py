@@ -1,4 +1,4 @@
-"""Step experts under TRL's own trainer, as a user of TRL would train them."""
+"""Step experts under TRL's trainer, used as TRL's users do."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rough estimates of a run's tokens, time and memory; each formula stands in its function's docstring.
+"""Rough estimates of a run's tokens, time and memory; each formula is in its function's docstring.
 
 Legend: N parameters that multiply a token, A trained parameters.
 """

@@ -154,7 +154,7 @@ class Run:
             await engine.close()
 
     def _set_aside_other_chains(self, path: Path, made_by: dict[str, Any]) -> None:
-        """Move chains of other settings to a file of their own, and bring back those of these settings.
+        """Move chains of other settings to a separate file, and restore those of the current settings.
 
         With `chains.keep_old` the old ones stay, and new ones are added to them.
         """

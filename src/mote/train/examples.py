@@ -75,7 +75,7 @@ def _check_rows(chain: ChainRow, scheme: Scheme, steps: Chain, tokenizer: Any, m
 def shorter(chain: ChainRow) -> list[ChainRow]:
     """The chain and every chain that remains when some steps before the answer are removed.
 
-    They are all that step skipping stands for: a shorter chain without an answer is a prefix of one of them.
+    These are all outcomes of step skipping: a shorter chain without an answer is a prefix of one of them.
     """
     *before, answer = chain.steps
     kept = [some for count in range(len(before), -1, -1) for some in combinations(before, count)]
