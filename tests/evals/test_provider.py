@@ -141,10 +141,42 @@ def test_adapter_retrained_in_place_gives_fresh_answers(tiny: Path, tmp_path: Pa
     assert provider(tiny, folder, mode="full").api.base_url != provider(tiny, folder, mode="direct").api.base_url
 
 
-def test_reasoning_of_earlier_turns_is_dropped() -> None:
-    said = ChatMessageAssistant(content=[ContentReasoning(reasoning="secret"), ContentText(text="open")])
-    asked = dialogue([ChatMessageUser(content="a"), said, ChatMessageUser(content="b")])
-    assert [message.content for message in asked] == ["a", "open", "b"]
+SECRET = ContentReasoning(reasoning="secret")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [SECRET, ContentText(text="open")],
+        [SECRET, ContentText(text="\nopen")],
+        [ContentText(text=""), SECRET, ContentText(text="open")],
+        [ContentText(text="\n"), ContentText(text="open")],
+        [ContentText(text="<think>secret</think>\nopen")],
+        "<think>secret</think>\n\nopen",
+        '\n<think signature="s">\nsecret\n</think>\nopen',
+        "\nopen",
+    ],
+)
+def test_second_turn_reads_the_history_without_reasoning(tiny: Path, content: Any) -> None:
+    turns = [
+        ChatMessageUser(content="a"),
+        ChatMessageAssistant(content=content),
+        ChatMessageUser(content="b <think>x</think>"),
+    ]
+    own = as_question(
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "open"},
+            {"role": "user", "content": "b <think>x</think>"},
+        ]
+    ).messages
+    tokenizer = get_tokenizer(tiny)
+    assert encode_prompt(tokenizer, dialogue(turns)) == encode_prompt(tokenizer, own)
+
+
+def test_literal_think_tag_in_an_earlier_answer_is_kept() -> None:
+    said = [SECRET, ContentText(text="Write <think> and </think> around it.")]
+    assert dialogue([ChatMessageAssistant(content=said)])[0].content == "Write <think> and </think> around it."
 
 
 def test_invalid_arguments_are_refused_at_construction(tiny: Path, adapter: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 Reasoning steps are returned as reasoning content, the response as the text that scorers see.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -114,6 +115,7 @@ class ModelKey(NamedTuple):
     fingerprint: str
 
 
+_THOUGHT = re.compile(r"\A\s*<think\b[^>]*>.*?</think>", re.DOTALL)
 _MODELS: dict[ModelKey, SharedModel] = {}  # all modes of a system share one model
 
 
@@ -260,7 +262,7 @@ def mote() -> type[ModelAPI]:
 
 
 def dialogue(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
-    """Convert Inspect messages; the reasoning of earlier answers is dropped.
+    """Convert Inspect messages; earlier answers are reduced to their text, as in a history of our own.
 
     Raises:
         UserError: A message has the role `tool`.
@@ -268,7 +270,18 @@ def dialogue(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     for message in messages:
         if message.role == "tool":
             raise UserError("messages: mote models read no results of tools; give a task without them")
-    return tuple(Message.model_validate({"role": message.role, "content": message.text}) for message in messages)
+    return tuple(Message.model_validate({"role": message.role, "content": _text_of(message)}) for message in messages)
+
+
+def _text_of(message: ChatMessage) -> str:
+    """A message's text; of an earlier answer without reasoning, empty parts and the line break before it."""
+    if message.role != "assistant":
+        return message.text
+    if isinstance(message.content, str):
+        return _THOUGHT.sub("", message.content).strip()
+    return "\n".join(
+        part.text for part in message.content if isinstance(part, ContentText) and part.text.strip()
+    ).strip()
 
 
 def _load(key: ModelKey) -> Any:
