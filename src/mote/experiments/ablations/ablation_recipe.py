@@ -115,7 +115,8 @@ def load_ablations(path: Path, overrides: Sequence[str] = ()) -> Ablations:
         if "recipe" in own:
             shared = Path(own["recipe"])
         data |= {key: yaml.safe_load(value) for key, value in own.items() if key != "recipe"}
-        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        given = ["eval=false"]  # `tasks` are the evaluation
+        given += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         given += [override for override in overrides if override.partition("=")[0] not in _OWN]
         wanted = Ablations(**data, recipe=load_recipe(shared, given))
     except OSError as error:
