@@ -279,9 +279,10 @@ def _text_of(message: ChatMessage) -> str:
         return message.text
     if isinstance(message.content, str):
         return _THOUGHT.sub("", message.content).strip()
-    return "\n".join(
-        part.text for part in message.content if isinstance(part, ContentText) and part.text.strip()
-    ).strip()
+    text = "\n".join(part.text for part in message.content if isinstance(part, ContentText) and part.text.strip())
+    if not any(isinstance(part, ContentReasoning) for part in message.content):
+        text = _THOUGHT.sub("", text)
+    return text.strip()
 
 
 def _load(key: ModelKey) -> Any:
