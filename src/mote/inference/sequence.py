@@ -52,7 +52,7 @@ class RunningSequence:
     @property
     def capacity(self) -> int:
         """Tokens that its slot may have to hold."""
-        return len(self.request.ids) - self.prefix.length + self.request.limit + self.request.extra
+        return len(self.request.ids) - self.prefix.length + max(self.request.limit, 0) + self.request.extra
 
     def length_at(self, chunk: PrefillChunk) -> int:
         """Length of the text that the tokens of a chunk belong to: the whole prompt, or all up to a decoded token."""

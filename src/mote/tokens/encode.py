@@ -85,12 +85,12 @@ def stop_ids(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
 
     Args:
         tokenizer: The base model's tokenizer.
-        model: The base model, with or without an adapter; its `generation_config` is read.
+        model: The base model, with or without an adapter, or its generation config.
 
     Returns:
         The ids, each once, the tokenizer's eos first; empty if there are none.
     """
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = getattr(getattr(model, "generation_config", model), "eos_token_id", None)
     ends = found if isinstance(found, list | tuple) else [found]
     return tuple(dict.fromkeys(int(id_) for id_ in (tokenizer.eos_token_id, *ends) if id_ is not None))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from mote.chains.engine import Completion, Preference, Prompt, Refused
 from mote.core.errors import MoteError, UserError
-from mote.models.load import load_tokenizer, model_folder
-from mote.tokens.encode import encode_prompt
+from mote.models.load import load_generation_config, load_tokenizer, model_folder
+from mote.tokens.encode import encode_prompt, stop_ids
 
 _MISSING = (
     "engine: vllm is not installed; on a machine with a GPU install it with `pip install vllm`, on a CPU as "
@@ -30,7 +30,7 @@ class VllmEngine:
         options: Anything else that vLLM's `AsyncEngineArgs` takes, such as `max_model_len` or `tensor_parallel_size`.
 
     Raises:
-        UserError: vLLM is not installed, or the model is not to be had.
+        UserError: vLLM is not installed, or the model cannot be loaded.
         MoteError: vLLM cannot run the model.
     """
 
@@ -45,6 +45,7 @@ class VllmEngine:
             raise UserError(_MISSING) from error
         self.name = model
         self._tokenizer = load_tokenizer(model, revision)
+        self._stop_ids = stop_ids(self._tokenizer, load_generation_config(model, revision))
         self._params = SamplingParams
         self._whole = RequestOutputKind.FINAL_ONLY
         self._ids = itertools.count()
@@ -72,9 +73,10 @@ class VllmEngine:
             top_p=prompt.top_p,
             frequency_penalty=prompt.frequency_penalty,
             seed=prompt.seed,
-            stop_token_ids=[self._tokenizer.eos_token_id],
+            stop_token_ids=list(self._stop_ids),
         )
-        text = self._tokenizer.decode(done.token_ids, skip_special_tokens=True).strip()
+        ids_of_text = [id_ for id_ in done.token_ids if id_ not in self._stop_ids]
+        text = self._tokenizer.decode(ids_of_text, skip_special_tokens=True).strip()
         return Completion(
             text=text,
             tokens=len(done.token_ids),
