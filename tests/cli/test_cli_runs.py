@@ -136,7 +136,7 @@ def test_report_on_a_missing_folder(fails: Fails, tmp_path: Path) -> None:
         f"report: {tmp_path}/no is not a run folder; give the folder that `mote run` wrote"
     )
     assert fails("report", tmp_path, "--out", "x.html").startswith("out: a single report is written to its run folder")
-    assert fails("report", tmp_path, tmp_path, "--out", "x.json").startswith("out: x.json is the page")
+    assert fails("report", tmp_path, tmp_path, "--out", "x.json").startswith("out: x.json must be a .html file; give")
     assert fails("report", tmp_path, tmp_path).startswith(f"report: {tmp_path} holds no part of a run")
     assert fails("report", tmp_path).startswith(f"report: {tmp_path} holds no part of a run; make one with `mote run")
     assert not files(tmp_path)
