@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             or {"browser", "hub"} & set(item.fixturenames)
             or any(item.get_closest_marker(name) for name in ("model", "vllm"))
             or imported.intersection(SLOW_MODULES)
+            or "subprocess" in item.function.__code__.co_names
         ):
             item.add_marker(pytest.mark.slow)
 

@@ -19,6 +19,7 @@ from transformers import CompileConfig
 
 from mote.tuner import MoteModel
 
+pytestmark = pytest.mark.slow
 QUESTION_EXPERTS = torch.tensor([1, 2, 3])
 
 
