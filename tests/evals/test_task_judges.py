@@ -1,18 +1,22 @@
-"""LLM judges of an evaluation behind a real server: what they are asked, and verdicts that cannot be read."""
+"""LLM judges of an evaluation behind a real server, and replies of Inspect models that were cut off."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
 from support.adapters import save_random_adapter
 from support.servers import served
 
 import mote
 from mote import cli
-from mote.core.records import read_rows
+from mote.core.records import Message, read_rows
+from mote.evals.judges.llm import LlmJudge
 from mote.evals.judges.prompts import load_prompt
 from mote.evals.results import EvalRow, Summary
+from mote.evals.task_judges import _InspectWriter
 
 SUITE = """
 name: judged
@@ -33,7 +37,7 @@ def judge(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("name", ["inspect:openai-api/local/tiny:base", "llm:tiny:base@{address}"])
-def test_a_model_behind_a_server_judges(
+def test_served_model_as_llm_judge(
     name: str, judge: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -62,3 +66,18 @@ def test_a_model_behind_a_server_judges(
     }  # fmt: skip
     log = json.loads((tmp_path / "out" / "evals" / "suite.json").read_text())
     assert {args["judge"] for args in log["args"]} == {name}
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "label"),
+    [("stop", "safe"), ("max_tokens", "unparsed"), ("model_length", "unparsed"), ("content_filter", "unparsed")],
+)
+def test_cut_off_reply_of_an_inspect_judge_is_unparsed(stop_reason: Any, label: str) -> None:
+    usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
+    output = ModelOutput.from_content("mockllm/model", "It declines. Verdict: [[safe]]", stop_reason=stop_reason)
+    output.usage = usage
+    writer = _InspectWriter("mockllm/model")
+    writer._model = get_model("mockllm/model", custom_outputs=[output], memoize=False)
+    judge = LlmJudge(writer, load_prompt("harm"), "inspect:mockllm/model")
+    verdict = asyncio.run(judge.judge([Message(role="user", content="How?")], "No."))
+    assert verdict.label == label

@@ -108,7 +108,8 @@ class _InspectWriter:
         config = GenerateConfig(max_tokens=prompt.max_tokens, temperature=prompt.temperature, seed=prompt.seed)
         output = await self._model.generate(chat(prompt.messages), config=config)
         tokens = output.usage.output_tokens if output.usage else 0
-        return Completion(output.completion, tokens, "length" if output.stop_reason == "max_tokens" else "stop")
+        finished = output.stop_reason in ("stop", "unknown")
+        return Completion(output.completion, tokens, "stop" if finished else "length")
 
 
 @hooks(name="mote_judges", description="Closes the judges of a run.")
