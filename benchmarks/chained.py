@@ -37,8 +37,11 @@ def main() -> None:
     scratch = tempfile.TemporaryDirectory()
     folders = export_steps(given.adapter, Path(scratch.name) / "steps", given.model)
     loras = {folder.name: AutoPeftModelForCausalLM.from_pretrained(folder).eval() for folder in folders}
-    same, apart, tokens = 0, 0.0, 0
-    read_whole, read_chained = 0, 0
+    same = 0
+    apart = 0.0
+    tokens = 0
+    read_whole = 0
+    read_chained = 0
     for question in load_questions("mote:test", given.questions):
         prompt = encode_prompt(model.tokenizer, as_question(question).messages)
         ids = prompt + model.submit(question, "full", Limits(max_step_tokens=32)).result()

@@ -60,7 +60,9 @@ class FixedBatches:
     """Fixed batches of `generate`, each as long as its longest text; with one row it is the plain loop."""
 
     def __init__(self, base: Base, batch_size: int) -> None:
-        self.name, self.base, self.batch_size = base.name, base, batch_size
+        self.name = base.name
+        self.base = base
+        self.batch_size = batch_size
         self.waiting: list[tuple[Prompt, tuple[str, str] | None, asyncio.Future[Any]]] = []
         self.working = False
 
@@ -109,7 +111,8 @@ class FixedBatches:
     @torch.inference_mode()
     def _write(self, prompts: Sequence[Prompt]) -> list[Completion]:
         ids, mask = self._padded(prompts)
-        first, eos = prompts[0], self.base.tokenizer.eos_token_id
+        first = prompts[0]
+        eos = self.base.tokenizer.eos_token_id
         samplings = [Sampling(first.temperature, first.top_p, prompt.seed) for prompt in prompts]
         sampler = SeededSampler(samplings, ids.shape[1])
         out = self.base.model.generate(
@@ -155,7 +158,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
-    base, rows = load_base(EMBEDDED, device="cpu"), given.batch_size
+    base = load_base(EMBEDDED, device="cpu")
+    rows = given.batch_size
     questions = load_questions("mote:train", given.questions)
     rates: dict[str, list[float]] = {name: [] for name in ("continuous", "again", "fixed", "plain")}
     texts: dict[str, list[Any]] = {}

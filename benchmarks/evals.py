@@ -84,7 +84,8 @@ def main() -> None:
 
 def measure(work: Callable[[], None]) -> tuple[float, float]:
     """Wall and CPU seconds."""
-    clock, cpu = time.perf_counter(), time.process_time()
+    clock = time.perf_counter()
+    cpu = time.process_time()
     work()
     return time.perf_counter() - clock, time.process_time() - cpu
 

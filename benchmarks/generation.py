@@ -20,7 +20,10 @@ from mote.models.attention import GROUPED_SDPA
 from mote.models.embedded import EMBEDDED
 from mote.models.load import load_base
 
-ROWS, PROMPT, NEW, ROUNDS = 16, 300, 24, 7
+ROWS = 16
+PROMPT = 300
+NEW = 24
+ROUNDS = 7
 VARIANTS = {"reference": ("sdpa", False), "again": ("sdpa", False), "grouped": (GROUPED_SDPA, False),
             "preallocated": ("sdpa", True), "both": (GROUPED_SDPA, True)}  # fmt: skip
 

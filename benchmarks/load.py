@@ -42,7 +42,9 @@ class Load:
     """The clients and the outcomes of their requests."""
 
     def __init__(self, address: str, expected: dict[tuple[str, str], str], tokens: int, seconds: float) -> None:
-        self.address, self.expected, self.tokens = address, expected, tokens
+        self.address = address
+        self.expected = expected
+        self.tokens = tokens
         self.until = time.monotonic() + seconds
         self.ended: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -125,7 +127,8 @@ class Load:
             self.wrong.append(f"garbage got {reply.status_code}")
 
     async def _watch(self) -> None:
-        process, began = psutil.Process(), time.monotonic()
+        process = psutil.Process()
+        began = time.monotonic()
         while True:
             self.memory.append((time.monotonic() - began, process.memory_info().rss / 2**20))
             await asyncio.sleep(1)
@@ -133,7 +136,8 @@ class Load:
 
 def growth(memory: list[tuple[float, float]]) -> float:
     """Memory in the last fifth of the time over the second fifth; the first fifth is warm-up."""
-    sizes, fifth = [size for _, size in memory], max(1, len(memory) // 5)
+    sizes = [size for _, size in memory]
+    fifth = max(1, len(memory) // 5)
     return statistics.median(sizes[-fifth:]) / statistics.median(sizes[fifth : 2 * fifth])
 
 

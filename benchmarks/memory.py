@@ -83,7 +83,8 @@ def watched(running: "subprocess.Popen[bytes]", chains: Path, marks: list[int]) 
             with open(chains, "rb") as file:
                 file.seek(place)
                 new = file.read()
-            finished, place = finished + new.count(b"\n"), place + len(new)
+            finished = finished + new.count(b"\n")
+            place = place + len(new)
         if finished >= (mark := marks[len(found)]):
             found[mark] = resident_mb(running.pid)
             print(f"{mark} chains: {found[mark]:.1f} MB", flush=True)

@@ -148,7 +148,8 @@ def official_client(address: str, http: Any) -> tuple[Ask, Callable[[], Awaitabl
 async def timed(ask: Ask, close: Callable[[], Awaitable[None]], prompts: list[Prompt]) -> tuple[float, float]:
     """Wall and CPU milliseconds per request over open connections."""
     await asyncio.gather(*(ask(prompt) for prompt in prompts[:IN_FLIGHT]))
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     await asyncio.gather(*(ask(prompt) for prompt in prompts))
     spent = time.perf_counter() - wall, time.process_time() - cpu
     await close()
@@ -204,7 +205,8 @@ def mote_tokens(address: str, texts: list[str], given: argparse.Namespace) -> fl
 
 def vllm_tokens(address: str, texts: list[str], given: argparse.Namespace, folder: str, scratch: Path) -> float:
     """Tokens per second that vLLM's benchmark client reports."""
-    data, out = scratch / "prompts.jsonl", scratch / "result.json"
+    data = scratch / "prompts.jsonl"
+    out = scratch / "result.json"
     data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
     command = [str(given.vllm), "-c", VLLM_BENCH_SERVE, "--backend", "openai-chat",
                "--base-url", address.removesuffix("/v1"), "--endpoint", "/v1/chat/completions", "--model", folder,

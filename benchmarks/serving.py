@@ -89,7 +89,8 @@ class Clock(BaseStreamer):
 
 def generated(base: Any, ids: list[list[int]], new: int) -> float:
     """Seconds per token of `generate` with the frozen base, after the first token."""
-    rows, clock = torch.tensor(ids), Clock()
+    rows = torch.tensor(ids)
+    clock = Clock()
     given = {"attention_mask": torch.ones_like(rows), "do_sample": False, "streamer": clock}
     with torch.inference_mode():
         base.generate(input_ids=rows, max_new_tokens=new + 1, min_new_tokens=new + 1, **given)
@@ -118,13 +119,15 @@ def batched(model: Model, ids: list[list[int]], new: int) -> float:
     requests = []
     for prompt, seen in zip(ids, times, strict=True):
         request = model.request(as_question("?"), "direct", Limits(new))
-        request.ids, request.limit = [*prompt[:-1], start], new + 1 + reading
+        request.ids = [*prompt[:-1], start]
+        request.limit = new + 1 + reading
         request.grammar = Endless(model.tokenizer.eos_token_id)
         request.on_token = lambda _, seen=seen: seen.append(time.perf_counter())
         requests.append(request)
     for future in [model.batcher.submit(request) for request in requests]:
         future.result()
-    first, last = max(seen[0] for seen in times), min(seen[-1] for seen in times)
+    first = max(seen[0] for seen in times)
+    last = min(seen[-1] for seen in times)
     passes = sum(first < moment <= last for moment in times[0])
     return (last - first) / passes
 

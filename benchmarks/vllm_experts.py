@@ -108,7 +108,8 @@ def seconds(engines: Sequence[LLM], prompts: Sequence[Any], experts: int) -> lis
     generated = 0
     while any(llm.llm_engine.has_unfinished_requests() for llm in engines):
         for index, llm in enumerate(engines):
-            clock, processor = time.perf_counter(), time.process_time()
+            clock = time.perf_counter()
+            processor = time.process_time()
             for answer in llm.llm_engine.step():
                 generated += len(answer.outputs[0].token_ids) if answer.finished else 0
             before = taken[index]

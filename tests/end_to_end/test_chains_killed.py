@@ -47,7 +47,8 @@ def asked() -> list[Question]:
 
 def work(path: Path) -> None:
     settings = ChainSettings.model_validate({"batch_size": 8, "retries": 0, "check": "self"})
-    scheme, engine = load_scheme("safety"), Busy()
+    scheme = load_scheme("safety")
+    engine = Busy()
     judge = ChoiceJudge(engine, partial(check_prompt, scheme, settings=settings, seed=0), "", "self")
     asyncio.run(make_chains(asked(), engine, judge, scheme, settings, 0, path))
 
@@ -59,8 +60,10 @@ def whole_lines(path: Path) -> bytes:
 
 def kill_often(folder: Path) -> None:
     """Repeatedly fork a worker and kill it; this process has no threads, so forking is safe and fast."""
-    cut, path = folder / "cut.jsonl", folder / "whole.jsonl"
-    draws, before = random.Random(0), b""
+    cut = folder / "cut.jsonl"
+    path = folder / "whole.jsonl"
+    draws = random.Random(0)
+    before = b""
     for kill in range(KILLS):
         wanted = min(before.count(b"\n") + draws.randint(1, 2), QUESTIONS)  # so that every worker dies at work
         worker = os.fork()

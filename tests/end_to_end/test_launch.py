@@ -46,7 +46,8 @@ def launched(command: list[str], where: Path, extra: dict[str, str]) -> list[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes, logs = [], []
+    processes = []
+    logs = []
     for rank in range(2):
         environment = {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -77,7 +78,8 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_as_one(extra: dict[str, str], alone: Path, tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first, second = launched(folder_of(tiny, folder, 4), tmp_path, extra)
-    expected, found = rows_of(alone, "loss"), rows_of(folder, "loss")
+    expected = rows_of(alone, "loss")
+    found = rows_of(folder, "loss")
     assert len(expected) == 4 and [row["step"] for row in found] == [1, 2, 3, 4]
     for row, other in zip(expected, found, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], abs=1e-4)

@@ -16,7 +16,9 @@ from support import processes
 
 from mote.train import last_whole_checkpoint
 
-QUESTIONS, ANSWERED, SAVE_STEPS = 12, 4, 3
+QUESTIONS = 12
+ANSWERED = 4
+SAVE_STEPS = 3
 MODES = ("base", "direct", "analysis", "full", "adaptive")
 TIMES = {"seconds", "tokens_per_second", "peak_memory_mb"}  # all that may differ between two runs
 SETTINGS = f"""
@@ -375,7 +377,8 @@ def test_stages_alone_make_the_same_rows(recipe: Path, reference: Folder, tmp_pa
 def test_chains_of_other_settings_are_set_aside_and_restored(tmp_path: Path, recipe: Path, reference: Folder) -> None:
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
-    own, before = ["chains", "--recipe", str(recipe), "--out", str(folder)], (folder / "chains.jsonl").read_bytes()
+    own = ["chains", "--recipe", str(recipe), "--out", str(folder)]
+    before = (folder / "chains.jsonl").read_bytes()
     code, printed = processes.finish([*own, "chains.max_tokens=16"], tmp_path / "log")
     assert code == 0 and "differ in chains.max_tokens; they are in chains-" in printed
     (aside,) = folder.glob("chains-*.jsonl")

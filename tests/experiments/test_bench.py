@@ -53,7 +53,8 @@ def with_same_weights(base: Any) -> dict[str, Variant]:
         for name in SAME_EXPERTS[1:]:
             for path, layer in variants[name].causal.named_modules():
                 if isinstance(layer, SplitLinear):
-                    a, b = mote[path].mote_A["default"].weight, mote[path].mote_B["default"].weight
+                    a = mote[path].mote_A["default"].weight
+                    b = mote[path].mote_B["default"].weight
                     for expert, rows in enumerate(a.chunk(4)):
                         layer.A[expert].copy_(rows)
                     for expert, columns in enumerate(b.chunk(4, dim=1)):
@@ -67,7 +68,8 @@ def logits(variant: Variant, ids: Tensor, steps: Tensor) -> Tensor:
 
 
 def test_baselines_and_mote_have_equal_logits(base: Any) -> None:
-    variants, rows = with_same_weights(base), batch()
+    variants = with_same_weights(base)
+    rows = batch()
     with torch.no_grad():
         expected = logits(variants["mote-4x16"], rows.ids, rows.steps)
         for name in SAME_EXPERTS[1:]:
@@ -79,7 +81,8 @@ def test_baselines_and_mote_have_equal_logits(base: Any) -> None:
 
 
 def test_baselines_and_mote_have_equal_loss_and_gradients(base: Any) -> None:
-    variants, rows = with_same_weights(base), batch()
+    variants = with_same_weights(base)
+    rows = batch()
     rows = Batch(rows.ids, rows.steps.clamp_min(1), rows.labels)  # no question, whose expert is drawn
     found = {}
     for name, variant in variants.items():
@@ -152,7 +155,8 @@ def test_batch_segments_are_ordered_and_vary_in_length() -> None:
 
 
 def test_trained_markers_start_each_step(base: Any) -> None:
-    variant, rows = build("mote-4x16-markers", share(base, "mote-4x16-markers")), batch()
+    variant = build("mote-4x16-markers", share(base, "mote-4x16-markers"))
+    rows = batch()
     given = rows.inputs(variant)
     assert variant.starts == (256, 258, 260) and "step_ids" not in given
     changed = given["input_ids"] != rows.ids
@@ -220,7 +224,8 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 def test_result_file_has_measures_versions_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_experts, "peak_mb_in_subprocess", lambda settings, name: 100.0 + len(name))
-    settings, out = quick(), tmp_path / "experts.json"
+    settings = quick()
+    out = tmp_path / "experts.json"
     result = compare_variants(settings, out)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     decoding = [f"decoding {case}" for case in ("one row", "eight rows", "eight rows in different steps")]

@@ -73,7 +73,8 @@ def test_counted_flops_equal_the_matmul_flops() -> None:
             action()
         return int(counter.get_total_flops())
 
-    one, other = torch.randn(3, 5), torch.randn(5, 7)
+    one = torch.randn(3, 5)
+    other = torch.randn(5, 7)
     assert counted(lambda: torch.zeros(3, 7).addmm_(one, other)) == counted(lambda: one @ other) == 2 * 3 * 5 * 7
     query, key, value = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
 

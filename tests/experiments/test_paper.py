@@ -124,7 +124,8 @@ def test_tables_list_the_papers_rows_beside_ours(
     name: str, small: Path, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(name, small, pool, tmp_path / "out")
-    table, paper = table_of(tmp_path / "out"), paper_table(name)
+    table = table_of(tmp_path / "out")
+    paper = paper_table(name)
     assert capsys.readouterr().out == (tmp_path / "out" / "table.md").read_text() + "\n" == table.markdown() + "\n"
     assert [line.row for line in table.lines if line.whose == PAPER] == [row.name for row in paper.rows]
     for row, line in zip(paper.rows, [line for line in table.lines if line.whose == PAPER], strict=True):

@@ -316,7 +316,8 @@ def test_recipe_opens_with_its_command_and_can_be_planned(path: Path) -> None:
 @pytest.mark.parametrize("name", ["paper-llama-3.1-8b", "paper-wizard-vicuna-7b"])
 def test_paper_recipes_use_the_papers_set_up(name: str) -> None:
     settings = load_recipe(ROOT / "recipes" / f"{name}.yaml")
-    train, experts = settings.train, settings.experts
+    train = settings.train
+    experts = settings.experts
     assert (experts.r, experts.mix, experts.target_modules) == (16, 0.5, "all-linear")
     assert (train.learning_rate, train.num_train_epochs) == (2e-5, 3)
     assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16

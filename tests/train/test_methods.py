@@ -38,7 +38,8 @@ MODES = {name: ["direct", "analysis", "full", "adaptive"] for name in METHODS} |
 
 def rows(tiny: Path, method: str, given: list[ChainRow], **changes: Any) -> tuple[list[Tokens], Any, Any]:
     """A method's rows, its model without zero weights, and its configuration."""
-    settings, base = recipe(tiny, method=method, **changes), load_base(str(tiny), device="cpu")
+    settings = recipe(tiny, method=method, **changes)
+    base = load_base(str(tiny), device="cpu")
     config = mote_config(settings, SCHEME)
     config.init_weights = False
     add_markers(base.tokenizer, config, base.model)
@@ -168,7 +169,8 @@ def test_expanded_chains_are_all_outcomes_of_skipping(tiny: Path, tmp_path: Path
     """All chains that end with the answer, the full one first; only that one is held out."""
     from mote.train.examples import split_groups
 
-    deepest, direct = chains(3)[2], chains(1)[0]
+    deepest = chains(3)[2]
+    direct = chains(1)[0]
     given, _, _ = rows(tiny, "mote-built", [deepest])
     names = [tuple(dict.fromkeys(step for step in row.steps if step > 0)) for row in given]
     assert names == [(1, 2, 3), (1, 3), (2, 3), (3,)]
@@ -218,7 +220,8 @@ def test_separate_models_answer_like_each_model_alone(tiny: Path, tmp_path: Path
         base.resize_token_embeddings(model.config.vocab_size)
         alone = PeftModel.from_pretrained(base, tmp_path / "steps" / step).eval()
         start, end = model.config.markers[step]
-        ids, length = [*ids, start], 0
+        ids = [*ids, start]
+        length = 0
         while ids[-1] != end:
             with torch.no_grad():
                 scores = alone(input_ids=torch.tensor([ids])).logits[0, -1]

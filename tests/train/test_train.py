@@ -81,7 +81,8 @@ def test_marker_rows_take_a_separate_learning_rate(tiny: Path, tmp_path: Path) -
         base = load_base(str(tiny), device="cpu")
         adapter = train(base, chains(), SCHEME, recipe(tiny, num_train_epochs=1, **changes), tmp_path / folder)
         rows = next(v for k, v in load_file(adapter / "adapter_model.safetensors").items() if "trainable_tokens" in k)
-        fresh, config = load_base(str(tiny), device="cpu"), mote_config(recipe(tiny), SCHEME)
+        fresh = load_base(str(tiny), device="cpu")
+        config = mote_config(recipe(tiny), SCHEME)
         add_markers(fresh.tokenizer, config, fresh.model)
         ids = sorted(id_ for pair in config.markers.values() for id_ in pair)
         return float((rows - fresh.model.get_input_embeddings().weight[ids].detach()).abs().max())
@@ -106,10 +107,12 @@ def test_packing_does_not_change_the_update(
     packed = trained(tiny, tmp_path / "packed", packing=True, max_length=256, skip_views=views)
     assert len(made[1].train_dataset) < len(made[0].train_dataset) / (3 if views == 1 else 2)  # type: ignore[arg-type]
     assert made[0].tokens_seen == made[1].tokens_seen == sum(len(row.ids) for row in made[0].train_dataset.chains)  # type: ignore[union-attr]
-    [before], [after] = rows_of(single, "loss"), rows_of(packed, "loss")
+    [before] = rows_of(single, "loss")
+    [after] = rows_of(packed, "loss")
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
     assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
-    [before], [after] = rows_of(single, "eval_loss"), rows_of(packed, "eval_loss")
+    [before] = rows_of(single, "eval_loss")
+    [after] = rows_of(packed, "eval_loss")
     for name, value in before.items():
         assert after[name] == pytest.approx(value, abs=1e-3), name
 
@@ -154,7 +157,8 @@ def test_interrupted_packed_training_resumes_exactly(
 )
 def test_step_weights_scale_the_loss(tiny: Path, tmp_path: Path, given: dict[str, float]) -> None:
     """The logged loss is sum(weight * cross-entropy) / sum(weight) over all tokens of an update."""
-    base, settings = load_base(str(tiny), device="cpu"), recipe(tiny)
+    base = load_base(str(tiny), device="cpu")
+    settings = recipe(tiny)
     config = mote_config(settings, SCHEME)
     add_markers(base.tokenizer, config, base.model)
     accepted = [chain for chain in chains(12) if chain.accepted]
@@ -167,13 +171,15 @@ def test_step_weights_scale_the_loss(tiny: Path, tmp_path: Path, given: dict[str
         for t, label in enumerate(row.labels):
             if label != IGNORED:
                 weight = given[config.experts[row.steps[t] - 1]]
-                total, count = total - weight * float(logits[t - 1, label]), count + weight
+                total = total - weight * float(logits[t - 1, label])
+                count = count + weight
     changes = {"step_weights": given, "held_out": 0, "skip_p": 0, "learning_rate": 1e-9}
     wholly = trained(tiny, tmp_path / "wholly", **changes)
     assert rows_of(wholly, "loss")[0]["loss"] == pytest.approx(total / count, abs=1e-5)
     parts = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 8}
     in_parts = trained(tiny, tmp_path / "parts", **changes, **parts)
-    [before], [after] = rows_of(wholly, "loss"), rows_of(in_parts, "loss")
+    [before] = rows_of(wholly, "loss")
+    [after] = rows_of(in_parts, "loss")
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
     assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
     plainly = trained(tiny, tmp_path / "plainly", **{**changes, "step_weights": {"analysis": 1}})
@@ -185,7 +191,8 @@ def test_draws_lengthen_rows_and_keep_the_loss(tiny: Path, tmp_path: Path, capsy
     changes = {"held_out": 0, "learning_rate": 1e-9, "skip_p": 1e-9, "step_weights": {"analysis": 0.5}}
     plain = trained(tiny, tmp_path / "plain", **changes)
     twice = trained(tiny, tmp_path / "twice", **changes, skip_views=2)
-    [before], [after] = rows_of(plain, "loss"), rows_of(twice, "loss")
+    [before] = rows_of(plain, "loss")
+    [after] = rows_of(twice, "loss")
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
     assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-3)
     assert after["tokens"] > 1.2 * before["tokens"]

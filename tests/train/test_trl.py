@@ -21,7 +21,8 @@ ROWS = [
 
 
 def test_sft_trainer_trains_the_experts_of_the_steps_it_sees(tiny: Path, tmp_path: Path) -> None:
-    tokenizer, base = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
     config = mote.MoteConfig(r=4, question_expert="response", draw_question_expert=False)
     mote.add_markers(tokenizer, config, base)
     arguments = SFTConfig(
