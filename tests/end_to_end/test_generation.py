@@ -2,13 +2,13 @@
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from support.adapters import adapted, some_ids, tiny_llama
+from support.adapters import adapted, config, some_ids, tiny_llama
 from support.threads import in_threads
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, set_seed
@@ -147,23 +147,27 @@ def test_generate_goes_on_from_the_cache_of_another(more: list[int], kind: type)
     assert torch.equal(cached, model.generate(**given, use_cache=False))
 
 
-def test_going_on_with_the_new_tokens_alone_is_refused() -> None:
+def test_generate_continues_with_the_new_tokens_alone() -> None:
     model, ids = adapted(), some_ids()
     out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    cache = out.past_key_values
     new = torch.full((3, 2), 5)
-    mask = torch.ones(3, out.past_key_values.get_seq_length() + 2, dtype=torch.long)
-    with pytest.raises(RuntimeError, match="step of each token is unknown"):
-        model.generate(input_ids=new, attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=4)
+    text = torch.cat([out.sequences[:, : cache.get_seq_length()], new], dim=1)
+    given = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(input_ids=text, use_cache=False, **given)[:, text.shape[1] :]
+    found = model.generate(input_ids=new, attention_mask=torch.ones_like(text), past_key_values=cache, **given)
+    assert torch.equal(found[:, 2:], expected)
 
 
-def test_a_prompt_in_chunks_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="prefill_chunk_size"):
-        adapted().generate(input_ids=some_ids(), max_new_tokens=4, prefill_chunk_size=8)
+def test_a_prompt_may_be_prefilled_in_chunks() -> None:
+    model, ids = adapted(), some_ids()
+    given = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**given, prefill_chunk_size=8), model.generate(**given, use_cache=False))
 
 
-@pytest.mark.parametrize("steps_given", [False, True], ids=["context_ids", "step_ids"])
+@pytest.mark.parametrize("how", ["cache alone", "context_ids", "step_ids"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_loop_of_ones_own_equals_uncached(steps_given: bool, grad: bool) -> None:
+def test_a_custom_decoding_loop_equals_uncached(how: str, grad: bool) -> None:
     model, ids = adapted(), some_ids()
     routing = model.peft_config["default"].routing
     expected = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, use_cache=False)
@@ -171,15 +175,48 @@ def test_a_loop_of_ones_own_equals_uncached(steps_given: bool, grad: bool) -> No
         out = model(input_ids=ids, use_cache=True)
         for _ in range(NEW - 1):
             ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
-            known = {"step_ids": step_ids(ids, routing)[:, -1:]} if steps_given else {"context_ids": ids}
-            out = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, **known)
+            known = {"context_ids": ids, "step_ids": step_ids(ids, routing)[:, -1:]}
+            given = {how: known[how]} if how in known else {}
+            out = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, **given)
     assert torch.equal(torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1), expected)
 
 
-def test_a_loop_that_does_not_say_what_stood_before_is_refused() -> None:
+CACHE_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "cropped": lambda cache: cache.crop(-2),
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([2, 1, 0])),
+    "one row": lambda cache: cache.batch_select_indices(torch.tensor([0])),
+    "copied": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("change", CACHE_CHANGES)
+def test_a_loop_over_a_changed_cache_is_refused(change: str) -> None:
     model, ids = adapted(), some_ids()
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(RuntimeError, match="behind a cache give it `context_ids` too"):
+    cache = CACHE_CHANGES[change](cache) or cache
+    ids = ids[: len(cache.layers[0].keys), -1:]
+    with pytest.raises(RuntimeError, match="changed or filled elsewhere add `context_ids=ids`"):
+        model(input_ids=ids, past_key_values=cache)
+
+
+def test_chunks_behind_a_cache_follow_its_last_steps() -> None:
+    """Chunks of several tokens, with markers and without, and adapters that take turns."""
+    model, ids = adapted(), some_ids()
+    expected = model(input_ids=ids).logits
+    cache = DynamicCache(config=model.get_base_model().config)
+    found = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([5, 4, 1, ids.shape[1] - 10], 1)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
+    model.add_adapter("other", config())
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match="step of each token is unknown"):
+        model(input_ids=ids[:, -1:], past_key_values=cache)
+
+
+def test_a_loop_over_an_unknown_cache_is_refused() -> None:
+    model, ids = adapted(), some_ids()
+    cache = StaticCache(config=model.get_base_model().config, max_cache_len=64)
+    model(input_ids=ids, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="add `context_ids=ids`, all ids of the rows so far"):
         model(input_ids=ids[:, -1:], past_key_values=cache)
     base = model.get_base_model()
     assert torch.equal(base(ids).logits, model(input_ids=ids).logits)  # arguments may come without their names

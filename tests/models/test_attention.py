@@ -2,10 +2,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DogeConfig, DogeForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mote.models.attention import grouped_sdpa
+from mote.models.attention import GROUPED_SDPA, DocumentMask, grouped_sdpa
 from mote.models.load import default_attention
+from mote.tokens.masks import document_mask
 
 
 class Layer(torch.nn.Module):
@@ -43,3 +45,29 @@ def test_outputs_and_gradients_equal_transformers(groups: int, queries: int, mas
 
 def test_the_gpu_keeps_its_own() -> None:
     assert default_attention("cuda:0") == "sdpa" and default_attention("cpu") == "grouped_sdpa"
+
+
+@pytest.mark.parametrize("keep_window", [2048, 4])
+def test_a_model_that_combines_masks_keeps_documents_apart(keep_window: int) -> None:
+    """Doge adds a dynamic mask of its own to the one it is given."""
+    torch.manual_seed(0)
+    config = DogeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, keep_window_size=keep_window, initializer_range=0.3,
+    )  # fmt: skip
+    model = DogeForCausalLM(config).eval()
+    model.set_attn_implementation(GROUPED_SDPA)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".A"):  # zero at first: a tie between all keys
+            torch.nn.init.normal_(parameter)
+    rows = [torch.randint(3, 60, (1, 7)), torch.randint(3, 60, (1, 9))]
+    ids = torch.cat(rows, dim=1)
+    documents = torch.tensor([[0] * 7 + [1] * 9])
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    visibility = torch.ones(1, 16, 4, dtype=torch.bool)
+    mask = document_mask(torch.zeros_like(ids), visibility, documents)
+    assert type(mask) is DocumentMask and type(mask[:, :, :, :5]) is torch.Tensor
+    with torch.no_grad():
+        packed = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        separate = torch.cat([model(input_ids=row).logits for row in rows], dim=1)
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-4)

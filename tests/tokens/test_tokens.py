@@ -142,6 +142,21 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn(tiny: P
     assert "be brief\n\nhow?" in tokenizer.decode(encode_prompt(tokenizer, (system, user, *rest)))
 
 
+@pytest.mark.parametrize("template", [NO_SYSTEM.split("{% for", 1)[0] + DROPS_SYSTEM, DROPS_SYSTEM])
+def test_a_system_text_never_stands_in_the_assistants_mouth(tiny: Path, template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = template
+    system, greeting = Message(role="system", content="be brief"), Message(role="assistant", content="hello")
+    ask = Message(role="user", content="how?")
+    asked = Message(role="user", content="be brief\n\nhow?")
+    assert encode_prompt(tokenizer, (system, greeting, ask)) == encode_prompt(tokenizer, (greeting, asked))
+    assert encode_prompt(tokenizer, (system, system, ask)) == encode_prompt(
+        tokenizer, (Message(role="user", content="be brief\n\nbe brief\n\nhow?"),)
+    )
+    assert encode_prompt(tokenizer, (ask, greeting, system, ask)) == encode_prompt(tokenizer, (ask, greeting, asked))
+    assert encode_prompt(tokenizer, (system,)) == encode_prompt(tokenizer, (Message(role="user", content="be brief"),))
+
+
 TURNS = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

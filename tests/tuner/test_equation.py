@@ -117,15 +117,45 @@ def test_padding_changes_nothing(side: str) -> None:
     torch.testing.assert_close(kept, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_documents_of_a_packed_row_do_not_see_each_others_steps() -> None:
-    """The gates alone; that no token attends to another document is up to the mask."""
-    model, ids = adapted(target_modules=["q_proj"]), torch.tensor([[64, 5, 6, 7, 8, 68, 9, 10]])
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
-    routing = model.peft_config["default"].routing
-    assert step_ids(ids, routing, documents).tolist() == [[1, 1, 1, 0, 0, 3, 0, 0]]
-    packed = model(input_ids=ids, document_ids=documents).logits
-    assert torch.equal(packed, model(input_ids=ids, step_ids=step_ids(ids, routing, documents)).logits)
-    assert (packed - model(input_ids=ids).logits).abs().max() > 1e-3
+PACKED = [[5, 64, 6, 7], [8, 9, 68], [10, 11, 12, 2, 66]]
+IDS = torch.tensor([[id_ for row in PACKED for id_ in row]])
+DOCUMENTS = torch.tensor([[0] * 4 + [1] * 3 + [2] * 5])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]])
+CALLS: dict[str, dict[str, Any]] = {
+    "positions": {"position_ids": POSITIONS},
+    "documents": {"document_ids": DOCUMENTS},
+    "both": {"document_ids": DOCUMENTS, "position_ids": POSITIONS},
+    "a mask of ones": {"document_ids": DOCUMENTS, "attention_mask": torch.ones_like(IDS)},
+    "a cache asked for": {"document_ids": DOCUMENTS, "use_cache": True},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_documents_of_a_packed_row_are_apart_in_every_call(call: str) -> None:
+    model = adapted()
+    with torch.no_grad():
+        separate = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in PACKED])
+        packed = model(input_ids=IDS, **CALLS[call]).logits[0]
+        together = model(input_ids=IDS).logits[0]
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-4)
+    assert (together - separate).abs().max() > 0.1  # the negative control
+
+
+def test_padding_beside_documents_is_a_document() -> None:
+    model = adapted()
+    pad = torch.zeros(1, 2, dtype=torch.long)
+    ids = torch.cat([pad, IDS, pad], dim=1)
+    documents = torch.cat([pad, DOCUMENTS, pad + 2], dim=1)
+    mask = torch.cat([pad, torch.ones_like(IDS), pad], dim=1)
+    with torch.no_grad():
+        separate = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in PACKED])
+        packed = model(input_ids=ids, document_ids=documents, attention_mask=mask).logits[0, 2:-2]
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-4)
+
+
+def test_positions_that_run_on_between_documents_are_refused() -> None:
+    with pytest.raises(ValueError, match="position_ids: they run on from one document"):
+        adapted()(input_ids=IDS, document_ids=DOCUMENTS, position_ids=torch.arange(IDS.shape[1])[None])
 
 
 def test_padding_free_rows_of_transformers_are_packed_documents() -> None:

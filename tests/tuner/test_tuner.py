@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model
@@ -91,6 +92,19 @@ def test_auto_model_and_load_adapter_read_it(tiny: Path, tmp_path: Path) -> None
     assert torch.equal(plain.eval()(input_ids=ids).logits, before)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_offloaded_model_computes_the_same(tied: bool) -> None:
+    ids = some_ids()
+    given = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        expected = adapted(tied)(input_ids=ids).logits
+        text = adapted(tied).generate(**given)
+        model = accelerate.cpu_offload(adapted(tied))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model.generate(**given), text)
+
+
 def test_disabling_several_adapters_and_deleting() -> None:
     model, ids = adapted(), some_ids()
     first = model(input_ids=ids).logits
@@ -108,6 +122,17 @@ def test_disabling_several_adapters_and_deleting() -> None:
     assert torch.equal(model(input_ids=ids).logits, first)
     unloaded = model.unload()
     assert not any(isinstance(module, MoteLinear) for module in unloaded.modules())
+
+
+@pytest.mark.parametrize("names", [["second", "default", "default"], ["__base__", "default", "default"]], ids=str)
+def test_an_adapter_per_row_is_refused_by_name(names: list[str]) -> None:
+    model, ids = adapted(), some_ids()
+    model.add_adapter("second", config())
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"adapter_names=\[.*all rows of a call are read by the active adapter"):
+            call(input_ids=ids, adapter_names=names)
+    expected = model(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids, adapter_names=["default"] * 3).logits, expected)
 
 
 def test_merging_is_refused() -> None:

@@ -17,12 +17,15 @@ GROUPED_SDPA = "grouped_sdpa"
 
 
 class DocumentMask(Tensor):
-    """A mask (B, 1, T, T), bool, of rows whose documents do not see each other.
+    """A bool mask (B, 1, T, T) that knows the documents of its rows, none of which attends to another.
+
+    Whatever is computed from it is a plain mask: models that combine masks (Doge) get the attention of any other mask.
 
     Attributes:
-        documents: Of each row, from its first token to its last: the length of each document, and whether each of its
-            tokens sees all before it.
+        documents: Of each row, in order: the length of each document, and whether its mask is plainly causal.
     """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     documents: list[list[tuple[int, bool]]]
 

@@ -171,22 +171,38 @@ def _hold(value: Any, texts: dict[str, str], key: str = "") -> Any:
 
 
 def _fold_system(tokenizer: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Put a system message before the first user turn's text if the chat template has no system role.
+    """Move system messages into the next user turn if the chat template has no system role there.
 
     Such templates raise an error (Gemma, early Mistral) or drop the message silently.
     """
-    if messages[0].role != "system" or len(messages) == 1:
+    if all(message.role != "system" for message in messages):
         return messages
+    user = Message(role="user", content="?")
+    allowed_first = _renders_system(tokenizer, ())
+    allowed_later = _renders_system(tokenizer, (user, Message(role="assistant", content="!")))
+    folded: list[Message] = []
+    waiting: list[str] = []
+    for index, message in enumerate(messages):
+        if message.role == "system" and not (allowed_later if index else allowed_first):
+            waiting.append(message.content)
+        elif message.role == "user" and waiting:
+            folded.append(message.model_copy(update={"content": "\n\n".join([*waiting, message.content])}))
+            waiting = []
+        else:
+            folded.append(message)
+    if waiting:
+        folded.append(Message(role="user", content="\n\n".join(waiting)))
+    return tuple(folded)
+
+
+def _renders_system(tokenizer: Any, before: tuple[Message, ...]) -> bool:
+    """Whether the chat template shows a system message that follows these messages."""
     holder = secrets.token_hex(16)
+    dialogue = (*before, Message(role="system", content=holder), Message(role="user", content="?"))
     try:
-        if holder in _render(
-            tokenizer, [Message(role="system", content=holder), Message(role="user", content="?")], True
-        ):
-            return messages
+        return holder in _render(tokenizer, dialogue, True)
     except TemplateError:
-        pass
-    system, first, *rest = messages
-    return (first.model_copy(update={"content": f"{system.content}\n\n{first.content}"}), *rest)
+        return False
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -32,7 +32,9 @@ class Markers:
     end_of_turn: int | None = None
 
 
-def step_ids(ids_B_T: Tensor, markers: Markers, documents_B_T: Tensor | None = None) -> Tensor:
+def step_ids(
+    ids_B_T: Tensor, markers: Markers, documents_B_T: Tensor | None = None, previous_B_1: Tensor | None = None
+) -> Tensor:
     """The step of each token: that of the last start marker at or before it in its document.
 
     Before any start marker, and from a turn marker on, a token belongs to the question (section 3.2; the paper leaves
@@ -42,6 +44,7 @@ def step_ids(ids_B_T: Tensor, markers: Markers, documents_B_T: Tensor | None = N
         ids_B_T: Token ids, from the first token of the sequence.
         markers: The ids that open a step or a turn.
         documents_B_T: For packed rows, the document number of each token; non-decreasing in a row.
+        previous_B_1: Step of the token before the first, if `ids_B_T` continue a sequence.
 
     Returns:
         Step ids (B, T), 0 for the question.
@@ -55,7 +58,8 @@ def step_ids(ids_B_T: Tensor, markers: Markers, documents_B_T: Tensor | None = N
     last_B_T = torch.where(event_B_T >= 0, position_T, -1).cummax(dim=1).values
     if documents_B_T is not None:
         last_B_T = torch.where(last_B_T < document_starts(documents_B_T), -1, last_B_T)
-    steps_B_T = torch.where(last_B_T >= 0, event_B_T.gather(1, last_B_T.clamp_min(0)), QUESTION)
+    before: Tensor | int = QUESTION if previous_B_1 is None else previous_B_1
+    steps_B_T = torch.where(last_B_T >= 0, event_B_T.gather(1, last_B_T.clamp_min(0)), before)
     if markers.whole_rows:
         documents_B_T = torch.zeros_like(ids_B_T) if documents_B_T is None else documents_B_T
         return steps_B_T.gather(1, document_ends(documents_B_T))

@@ -4,7 +4,7 @@ Knows transformers' arguments and nothing of steps.
 Shapes: B row, T token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,54 @@ def packed_documents(call: Mapping[str, Any]) -> Tensor | None:
     if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.shape[1:] != ids.shape[1:]:
         return None
     return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(1).expand(len(ids), -1)
+
+
+def separate_documents(call: Mapping[str, Any], documents_B_T: Tensor, names: Collection[str]) -> dict[str, Any]:
+    """Arguments under which transformers keeps the documents of packed rows apart.
+
+    It does so where positions begin again, and only without a mask and a cache. Padding becomes a document too. A mask
+    that is not 2-D and a given cache are left alone: they are the caller's own way of packing.
+
+    Args:
+        call: Arguments of the model's forward by name.
+        documents_B_T: Document of each token.
+        names: Names of the model's arguments.
+
+    Returns:
+        The arguments to change; none if each row is one document.
+
+    Raises:
+        ValueError: The model takes no positions, or `position_ids` run on from one document to the next.
+    """
+    mask = call.get("attention_mask")
+    if call.get("past_key_values") is not None or torch.compiler.is_compiling() or "attention_mask" not in names:
+        return {}
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        return {}
+    starts_B_T = torch.ones_like(documents_B_T, dtype=torch.bool)
+    starts_B_T[:, 1:] = documents_B_T.diff(dim=1) != 0
+    if not bool(starts_B_T[:, 1:].any()):
+        return {}
+    if "position_ids" not in names:
+        raise ValueError(
+            "document_ids: this model takes no position_ids, so its documents would attend to each other; give each "
+            "document a row of its own"
+        )
+    changed: dict[str, Any] = {"attention_mask": None}
+    if mask is not None:
+        starts_B_T[:, 1:] |= mask.to(starts_B_T.device).diff(dim=1) != 0
+    if "use_cache" in names:
+        changed["use_cache"] = False
+    positions = call.get("position_ids")
+    if positions is None:
+        index_T = torch.arange(starts_B_T.shape[1], device=starts_B_T.device)
+        changed["position_ids"] = index_T - torch.where(starts_B_T, index_T, 0).cummax(dim=1).values
+    elif bool((positions.diff(dim=-1) == 1).logical_and(starts_B_T[:, 1:].to(positions.device)).any()):
+        raise ValueError(
+            "position_ids: they run on from one document of `document_ids` to the next, which would then attend to it; "
+            "let them begin at 0 in each document, or leave them out"
+        )
+    return changed
 
 
 def has_past(call: Mapping[str, Any]) -> bool:

@@ -1,11 +1,14 @@
-"""`MoteModel`: puts the experts on a base model, as PEFT's own methods do."""
+"""`MoteModel`: puts step experts on a base model, as PEFT's own methods put theirs."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from typing_extensions import override
 
 from mote.models.embeddings import grow_embeddings, rows_to_train
 from mote.tuner.config import MoteConfig
@@ -23,7 +26,7 @@ class MoteModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's own attribute)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter's experts and marker rows on the model, the first one's or a further one's.
+        """Add an adapter's experts and marker rows to the model.
 
         Raises:
             ValueError: The base model cannot hold them.
@@ -39,7 +42,7 @@ class MoteModel(BaseTuner):
         train_rows(model)
 
     def _router(self, model: nn.Module) -> Router:
-        """The model's one router, made and hooked up for its first adapter."""
+        """The model's router, created and attached with the first adapter."""
         router = getattr(model, "mote_router", None)
         if router is None:
             router = Router()
@@ -73,18 +76,30 @@ class MoteModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # the markers' rows at unloading: the base layer is whole
+        if isinstance(child, AuxiliaryTrainingWrapper):  # marker rows on unloading: nothing to move to the base layer
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around each forward pass and `generate`; `adapter_names` asks for one adapter per row."""
+        names = set(kwargs.get("adapter_names") or ())
+        if names - set(self.active_adapters) or (names and len(self.active_adapters) > 1):
+            raise ValueError(
+                f"adapter_names={sorted(names)}: all rows of a call are read by the active adapter "
+                f"({', '.join(self.active_adapters)}); call `set_adapter` and the model for the rows of each adapter, "
+                "with `disable_adapter()` for those of the base model"
+            )
+        yield
+
+    @override
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter and its routing."""
         super().delete_adapter(adapter_name)
         self._router(self.model).remove(adapter_name)
 
+    @override
     def unload(self) -> nn.Module:
-        """Give the base model back, without the adapters and their routing."""
         base: nn.Module = super().unload()
         self._router(self.model).detach(base)
         return base

@@ -18,18 +18,26 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from mote.tokens.routing import QUESTION, document_starts, step_ids
+from mote.tuner.cached_steps import CachedSteps
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
 from mote.tuner.cpu_decode import CpuDecoder, DecodeStep
 from mote.tuner.expert_weights import ExpertWeights, Route, Routes
-from mote.tuner.forward_args import cache_length, has_past, packed_documents
+from mote.tuner.forward_args import cache_length, has_past, packed_documents, separate_documents
 
 
 class Forward(NamedTuple):
-    """A forward pass in progress, as its layers read it: expert weights, and the CPU fast path if that applies."""
+    """A forward pass in progress: what its layers read, and the steps of its last tokens.
+
+    Attributes:
+        routes: Expert weights of every token.
+        decode: The CPU fast path, if it applies.
+        last_steps: Adapter -> step of each row's last token (B, 1), if it may be remembered with the cache.
+    """
 
     routes: Routes
     decode: DecodeStep | None
+    last_steps: dict[str, Tensor]
 
 
 class _InProgress:
@@ -63,6 +71,7 @@ class Router:
         self._hooks: list[RemovableHandle] = []
         self._expert_weights = ExpertWeights()
         self._cpu_decoder = CpuDecoder()
+        self._cached_steps = CachedSteps()
         self._thread = _Thread()
 
     def attach(self, model: nn.Module) -> None:
@@ -120,8 +129,8 @@ class Router:
             raise RuntimeError(
                 "mote: the step of each token is unknown: call the model with `input_ids` (its tokenizer has the step "
                 "markers and MoteConfig.markers their ids) or give `step_ids` of shape (rows, tokens); behind a cache "
-                "give it `context_ids` too, all ids of the rows so far, and give those as `generate`'s `input_ids`, "
-                "without `prefill_chunk_size`"
+                "that was changed or filled elsewhere add `context_ids=ids`, all ids of the rows so far (to `generate` "
+                "give them as `input_ids`, without `prefill_chunk_size`)"
             )
         return route
 
@@ -159,34 +168,53 @@ class Router:
         documents = kwargs.pop("document_ids", None)
         question_experts = kwargs.pop("question_experts", None)
         call = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        packed = documents is not None
         if documents is None and context is None:
             documents = packed_documents(call)
+        if documents is not None:
+            separating = separate_documents(call, documents, self._arguments)
+            packed = packed or bool(separating)
+            args, kwargs = self._replaced(args, kwargs, separating)
         if given is None:
             given = self._steps_of_call(call, context, documents)
         active = self._active()
-        dtype = _compute_dtype(model)
         steps: dict[str, Tensor] = {}
+        last_steps: dict[str, Tensor] = {}
         routes: Routes = {}
         for adapter, config in active.items():
             steps_B_T = given.get(adapter) if isinstance(given, Mapping) else given
             if steps_B_T is None:
                 continue
+            if not (packed or config.whole_rows):
+                last_steps[adapter] = steps_B_T[:, -1:]
             if question_experts is not None or (model.training and config.draw_question_expert):
                 steps_B_T = _with_question_experts(steps_B_T, question_experts, documents, len(config.experts))
             steps[adapter] = steps_B_T
+            dtype = _compute_dtype(model, steps_B_T.device)
             routes |= self._expert_weights.routes(adapter, config, self._ranks[adapter], steps_B_T, dtype)
         decode = None
         if not torch.compiler.is_compiling():
             decode = self._cpu_decoder.decode_step(call, active, steps, documents, routes, model.training)
-        self._thread.in_progress.forwards += (Forward(routes, decode),)
+        self._thread.in_progress.forwards += (Forward(routes, decode, last_steps),)
         if model.training:
             bind_checkpoints(model, self)
         return args, kwargs
 
-    def after_forward(self, *_: Any) -> None:
+    def _replaced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], changed: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call with some changed."""
+        positional = dict(zip(self._arguments, args, strict=False))
+        args = tuple(changed.get(name, value) for name, value in positional.items()) + args[len(positional) :]
+        return args, {**kwargs, **{name: value for name, value in changed.items() if name not in positional}}
+
+    def after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: a later call without ids must fail, not use the steps of this one."""
         in_progress = self._thread.in_progress
+        forward = in_progress.forwards[-1] if in_progress.forwards else None
         in_progress.forwards = in_progress.forwards[:-1]
+        if forward is not None and not torch.compiler.is_compiling():
+            self._cached_steps.remember(getattr(output, "past_key_values", None), forward.last_steps)
 
     def steps(self, ids_B_T: Tensor, last: int, documents_B_T: Tensor | None = None) -> dict[str, Tensor]:
         """Step ids (B, last) of the last tokens of each row, for every active adapter that has markers."""
@@ -201,8 +229,15 @@ class Router:
     ) -> dict[str, Tensor]:
         """`steps` of the tokens of a forward pass; for no adapter if they do not follow from the arguments."""
         ids = call.get("input_ids")
-        if ids is None or (context is None and has_past(call)):
+        if ids is None:
             return {}
+        if context is None and has_past(call):
+            known = self._cached_steps.recall(call.get("past_key_values"), len(ids))
+            return {
+                adapter: step_ids(ids, markers, None, known[adapter].to(ids.device))
+                for adapter, config in self._active().items()
+                if adapter in known and (markers := config.routing) is not None
+            }
         if context is not None and context.shape[1] < ids.shape[1]:
             raise ValueError(
                 f"context_ids of shape {tuple(context.shape)}: give all ids of the rows so far, with the input_ids of "
@@ -217,7 +252,7 @@ class Router:
 
         Args:
             prepare: The model's own.
-            input_ids: All ids of the rows so far; if the cache holds others, the steps stay unknown.
+            input_ids: All ids of the rows so far; if the cache holds more, its last steps decide, if they are known.
             args: Further arguments of `prepare`.
             kwargs: Further arguments of `prepare`.
 
@@ -233,8 +268,12 @@ class Router:
         begins = bool(kwargs.get("is_first_iteration"))
         if begins and isinstance(cache, Cache):
             self._cpu_decoder.begin_sequence(cache)
-        # A static cache's length is on the device: it is read for prompts and assisted decoding, not for every token.
-        if (new == 1 and not begins) or cache_length(cache) + new == input_ids.shape[1]:
+        length = cache_length(cache)
+        if isinstance(cache, Cache) and isinstance(length, int):
+            whole = length + new == input_ids.shape[1]
+        else:  # a static cache's length is on the device: it is not read for every token
+            whole = (new == 1 and not begins) or bool(length + new == input_ids.shape[1])
+        if whole:
             inputs["step_ids"] = {name: steps.to(tokens.device) for name, steps in self.steps(input_ids, new).items()}
         return inputs
 
@@ -269,8 +308,8 @@ def _with_question_experts(
     return torch.where(steps_B_T == QUESTION, expert, steps_B_T)
 
 
-def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that linear layers compute in."""
+def _compute_dtype(model: nn.Module, input_device: torch.device) -> torch.dtype:
+    """The dtype that linear layers compute in; offloaded weights (on `meta`) come to the inputs' device."""
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    device = weight.device.type
+    device = (input_device if weight.is_meta else weight.device).type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
