@@ -27,7 +27,7 @@ def test_fingerprints_tell_models_apart_in_any_dtype(tiny: Path, other_tiny: Pat
     assert first.model.dtype == torch.float32 and not first.model.training
 
 
-def test_a_gpt2_has_a_fingerprint_of_its_own() -> None:
+def test_gpt2_norms_count_in_the_fingerprint() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     before = fingerprint(model)
     torch.nn.init.constant_(model.transformer.h[0].ln_2.weight, 0.5)

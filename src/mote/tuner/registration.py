@@ -1,4 +1,4 @@
-"""Makes our methods PEFT's. Its list of methods is a closed enum; all that this needs of its inside is here."""
+"""Registers our methods with PEFT, whose list of methods is a closed enum; only this file touches PEFT's internals."""
 
 import functools
 from typing import Any
@@ -11,10 +11,10 @@ NAME = "MOTE"
 
 
 def peft_type(name: str) -> PeftType:
-    """The member of PEFT's enum with this name in capitals, made on the first call.
+    """The member of PEFT's enum with this name, added on the first call.
 
-    `register_peft_method` refuses a name outside the enum, and loading an adapter reads `.value` of it, so a plain
-    string will not do: a real member is added as the enum's own machinery would.
+    `register_peft_method` refuses names outside the enum, and loading an adapter reads `.value`, so a plain string is
+    not enough: a real member is added as the enum's own machinery would.
     """
     existing = PeftType.__members__.get(name)
     if existing is not None:
@@ -29,17 +29,17 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_class: type, model_class: type) -> None:
-    """Register a method under its name in capitals."""
+    """Register a method under its name (in capitals)."""
     peft_type(name)
     lower = name.lower()
     peft_types.register_peft_method(name=lower, config_cls=config_class, model_cls=model_class, prefix=f"{lower}_")
 
 
 def keep_embeddings_out(config_class: type) -> None:
-    """Keep `save_pretrained` from writing whole embeddings of adapters with such a configuration.
+    """Keep `save_pretrained` from writing whole embeddings for adapters with this configuration class.
 
-    The markers may need a larger embedding, which PEFT takes as a reason to save all of it (228 MB for a 135M model)
-    although only the markers' rows were trained and are saved by themselves.
+    The markers may need a larger embedding, which makes PEFT save all of it (228 MB for a 135M model), although only
+    the marker rows were trained, and they are saved separately.
     """
     save = PeftModel.save_pretrained
 

@@ -1,6 +1,6 @@
-"""Which base models can hold step experts: what cannot is refused by name, before anything of the model is changed.
+"""Which base models can hold step experts; others are refused by name before the model is changed.
 
-Knows kinds of layers and ways of quantising; knows nothing of markers, routing or the experts' arithmetic.
+Knows layer types and quantisation methods; knows nothing of markers, routing or the experts' arithmetic.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mote.tuner.config import MoteConfig
 
-# Their layers give no gradient to their input, or take no adapter beside them; some are in the experts or the embedding
-# alone, where no look at the targeted layers finds them.
+# Quantisation methods whose layers give no gradient to their input or support no adapter. Some quantise only experts or
+# embeddings, so the targeted layers do not show it.
 _UNSUPPORTED = {
     "aqlm", "auto-round", "awq", "bitnet", "eetq", "fbgemm_fp8", "fouroversix", "fp8", "fp_quant", "gemma", "gptq",
     "higgs", "hqq", "metal", "mxfp4", "mxfp8", "nvfp4", "quark", "sinq", "spqr", "vptq",
@@ -24,14 +24,14 @@ _SUPPORTED = "torch.nn.Linear, the 8-bit and 4-bit layers of bitsandbytes and tr
 
 
 def check_base(model: nn.Module, config: MoteConfig) -> None:
-    """Make sure that every layer a config asks for can hold step experts, and none of them stays plain unseen.
+    """Check that every layer a config targets can hold step experts, so that none is silently left out.
 
     Args:
-        model: The base model, or one that holds adapters already.
-        config: The adapter to put on it.
+        model: The base model, with or without adapters.
+        config: The adapter to add.
 
     Raises:
-        ValueError: A way of quantising, a layer or an expert weight is not supported, or a target names nothing.
+        ValueError: A quantisation method, a layer or an expert weight is unsupported, or a target matches no layer.
     """
     _check_quantisation(model)
     targets = config.target_modules
@@ -88,7 +88,7 @@ def _check_quantisation(model: nn.Module) -> None:
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules below the model, but not what is inside an adapted layer."""
+    """All modules of the model, except those inside an adapted layer."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if name and not name.startswith(tuple(inside)):
@@ -98,12 +98,12 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of whatever make; quantised ones often are no `nn.Linear`."""
+    """Whether a module is any kind of linear layer; quantised ones are often no `nn.Linear`."""
     return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "in_features") or hasattr(module, "infeatures")
 
 
 def _refusal(module: nn.Module) -> str | None:
-    """Why a module cannot hold step experts, if it cannot."""
+    """Why a module cannot hold step experts; None if it can."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight and never calls it"
     if isinstance(module, Conv1D) or type(module).__module__.startswith("bitsandbytes."):

@@ -1,4 +1,4 @@
-"""Rivals of the step experts, for ablations and benchmarks only."""
+"""Token-gated experts: a baseline of the step experts, for ablations and benchmarks only."""
 
 from mote.tuner.registration import register
 from mote.tuner.token_gated.config import NAME, TokenGatedConfig

@@ -1,4 +1,4 @@
-"""`TokenGatedConfig`: token-gated experts as a PEFT method, beside the markers that all methods train."""
+"""`TokenGatedConfig`: token-gated experts as a PEFT method, with the markers that all methods train."""
 
 from dataclasses import dataclass, field
 
@@ -10,19 +10,19 @@ NAME = "TOKEN_GATED"
 
 @dataclass
 class TokenGatedConfig(MoteConfig):
-    """Configuration of experts that a learned gate chooses per token; what it has of `MoteConfig` means the same.
+    """Configuration of experts that a learned gate chooses per token; fields of `MoteConfig` mean the same.
 
-    `experts`, the markers and the scheme are those of the reasoning steps, which the gate knows nothing of; `mix`,
+    `experts`, the markers and the scheme describe the reasoning steps, which the gate does not see; `mix`,
     `question_expert` and `rank_pattern` have no effect.
 
     Args:
-        gated_experts: Number of experts of a layer.
-        top_k: Experts that a token goes through.
+        gated_experts: Number of experts per layer.
+        top_k: Number of experts per token.
         balance: Factor of the load-balance loss.
         contrast: Factor of the contrastive loss (MoELoRA, arXiv 2402.12851); 0 for none.
-        temperature: Of the contrastive loss.
-        dispatch: `gather` runs each expert on the tokens that chose it, as the published code does. `dense` runs all
-            experts on all tokens in one pair of products and weighs the results; it gives the same numbers.
+        temperature: Temperature of the contrastive loss.
+        dispatch: `gather` runs each expert on the tokens routed to it, as the published code does. `dense` runs all
+            experts on all tokens in one pair of matmuls and weights the results, with the same numbers.
 
     Raises:
         ValueError: A value is out of range.

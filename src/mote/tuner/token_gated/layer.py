@@ -1,8 +1,7 @@
 """Token-gated LoRA experts: on each linear layer a learned gate chooses two experts for each token.
 
-This is what mixtures of LoRA experts do that know nothing of reasoning steps (LoRAMoE, MixLoRA, MoLA): a linear gate,
-softmax, the two best experts with their weights scaled to sum to 1, and Switch's loss that keeps all experts in use.
-MoELoRA adds a contrastive loss.
+Mixtures of LoRA experts without reasoning steps work so (LoRAMoE, MixLoRA, MoLA): a linear gate, softmax, the two best
+experts with their weights normalised to sum to 1, and Switch's load-balance loss. MoELoRA adds a contrastive loss.
 Shapes: N tokens of all rows, K experts of a token, D model (in, out), E expert, R rank.
 """
 
@@ -20,13 +19,13 @@ from mote.tuner.layer import linear_shape
 from mote.tuner.router import Router
 from mote.tuner.token_gated.config import TokenGatedConfig
 
-_CONTRASTED = 64  # tokens of a layer's forward pass that are compared with each other; their number counts squared
+_CONTRASTED = 64  # tokens per layer in the contrastive loss, whose cost grows with their square
 
 
 class TokenGatedLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer with experts that a gate chooses per token.
 
-    The experts of a layer lie in one parameter, so that neither dispatch copies weights.
+    All experts of a layer share one parameter, so that neither dispatch copies weights.
     """
 
     adapter_layer_names = ("token_gated_gate", "token_gated_A", "token_gated_B")
@@ -50,26 +49,28 @@ class TokenGatedLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: TokenGatedConfig, inference_mode: bool = False) -> None:
         """Add an adapter: its gate (E, in), A (E, R, in) and B (E, R, out)."""
-        experts, rank = config.gated_experts, config.r
+        experts = config.gated_experts
+        rank = config.r
         self.configs[adapter_name] = config
-        gate, first = torch.empty(experts, self.in_features), torch.empty(experts, rank, self.in_features)
-        second = torch.zeros(experts, rank, self.out_features)
+        gate = torch.empty(experts, self.in_features)
+        lora_A = torch.empty(experts, rank, self.in_features)
+        lora_B = torch.zeros(experts, rank, self.out_features)
         nn.init.kaiming_uniform_(gate, a=math.sqrt(5))
-        for expert in first.unbind():
+        for expert in lora_A.unbind():
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
         if not config.init_weights:
-            nn.init.normal_(second)
+            nn.init.normal_(lora_B)
         self.token_gated_gate[adapter_name] = nn.Parameter(gate)
-        self.token_gated_A[adapter_name] = nn.Parameter(first)
-        self.token_gated_B[adapter_name] = nn.Parameter(second)
+        self.token_gated_A[adapter_name] = nn.Parameter(lora_A)
+        self.token_gated_B[adapter_name] = nn.Parameter(lora_B)
         self._move_adapter_to_device_of_base_layer(adapter_name)  # type: ignore[operator]
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)  # type: ignore[operator]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the weighted output of the chosen experts (..., out).
 
-        In training mode it leaves `loss`, what this pass adds to the model's own, and `use_E`, the share of all
-        choices that fell on each expert.
+        In training mode it sets `loss`, this layer's part of the gate loss, and `use_E`, the share of all routing
+        choices that each expert got.
         """
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters:
@@ -81,8 +82,9 @@ class TokenGatedLinear(nn.Module, BaseTunerLayer):
 
     def _add(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         config = self.configs[name]
-        x_N, result_N = x.reshape(-1, x.shape[-1]).to(result.dtype), result.reshape(-1, result.shape[-1])
-        gate, first, second = (
+        x_N = x.reshape(-1, x.shape[-1]).to(result.dtype)
+        result_N = result.reshape(-1, result.shape[-1])
+        gate, lora_A, lora_B = (
             part[name].to(result.dtype) for part in (self.token_gated_gate, self.token_gated_A, self.token_gated_B)
         )
         probabilities_N = (x_N @ gate.t()).softmax(dim=-1, dtype=torch.float32)
@@ -91,73 +93,73 @@ class TokenGatedLinear(nn.Module, BaseTunerLayer):
             self.loss = config.balance * switch_loss(probabilities_N, chosen_N)
             self.use_E = one_hot(chosen_N, config.gated_experts).float().mean(dim=(0, 1))
             if config.contrast:
-                self.loss = self.loss + config.contrast * self._contrast(x_N, first, second, chosen_N, config)
+                self.loss = self.loss + config.contrast * self._contrast(x_N, lora_A, lora_B, chosen_N, config)
             x_N = nn.functional.dropout(x_N, config.lora_dropout)
         weights_N = (weights_N * config.scaling(config.r)).to(result.dtype)
-        if (route := self._route(name)) is not None:  # in a running batch some rows are the base model's
+        if (route := self._route(name)) is not None:  # in continuous batching some sequences are the base model's
             weights_N = weights_N * route.weights.reshape(len(weights_N), -1).any(1, keepdim=True)
         add = _add_gathered if config.dispatch == "gather" else _add_dense
-        return add(x_N, result_N, first, second, weights_N, chosen_N).view_as(result)
+        return add(x_N, result_N, lora_A, lora_B, weights_N, chosen_N).view_as(result)
 
     def _route(self, name: str) -> Route | None:
         return None if self.router is None else self.router.known_route(name, self.configs[name].r)
 
     def _contrast(
-        self, x_N: Tensor, first: Tensor, second: Tensor, chosen_N: Tensor, config: TokenGatedConfig
+        self, x_N: Tensor, lora_A: Tensor, lora_B: Tensor, chosen_N: Tensor, config: TokenGatedConfig
     ) -> Tensor:
-        """`contrastive_loss` of tokens that are spread evenly over the pass."""
+        """`contrastive_loss` of tokens spread evenly over the batch."""
         some = torch.linspace(0, len(x_N) - 1, min(_CONTRASTED, len(x_N)), device=x_N.device).long()
-        hidden = torch.einsum("nd,erd->ner", x_N[some], first)
-        outputs = torch.einsum("ner,ero->neo", hidden, second) * config.scaling(config.r)
+        hidden = torch.einsum("nd,erd->ner", x_N[some], lora_A)
+        outputs = torch.einsum("ner,ero->neo", hidden, lora_B) * config.scaling(config.r)
         chosen = chosen_N[some]
         own = outputs.gather(1, chosen[..., None].expand(-1, -1, outputs.shape[-1]))
         return contrastive_loss(own.flatten(0, 1), chosen.flatten(), config.temperature)
 
 
 def _add_gathered(
-    x_N: Tensor, result_N: Tensor, first: Tensor, second: Tensor, weights_N: Tensor, chosen_N: Tensor
+    x_N: Tensor, result_N: Tensor, lora_A: Tensor, lora_B: Tensor, weights_N: Tensor, chosen_N: Tensor
 ) -> Tensor:
-    """Each expert on the tokens that chose it."""
+    """Run each expert on the tokens routed to it."""
     delta_N = torch.zeros_like(result_N)
-    is_chosen_E = one_hot(chosen_N, len(first)).permute(2, 0, 1)
-    for expert, (a, b) in enumerate(zip(first.unbind(), second.unbind(), strict=True)):
-        token, place = torch.where(is_chosen_E[expert])
-        out = x_N[token] @ a.t() @ b * weights_N[token, place, None]
+    is_chosen_E = one_hot(chosen_N, len(lora_A)).permute(2, 0, 1)
+    for expert, (a, b) in enumerate(zip(lora_A.unbind(), lora_B.unbind(), strict=True)):
+        token, rank = torch.where(is_chosen_E[expert])
+        out = x_N[token] @ a.t() @ b * weights_N[token, rank, None]
         delta_N.index_add_(0, token, out.to(delta_N.dtype))
     return result_N + delta_N
 
 
 def _add_dense(
-    x_N: Tensor, result_N: Tensor, first: Tensor, second: Tensor, weights_N: Tensor, chosen_N: Tensor
+    x_N: Tensor, result_N: Tensor, lora_A: Tensor, lora_B: Tensor, weights_N: Tensor, chosen_N: Tensor
 ) -> Tensor:
-    """All experts on all tokens."""
-    gate_N = weights_N.new_zeros(len(x_N), len(first)).scatter(1, chosen_N, weights_N)
-    hidden_N = x_N @ first.flatten(0, 1).t() * gate_N.repeat_interleave(first.shape[1], dim=1)
-    return torch.addmm(result_N, hidden_N, second.flatten(0, 1))
+    """Run all experts on all tokens and weight their outputs."""
+    gate_N = weights_N.new_zeros(len(x_N), len(lora_A)).scatter(1, chosen_N, weights_N)
+    hidden_N = x_N @ lora_A.flatten(0, 1).t() * gate_N.repeat_interleave(lora_A.shape[1], dim=1)
+    return torch.addmm(result_N, hidden_N, lora_B.flatten(0, 1))
 
 
 def choose(probabilities_N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The experts of each token.
+    """The best experts of each token.
 
     Args:
-        probabilities_N: The gate's (N, E).
-        top_k: Experts a token goes through, K.
+        probabilities_N: Gate probabilities (N, E).
+        top_k: Number of experts per token, K.
 
     Returns:
-        Their weights (N, K), which sum to 1, and their numbers (N, K).
+        Their weights (N, K), normalised to sum to 1, and their indices (N, K).
     """
     weights_N, chosen_N = probabilities_N.topk(top_k, dim=-1)
     return weights_N / weights_N.sum(dim=-1, keepdim=True), chosen_N
 
 
 def switch_loss(probabilities_N: Tensor, chosen_N: Tensor) -> Tensor:
-    """Switch's balance loss, E times the sum of f_e P_e over the experts: 1 where all are used evenly.
+    """Switch's load-balance loss, E times the sum of f_e P_e over the experts; 1 if all are used evenly.
 
-    f_e is the share of all choices that fell on expert e, P_e its mean probability.
+    f_e is the share of all routing choices that expert e got, P_e its mean probability.
 
     Args:
-        probabilities_N: The gate's (N, E).
-        chosen_N: Numbers of the chosen experts (N, K).
+        probabilities_N: Gate probabilities (N, E).
+        chosen_N: Indices of the chosen experts (N, K).
     """
     experts = probabilities_N.shape[-1]
     share_E = one_hot(chosen_N, experts).float().mean(dim=(0, 1))
@@ -165,19 +167,19 @@ def switch_loss(probabilities_N: Tensor, chosen_N: Tensor) -> Tensor:
 
 
 def contrastive_loss(outputs: Tensor, experts: Tensor, temperature: float) -> Tensor:
-    """MoELoRA's loss: outputs of one expert are alike, those of different experts are not (docs/decisions/0025).
+    """MoELoRA's loss: outputs of one expert should be similar, those of different experts not (docs/decisions/0025).
 
-    The mean over outputs i with an equal j of -log(sum_j exp(s_ij / t) / sum_k exp(s_ik / t)), where j runs over the
-    other outputs of i's expert and k over all others, and s is the cosine. Outputs shorter than 1 are taken as they
-    are, since a cosine's gradient has no bound near 0, where every expert begins.
+    The mean over outputs i of -log(sum_j exp(s_ij / t) / sum_k exp(s_ik / t)), where j runs over the other outputs of
+    i's expert, k over all other outputs, and s is the cosine. Outputs of norm below 1 are not normalised, since a
+    cosine's gradient is unbounded near 0, where every expert starts.
 
     Args:
-        outputs: One output of one expert a row (M, out).
-        experts: Number of the expert of each (M).
+        outputs: Outputs of single experts, one a row (M, out).
+        experts: Expert index of each (M).
         temperature: t.
 
     Returns:
-        The loss; 0 where no expert has two outputs.
+        The loss; 0 if no expert has two outputs.
     """
     vectors = normalize(outputs.float(), dim=-1, eps=1.0)
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
@@ -195,15 +197,15 @@ def gated_layers(model: nn.Module) -> Iterator[TokenGatedLinear]:
 
 
 def gate_loss(model: nn.Module) -> Tensor:
-    """What the last forward pass adds to the model's own loss: the mean over the layers of theirs.
+    """The gate loss of the last forward pass: the mean over the layers.
 
     Raises:
-        RuntimeError: No forward pass was made in training mode since the last call.
+        RuntimeError: There was no forward pass in training mode since the last call.
     """
     layers = list(gated_layers(model))
     losses = [layer.loss for layer in layers if layer.loss is not None]
     if not losses:
-        raise RuntimeError("token-gated: there is no loss of the gates yet; call the model in training mode first")
+        raise RuntimeError("token-gated: there is no loss of the gates yet; call the model in training mode lora_A")
     for layer in layers:
         layer.loss = None
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
