@@ -84,6 +84,7 @@ def test_a_gzipped_hh_rlhf_file_is_imported(tmp_path: Path) -> None:
     [
         (turns("Why?", "Because."), [("response", "Because.")]),
         (turns("Why?", "<think>Hm.</think>Because."), [("analysis", "Hm."), ("response", "Because.")]),
+        (turns("Why?", '<think signature="x">Hm.</think>Because.'), [("analysis", "Hm."), ("response", "Because.")]),
         (turns("Why?", "Hm.\n</think>\n\nBecause."), [("analysis", "Hm."), ("response", "Because.")]),  # R1's template
         (turns("Why?", "<think>\n\n</think>\n\nBecause."), [("response", "Because.")]),  # Qwen3, not thinking
         (turns("Why?", "Because.", reasoning_content="Hm."), [("analysis", "Hm."), ("response", "Because.")]),

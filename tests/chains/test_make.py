@@ -142,7 +142,7 @@ def test_worked_examples_are_turns_with_the_same_steps(tmp_path: Path) -> None:
     assert final[1].content == example.steps["response"]
 
 
-def test_a_dialogue_is_answered_as_a_dialogue_and_analysed_as_text(tmp_path: Path) -> None:
+def test_a_dialogue_is_answered_as_turns_and_analysed_as_text(tmp_path: Path) -> None:
     turns = (("user", "first"), ("assistant", "second"), ("user", "hard"))
     messages = tuple(Message.model_validate({"role": role, "content": text}) for role, text in turns)
     engine = Scripted({"hard": 1})

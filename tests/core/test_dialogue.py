@@ -3,7 +3,7 @@ from mote.core.dialogue import alternating_turns, join_turns, regular_turns
 SYSTEM, GREETING = ("system", "Be brief."), ("assistant", "Hello!")
 
 
-def test_consecutive_turns_of_a_role_are_joined_and_blank_ones_dropped() -> None:
+def test_consecutive_turns_are_joined_and_blank_ones_dropped() -> None:
     turns = [("user", "Hi. "), ("assistant", " \n"), ("user", "How are you?"), GREETING, ("assistant", "Fine.")]
     assert join_turns(turns) == [("user", "Hi.\n\nHow are you?"), ("assistant", "Hello!\n\nFine.")]
 

@@ -25,7 +25,7 @@ _COLUMN = {"star1": "response", "messages": "messages", "hh-rlhf": "chosen", "pr
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of servers and of chat templates
 # A thought that begins the text. R1's template writes `<think>` in the prompt, so that the text has only the end tag,
 # alone on its line.
-_THOUGHT = re.compile(r"\A\s*(?:<think>(.*?)</think>|(.*?)^[ \t]*</think>[ \t]*$)\s*", re.DOTALL | re.MULTILINE)
+_THOUGHT = re.compile(r"\A\s*(?:<think\b[^>]*>(.*?)</think>|(.*?)^[ \t]*</think>[ \t]*$)\s*", re.DOTALL | re.MULTILINE)
 _BATCH = 500  # rows per write
 
 
@@ -180,4 +180,4 @@ def _split(text: str) -> tuple[str, str]:
     """`<think>reasoning</think>answer` in two; a thought without an end has no answer."""
     if thought := _THOUGHT.match(text):
         return thought[1] or thought[2] or "", text[thought.end() :]
-    return (text, "") if text.lstrip().startswith("<think>") else ("", text)
+    return (text, "") if text.lstrip().startswith(("<think>", "<think ")) else ("", text)
