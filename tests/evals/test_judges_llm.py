@@ -50,6 +50,7 @@ def test_prompts_have_distinct_hashes() -> None:
         ("Clear and short. Rating: [[7]]", 7),
         ("Rating: [[3]]\nOn second thoughts, Rating: [[ 8 ]]", 8),
         ("Good.\nRating: 6/10", 6),
+        ("Rating: 6 out of 10", 6),
         ("**Rating: 9**", 9),
         ("7.5", 7.5),
         ("Rating: [[11]]", None),

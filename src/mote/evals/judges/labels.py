@@ -11,7 +11,8 @@ from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL
 from mote.core.errors import UserError
 
 FormatName = Literal["xstest", "jailbreakbench"]
-HARMFUL, HARMLESS = "harmful", "harmless"
+HARMFUL = "harmful"
+HARMLESS = "harmless"
 
 _XSTEST = {"1_full_compliance": COMPLIANCE, "2_full_refusal": FULL_REFUSAL, "3_partial_refusal": PARTIAL_REFUSAL}
 _JAILBREAKBENCH = {"0": HARMLESS, "1": HARMFUL}

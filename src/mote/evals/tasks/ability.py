@@ -41,7 +41,8 @@ def _samples(file: str, limit: int | None) -> list[Sample]:
     for place, row in islice(raw_rows(file), limit):
         if not row.get("prompt") or row.get("answer") in (None, ""):
             raise UserError(f"file: {place} lacks a prompt or an answer; the columns are system, prompt and answer")
-        prompt, system = str(row["prompt"]), str(row.get("system") or "")
+        prompt = str(row["prompt"])
+        system = str(row.get("system") or "")
         messages = [Message(role="system", content=system)] if system else []
         messages.append(Message(role="user", content=prompt))
         name = hashlib.sha256(f"{system}\n{prompt}".encode()).hexdigest()[:12]
