@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "FIRST_WAIT", 0.004)
-    monkeypatch.setattr(endpoints, "_LOOK", 0.001)
+    monkeypatch.setattr(endpoints, "_POLL", 0.001)
 
 
 @pytest.fixture

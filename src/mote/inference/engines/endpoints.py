@@ -1,17 +1,18 @@
-"""Which of several servers a request goes to: the least busy one that answers."""
+"""Load balancing over servers: a request goes to the least busy one that responds."""
 
 import asyncio
 import random
 import sys
 from collections.abc import Collection, Sequence
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-_STRIKES = 3  # failures in a row, after which an endpoint is set aside: one alone may be the request's
-_LOOK = 0.05  # seconds between looks for an endpoint that is free again
+FIRST_WAIT = 0.5  # seconds
+LONGEST_WAIT = 30.0  # seconds
+_STRIKES = 3  # consecutive failures that set an endpoint aside: a single one may be the request's fault
+_POLL = 0.05  # seconds between checks for a free endpoint
 
 
 def backoff(failures: int) -> float:
-    """Seconds to wait after so many failures: exponential, with jitter so that waiters do not come back together."""
+    """Seconds to wait after this many failures: exponential, with jitter so that requests do not return together."""
     return min(FIRST_WAIT * 2.0**failures, LONGEST_WAIT) * random.uniform(0.5, 1.0)
 
 
@@ -20,10 +21,10 @@ class Endpoint:
 
     Attributes:
         address: The server's /v1 address.
-        in_flight: Requests it is working on.
-        strikes: Failures since its last answer; those of requests that began before it was set aside do not count.
-        set_aside_at: Time of the loop's clock, in seconds, at which it was last set aside.
-        rests_until: Time from which it may be asked again.
+        in_flight: Number of its requests in flight.
+        strikes: Failures since its last response; requests that began before it was set aside do not count.
+        set_aside_at: Loop time, in seconds, at which it was last set aside.
+        rests_until: Loop time from which it may be used again.
     """
 
     def __init__(self, address: str) -> None:
@@ -34,7 +35,7 @@ class Endpoint:
         self.rests_until = 0.0
 
     def is_free(self, now: float) -> bool:
-        """Whether it may be asked; an endpoint that was set aside is tried with one request at a time."""
+        """Whether it may be used; an endpoint that was set aside is tried with one request at a time."""
         return now >= self.rests_until and (self.strikes < _STRIKES or not self.in_flight)
 
 
@@ -43,8 +44,8 @@ class Endpoints:
 
     Args:
         addresses: One or more.
-        retries: Times that an endpoint which was set aside is tried again before it counts as dead. A dead one is still
-            tried now and then while another one answers.
+        retries: How often an endpoint that was set aside is tried again before it counts as dead. A dead one is still
+            tried now and then while another one responds.
     """
 
     def __init__(self, addresses: Sequence[str], retries: int) -> None:
@@ -57,33 +58,33 @@ class Endpoints:
         return " and ".join(endpoint.address for endpoint in self.all)
 
     async def take(self, failed: Collection[Endpoint]) -> Endpoint | None:
-        """The least busy endpoint, as soon as one is free; None where all are dead. `give_back` it.
+        """The least busy endpoint, as soon as one is free; None if all are dead. Pair with `give_back`.
 
         Args:
-            failed: Where this request has failed already; it goes there only where no other one is free.
+            failed: Endpoints at which this request has failed; used only if no other one is free.
         """
         clock = asyncio.get_running_loop().time
-        async with self._turn:  # one request looks, the others stand in line behind it
+        async with self._turn:  # one request polls, the others queue behind it
             while any(endpoint.strikes < self._dead_from for endpoint in self.all):
                 if free := [endpoint for endpoint in self.all if endpoint.is_free(clock())]:
                     endpoint = min(free, key=lambda endpoint: (endpoint in failed, endpoint.in_flight))
                     endpoint.in_flight += 1
                     return endpoint
-                await asyncio.sleep(_LOOK)
+                await asyncio.sleep(_POLL)
             return None
 
     def give_back(self, endpoint: Endpoint) -> None:
-        """A request on it has ended."""
+        """Count a request on it as finished."""
         endpoint.in_flight -= 1
 
     def answered(self, endpoint: Endpoint) -> None:
-        """It works."""
+        """Record a response."""
         if endpoint.strikes >= _STRIKES:
             print(f"engine: {endpoint.address} answers again", file=sys.stderr)
         endpoint.strikes = 0
 
     def failed(self, endpoint: Endpoint, began: float, reason: str) -> None:
-        """A request that began at `began` failed; the third failure in a row sets the endpoint aside for a while."""
+        """Record a failed request that began at `began`; the third consecutive failure sets the endpoint aside."""
         if began < endpoint.set_aside_at:
             return
         endpoint.strikes += 1
@@ -96,5 +97,5 @@ class Endpoints:
         endpoint.rests_until = endpoint.set_aside_at + backoff(endpoint.strikes - _STRIKES)
 
     def busy(self, endpoint: Endpoint, seconds: float) -> None:
-        """It asked to be left alone for so long."""
+        """Pause it for as long as it asked."""
         endpoint.rests_until = max(endpoint.rests_until, asyncio.get_running_loop().time() + seconds)

@@ -1,4 +1,4 @@
-"""What a server sends back: a chat completion, checked as it comes off the wire, and which errors may pass."""
+"""Server responses: validated chat completions, and which errors are transient."""
 
 import email.utils
 import time
@@ -6,25 +6,25 @@ import time
 from openai import APIStatusError
 from pydantic import BaseModel, Field
 
-OF_ONE_REQUEST = {400, 413, 422}  # of the 4xx: another request may be answered
-_MAY_PASS = {408, 409, 425, 429}  # of the 4xx: the same request may be answered later
+REQUEST_ERRORS = {400, 413, 422}  # of the 4xx: the request is at fault, another one may succeed
+_TRANSIENT = {408, 409, 425, 429}  # of the 4xx: the same request may succeed later
 
 
 class Candidate(BaseModel):
-    """A token that could have been written, and its log-probability."""
+    """A candidate token and its log-probability."""
 
     token: str
     logprob: float
 
 
 class Position(BaseModel):
-    """One written token, with the likeliest ones in its place."""
+    """The most likely tokens at one position."""
 
     top_logprobs: list[Candidate] = []
 
 
 class Logprobs(BaseModel):
-    """Log-probabilities of the written tokens."""
+    """Log-probabilities of the generated tokens."""
 
     content: list[Position] | None = None
 
@@ -58,24 +58,24 @@ class Usage(BaseModel):
 
 
 class Reply(BaseModel):
-    """A chat completion; what is not used here is not checked."""
+    """A chat completion; unused fields are not validated."""
 
     choices: list[Choice] = Field(min_length=1)
     usage: Usage | None = None
 
     @property
     def counted(self) -> Usage:
-        """Its token counts; none where the server does not count."""
+        """Token counts; zero or None if the server reports none."""
         return self.usage or Usage()
 
 
-def may_pass(error: APIStatusError) -> bool:
-    """Whether the same request can succeed later: the server is busy or broken, the request is not at fault."""
-    return error.status_code >= 500 or error.status_code in _MAY_PASS
+def is_transient(error: APIStatusError) -> bool:
+    """Whether the same request can succeed later: the server is busy or broken."""
+    return error.status_code >= 500 or error.status_code in _TRANSIENT
 
 
-def wait_of(error: APIStatusError) -> float | None:
-    """Seconds that Retry-After asks for, as a number or as a date; None where there is no such header."""
+def retry_after(error: APIStatusError) -> float | None:
+    """Seconds from Retry-After, given as a number or a date; None without that header."""
     header = error.response.headers.get("retry-after", "").strip()
     try:
         return max(0.0, float(header))
@@ -84,8 +84,8 @@ def wait_of(error: APIStatusError) -> float | None:
         return max(0.0, email.utils.mktime_tz(parsed) - time.time()) if parsed else None
 
 
-def said(error: APIStatusError) -> str:
-    """What the server says of an error, on one line."""
+def error_text(error: APIStatusError) -> str:
+    """The server's error message on one line."""
     body = error.body
     text = str(body.get("message") or body) if isinstance(body, dict) else error.response.text
     return f"{error.status_code}: {' '.join(text.split())[:200] or error.response.reason_phrase}"

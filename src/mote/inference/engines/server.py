@@ -12,37 +12,39 @@ from pydantic import ValidationError
 from mote.chains.engine import Completion, Preference, Prompt, Refused
 from mote.core.errors import MoteError, UserError
 from mote.inference.engines.endpoints import Endpoint, Endpoints, backoff
-from mote.inference.engines.replies import OF_ONE_REQUEST, Choice, Reply, may_pass, said, wait_of
+from mote.inference.engines.replies import REQUEST_ERRORS, Choice, Reply, error_text, is_transient, retry_after
 
 _CONNECT = 30.0  # seconds until a machine that is off counts as such
 
 
-class _Stumble(Exception):
-    """An attempt that may succeed when it is repeated.
+class _TransientError(Exception):
+    """A failed attempt that may succeed when it is repeated.
 
     Attributes:
         reason: What happened.
-        busy: The server works, and asks for patience.
-        wait: Seconds it asked for, where it said so.
+        busy: The server is up and asks to wait.
+        wait: Seconds it asks for, if it says.
     """
 
     def __init__(self, reason: str, busy: bool = False, wait: float | None = None) -> None:
-        self.reason, self.busy, self.wait = reason, busy, wait
+        self.reason = reason
+        self.busy = busy
+        self.wait = wait
 
 
 class ServerEngine:
     """A model behind one or several addresses such as `http://localhost:8000/v1`.
 
-    Requests go to the least busy address that answers. One that fails three times in a row is set aside, its requests
-    go on at another one, and it is tried again later. The key is read from `OPENAI_API_KEY`, where a server wants one.
+    Requests go to the least busy address that responds. An address that fails three times in a row is set aside and
+    tried again later; its requests move to another one. The API key is read from `OPENAI_API_KEY`.
 
     Args:
-        addresses: The servers' /v1 addresses with commas between them, as in a recipe; all serve the same model.
-        model: The name they serve the model under.
-        concurrency: Requests in flight at most, over all addresses.
-        retries: Times a request that failed is repeated: 5xx, a broken connection, a timeout, or a reply that is no
-            chat completion. A server that is busy (429, or any error with Retry-After) does not use them up; it is
-            waited for until `timeout`.
+        addresses: Comma-separated /v1 addresses, as in a recipe; all serve the same model.
+        model: Name the model is served under.
+        concurrency: Maximum number of requests in flight, over all addresses.
+        retries: How often a failed request is repeated: after 5xx, a broken connection, a timeout, or a reply that is
+            no chat completion. A busy server (429, or any error with Retry-After) does not use retries up; the request
+            waits until `timeout`.
         timeout: Seconds one attempt may take.
     """
 
@@ -50,7 +52,8 @@ class ServerEngine:
         self, addresses: str, model: str, concurrency: int = 256, retries: int = 5, timeout: float = 600.0
     ) -> None:
         self.name = model
-        self._retries, self._timeout = retries, timeout
+        self._retries = retries
+        self._timeout = timeout
         each = [address.strip() for address in addresses.split(",")]
         self._endpoints = Endpoints(each, retries)
         self._slots = asyncio.Semaphore(concurrency)
@@ -63,12 +66,12 @@ class ServerEngine:
         }
 
     async def write(self, prompt: Prompt) -> Completion:
-        """See `Engine.write`; where the server does not count, `tokens` is 0 and `read` None.
+        """See `Engine.write`; without token counts from the server, `tokens` is 0 and `prompt_tokens` None.
 
         Raises:
-            Refused: The server refuses this request (400, 413, 422): it is not repeated.
-            UserError: It refuses the key, the model or the like (401, 404, ...).
-            MoteError: No server answered, or none as it should, however often it was asked.
+            Refused: The server refuses this request (400, 413, 422); it is not repeated.
+            UserError: The server refuses the key, the model or the like (401, 404, ...).
+            MoteError: No server gave a valid response after all retries.
         """
         reply = await self._ask(prompt, max_tokens=prompt.max_tokens)
         choice = reply.choices[0]
@@ -116,7 +119,7 @@ class ServerEngine:
             "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],
             "temperature": prompt.temperature,
             "top_p": prompt.top_p,
-            "seed": prompt.seed % 2**31,  # some servers hold it in 32 bits
+            "seed": prompt.seed % 2**31,  # some servers store it in 32 bits
             **({"frequency_penalty": prompt.frequency_penalty} if prompt.frequency_penalty else {}),
             **extra,
         }
@@ -125,15 +128,18 @@ class ServerEngine:
 
     async def _until_answered(self, body: dict[str, Any]) -> Reply:
         clock = asyncio.get_running_loop().time
-        first_asked, waits, reason = clock(), 0, ""
+        first_asked = clock()
+        waits = 0
+        reason = ""
         failed: list[Endpoint] = []
         while len(failed) <= self._retries and (endpoint := await self._endpoints.take(failed)):
             began = clock()
             try:
                 reply = await self._attempt(endpoint, body)
-            except _Stumble as stumble:
-                reason, busy = stumble.reason, stumble.busy
-                wait = backoff(waits) if stumble.wait is None else stumble.wait
+            except _TransientError as transient:
+                reason = transient.reason
+                busy = transient.busy
+                wait = backoff(waits) if transient.wait is None else transient.wait
             else:
                 self._endpoints.answered(endpoint)
                 return reply
@@ -154,43 +160,44 @@ class ServerEngine:
         )
 
     async def _attempt(self, endpoint: Endpoint, body: dict[str, Any]) -> Reply:
-        """One request. `post` rather than `chat.completions.create`, which walks every message by its type."""
+        """One request; `post` is faster than `chat.completions.create`, which converts every message by its type."""
         try:
-            async with asyncio.timeout(self._timeout):  # the client's own is between two bytes
+            async with asyncio.timeout(self._timeout):  # the client's own timeout is between two bytes
                 raw = await self._clients[endpoint.address].post("/chat/completions", cast_to=bytes, body=body)
             return Reply.model_validate_json(raw)
         except APIStatusError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 await self._refuse(endpoint, error)
-            wait = wait_of(error)
-            raise _Stumble(said(error), error.status_code == 429 or wait is not None, wait) from error
+            wait = retry_after(error)
+            raise _TransientError(error_text(error), error.status_code == 429 or wait is not None, wait) from error
         except TimeoutError as error:
-            raise _Stumble(f"no answer within {self._timeout:g} s") from error
+            raise _TransientError(f"no answer within {self._timeout:g} s") from error
         except (APIConnectionError, ClientError) as error:
-            raise _Stumble(_cause(error)) from error
+            raise _TransientError(_cause(error)) from error
         except ValidationError as error:
-            raise _Stumble("its reply is no chat completion") from error
+            raise _TransientError("its reply is no chat completion") from error
 
     async def _refuse(self, endpoint: Endpoint, error: APIStatusError) -> NoReturn:
-        """One line that says what is wrong with the request."""
+        """Raise the one-line error of a refused request."""
         where = f"engine: {endpoint.address}"
+        reason = error_text(error)
         if error.status_code in (401, 403):
-            raise UserError(f"{where} refuses the key ({said(error)}); set OPENAI_API_KEY to one it takes") from error
+            raise UserError(f"{where} refuses the key ({reason}); set OPENAI_API_KEY to one it takes") from error
         if error.status_code == 404:
             try:
                 served = [model.id async for model in self._clients[endpoint.address].models.list()]
             except (OpenAIError, ClientError, ValueError) as missing:
-                raise UserError(f"{where} is not there ({said(error)}); give the address that ends in /v1") from missing
+                raise UserError(f"{where} is not there ({reason}); give the address that ends in /v1") from missing
             names = ", ".join(f"'{name}'" for name in served)
-            raise UserError(f"{where} does not serve model='{self.name}' ({said(error)}); it serves {names}") from error
-        if error.status_code not in OF_ONE_REQUEST:
+            raise UserError(f"{where} does not serve model='{self.name}' ({reason}); it serves {names}") from error
+        if error.status_code not in REQUEST_ERRORS:
             raise UserError(
-                f"{where} refuses to work ({said(error)}); mend that, then run the same command again: finished rows "
-                "are kept"
+                f"{where} refuses to work ({reason}); mend that, then run the same command again: finished "
+                "rows are kept"
             ) from error
         raise Refused(
-            f"{where} refuses a request ({said(error)}); where it is too long for the server, fewer chains.examples, a "
-            "lower chains.max_tokens and shorter questions (chains.max_question_chars) help"
+            f"{where} refuses a request ({reason}); if it is too long for the server, fewer chains.examples, "
+            "a lower chains.max_tokens and shorter questions (chains.max_question_chars) help"
         ) from error
 
 
@@ -199,6 +206,6 @@ def _text(choice: Choice) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """What the client's general error was made from."""
+    """The cause of the client's generic error, on one line."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split()) or type(cause).__name__

