@@ -107,7 +107,7 @@ def test_the_plot_is_one_self_contained_file(rows: list[ChainRow], tmp_path: Pat
     assert "var(" not in drawn and "currentColor" not in drawn and "http://" not in drawn.replace(root.tag[1:27], "")
     words = "".join(root.itertext())
     assert "accepted" in words and "analysis > guidance > response" in words and ("median" in words) == (len(rows) > 4)
-    assert ("tokens an accepted chain" in words) == (len(rows) > 4)
+    assert ("tokens per accepted chain" in words) == (len(rows) > 4)
 
 
 def test_a_file_without_chains_is_an_error(tmp_path: Path) -> None:
