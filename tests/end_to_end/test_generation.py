@@ -74,7 +74,7 @@ HOW: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "left-padded"])
 @pytest.mark.parametrize("how", HOW)
-def test_cached_equals_uncached_for_rows_that_switch_at_different_times(how: str, padded: bool) -> None:
+def test_cached_equals_uncached_with_different_step_switches(how: str, padded: bool) -> None:
     model, ids = adapted(), some_ids(length=18)
     mask = torch.ones_like(ids)
     if padded:
@@ -96,7 +96,7 @@ def test_cached_equals_uncached_for_rows_that_switch_at_different_times(how: str
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("guess", ["assistant", "lookup"])
-def test_guessed_tokens_equal_uncached(guess: str, sampled: bool) -> None:
+def test_assisted_generation_equals_uncached(guess: str, sampled: bool) -> None:
     model, ids = adapted(), some_ids()[:1]
     given = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(ids)}
     how = {"assistant_model": other_llama()} if guess == "assistant" else {"prompt_lookup_num_tokens": 3}
@@ -108,13 +108,13 @@ def test_guessed_tokens_equal_uncached(guess: str, sampled: bool) -> None:
     assert max(counted[1:]) > 1  # guesses were checked together
 
 
-def test_an_adapted_model_may_guess_too() -> None:
+def test_adapted_model_as_assistant() -> None:
     model, ids = other_llama(), some_ids()[:1]
     given = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(ids)}
     assert torch.equal(model.generate(**given, assistant_model=adapted()), model.generate(**given, use_cache=False))
 
 
-def test_each_new_token_is_read_by_the_expert_of_its_own_step() -> None:
+def test_each_new_token_uses_its_steps_expert() -> None:
     """The logits of every token that was written, against one pass over the whole text."""
     model, ids = adapted(), some_ids()
     out = model.generate(
@@ -132,7 +132,7 @@ def test_each_new_token_is_read_by_the_expert_of_its_own_step() -> None:
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("more", [[], [67, 2, 30, 31], [66, 20]], ids=["alone", "next turn", "in a step"])
-def test_generate_goes_on_from_the_cache_of_another(more: list[int], kind: type) -> None:
+def test_generate_continues_from_anothers_cache(more: list[int], kind: type) -> None:
     model, ids = adapted(), some_ids()
     config = model.get_base_model().config
     cache = kind(config=config) if kind is DynamicCache else kind(config=config, max_cache_len=64)
@@ -159,7 +159,7 @@ def test_generate_continues_with_the_new_tokens_alone() -> None:
     assert torch.equal(found[:, 2:], expected)
 
 
-def test_a_prompt_may_be_prefilled_in_chunks() -> None:
+def test_prompt_can_be_prefilled_in_chunks() -> None:
     model, ids = adapted(), some_ids()
     given = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**given, prefill_chunk_size=8), model.generate(**given, use_cache=False))
@@ -167,7 +167,7 @@ def test_a_prompt_may_be_prefilled_in_chunks() -> None:
 
 @pytest.mark.parametrize("how", ["cache alone", "context_ids", "step_ids"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_custom_decoding_loop_equals_uncached(how: str, grad: bool) -> None:
+def test_custom_decoding_loop_equals_uncached(how: str, grad: bool) -> None:
     model, ids = adapted(), some_ids()
     routing = model.peft_config["default"].routing
     expected = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, use_cache=False)
@@ -190,7 +190,7 @@ CACHE_CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CACHE_CHANGES)
-def test_a_loop_over_a_changed_cache_is_refused(change: str) -> None:
+def test_loop_over_a_changed_cache_is_refused(change: str) -> None:
     model, ids = adapted(), some_ids()
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
@@ -200,7 +200,7 @@ def test_a_loop_over_a_changed_cache_is_refused(change: str) -> None:
         model(input_ids=ids, past_key_values=cache)
 
 
-def test_chunks_behind_a_cache_follow_its_last_steps() -> None:
+def test_chunks_after_a_cache_continue_its_last_steps() -> None:
     """Chunks of several tokens, with markers and without, and adapters that take turns."""
     model, ids = adapted(), some_ids()
     expected = model(input_ids=ids).logits
@@ -213,7 +213,7 @@ def test_chunks_behind_a_cache_follow_its_last_steps() -> None:
         model(input_ids=ids[:, -1:], past_key_values=cache)
 
 
-def test_a_loop_over_an_unknown_cache_is_refused() -> None:
+def test_loop_over_an_unknown_cache_is_refused() -> None:
     model, ids = adapted(), some_ids()
     cache = StaticCache(config=model.get_base_model().config, max_cache_len=64)
     model(input_ids=ids, past_key_values=cache)
@@ -229,7 +229,7 @@ def test_a_loop_over_an_unknown_cache_is_refused() -> None:
         model.get_base_model().model(input_ids=ids)
 
 
-def test_with_the_adapter_off_a_loop_need_not_say_anything() -> None:
+def test_loop_with_adapter_off_needs_no_context_ids() -> None:
     model, ids = adapted(), some_ids().clamp_max(63)
     with model.disable_adapter(), torch.no_grad():
         out = model(input_ids=ids[:, :-1], use_cache=True)
@@ -268,7 +268,7 @@ def logits_of(model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"rank_pattern": {"q_proj": 2}}], ids=str)
 @pytest.mark.parametrize("step", START)
-def test_writing_equals_dense(step: str, changes: dict[str, Any]) -> None:
+def test_decoding_equals_dense(step: str, changes: dict[str, Any]) -> None:
     model, ids = adapted(**changes), in_step(step)
     cache = DynamicCache(config=model.get_base_model().config)
     text, logits = logits_of(model, ids, past_key_values=cache)
@@ -277,7 +277,7 @@ def test_writing_equals_dense(step: str, changes: dict[str, Any]) -> None:
     torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_in_different_steps_keep_all_columns_and_those_in_the_question_none() -> None:
+def test_mixed_steps_keep_all_columns_question_none() -> None:
     model = adapted()
     mixed = in_step("analysis")
     mixed[1, -1] = START["response"]
@@ -311,7 +311,7 @@ def change(model: Any, how: str) -> None:
 
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("how", ["data.copy_", "no_grad", "new data", "optimizer"])
-def test_new_weights_are_seen_by_the_next_text(how: str, length: int) -> None:
+def test_new_weights_apply_to_the_next_text(how: str, length: int) -> None:
     model, ids = adapted(), in_step("response", length=length)
     _, before = logits_of(model, ids)
     change(model, how)
@@ -321,7 +321,7 @@ def test_new_weights_are_seen_by_the_next_text(how: str, length: int) -> None:
     torch.testing.assert_close(after, dense, atol=1e-5, rtol=1e-5)
 
 
-def test_new_weights_are_seen_where_generate_goes_on_from_a_cache() -> None:
+def test_new_weights_apply_when_generate_continues_a_cache() -> None:
     model, ids = adapted(), in_step("response")
     cache = DynamicCache(config=model.get_base_model().config)
     text, _ = logits_of(model, ids, past_key_values=cache)
@@ -331,7 +331,7 @@ def test_new_weights_are_seen_where_generate_goes_on_from_a_cache() -> None:
     torch.testing.assert_close(after[:, :1], dense, atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_of_ones_own_loop_sees_the_weights_of_its_beginning() -> None:
+def test_new_text_of_a_custom_loop_uses_new_weights() -> None:
     """A prompt of one token in a new cache is a new text, also while the old cache is kept."""
     model, caches = adapted(), []
     for how in (None, "data.copy_", "optimizer"):
@@ -347,7 +347,7 @@ def test_a_text_of_ones_own_loop_sees_the_weights_of_its_beginning() -> None:
         torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
 
 
-def test_the_next_turn_of_ones_own_loop_sees_new_weights() -> None:
+def test_next_turn_of_a_custom_loop_uses_new_weights() -> None:
     model = adapted()
     ids, cache = in_step("response"), DynamicCache(config=model.get_base_model().config)
     with torch.no_grad():
@@ -365,7 +365,7 @@ def test_the_next_turn_of_ones_own_loop_sees_new_weights() -> None:
     torch.testing.assert_close(written_logits, dense, atol=1e-5, rtol=1e-5)
 
 
-def test_kept_weights_go_with_the_cache() -> None:
+def test_kept_weights_are_freed_with_the_cache() -> None:
     model = adapted()
     out = model.generate(
         input_ids=in_step("response"), max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
@@ -376,7 +376,7 @@ def test_kept_weights_go_with_the_cache() -> None:
     assert not kept(model)
 
 
-def test_training_after_writing_works() -> None:
+def test_training_after_decoding_works() -> None:
     """Nothing made under inference mode is kept for the backward pass."""
     model, ids = adapted(), some_ids()
     with torch.inference_mode():
@@ -385,7 +385,7 @@ def test_training_after_writing_works() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_threads_write_in_different_steps_at_once() -> None:
+def test_threads_decode_different_steps_at_once() -> None:
     model = adapted()
     prompts = [in_step(step, length=4 + i) for i, step in enumerate([*START, *START])]
     prompts += [torch.roll(some_ids(), shift, dims=1) for shift in range(2)]

@@ -83,7 +83,7 @@ def model(tiny: Path) -> Any:
 @pytest.mark.parametrize("slots", [1, 2, 4, 16])
 @pytest.mark.parametrize("stretch", [3, 512])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_rows_equal_those_of_plain_generation(
+def test_batched_sequences_equal_plain_generation(
     model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int, temperature: float
 ) -> None:
     monkeypatch.setattr(batching, "_CHUNK_TOKENS", stretch)
@@ -95,7 +95,7 @@ def test_rows_equal_those_of_plain_generation(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_of_models(family: str) -> None:
+def test_model_families_equal_plain_generation(family: str) -> None:
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     for name, parameter in model.named_parameters():  # else every random model writes one token over and over
@@ -108,7 +108,7 @@ def test_families_of_models(family: str) -> None:
     assert len({token for ids in written for token in ids}) > 5
 
 
-def test_slots_take_memory_for_as_many_rows_as_there_are(model: Any) -> None:
+def test_cache_grows_with_the_number_of_sequences(model: Any) -> None:
     running, asked = Batcher(model, 16), requests(9)
     one_by_one = [running.submit(request).result(60) for request in asked]
     running.wait()
@@ -129,7 +129,7 @@ def test_no_token_is_computed_twice(model: Any) -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
 @pytest.mark.parametrize("stretch", [3, 512])
-def test_requests_that_follow_go_on_in_their_slot(
+def test_following_requests_reuse_the_slots_cache(
     model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int
 ) -> None:
     """Every other row writes, compares words and writes again; nothing that its slot holds is computed again."""
@@ -159,7 +159,7 @@ def test_requests_that_follow_go_on_in_their_slot(
     assert running.tokens_computed == computed
 
 
-def test_a_frequency_penalty_counts_what_was_written(model: Any) -> None:
+def test_frequency_penalty_counts_generated_tokens(model: Any) -> None:
     request = Request(random_ids(5, 3), FreeText([EOS]), 12, frequency_penalty=1.5)
     ids, written = list(request.ids), []
     while len(written) < 12 and EOS not in written:
@@ -172,7 +172,7 @@ def test_a_frequency_penalty_counts_what_was_written(model: Any) -> None:
     assert Batcher(model, 2).submit(plain).result(60) != written
 
 
-def test_words_are_compared_without_writing(model: Any) -> None:
+def test_words_are_compared_without_generating(model: Any) -> None:
     running = Batcher(model, 3)
     asked = requests(4)
     for request in asked:
@@ -183,7 +183,7 @@ def test_words_are_compared_without_writing(model: Any) -> None:
         assert share == pytest.approx(float(pair[0].detach()), abs=1e-5)
 
 
-def test_a_cancelled_row_makes_room_and_leaves_the_others_alone(model: Any) -> None:
+def test_cancelling_frees_a_slot_and_spares_the_others(model: Any) -> None:
     running = Batcher(model, 2)
     begun: list[int] = []
     endless = Request(random_ids(5, 1), FreeText([EOS]), 100_000, on_token=begun.append)
@@ -200,7 +200,7 @@ def test_a_cancelled_row_makes_room_and_leaves_the_others_alone(model: Any) -> N
     assert len(begun) == after
 
 
-def test_long_rows_run_beside_fewer_others(model: Any) -> None:
+def test_long_sequences_limit_the_batch(model: Any) -> None:
     running = Batcher(model, 8, cache_tokens=2 * 40)
     most = 0
     forward = running._forward
@@ -217,7 +217,7 @@ def test_long_rows_run_beside_fewer_others(model: Any) -> None:
     assert written == [alone(model, request) for request in asked]
 
 
-def test_an_error_reaches_every_row_and_the_next_request(model: Any) -> None:
+def test_error_fails_the_batch_but_not_the_next_request(model: Any) -> None:
     class Broken(FreeText):
         def ended(self, generated: Sequence[int]) -> bool:
             raise ValueError("broken grammar")
@@ -231,7 +231,7 @@ def test_an_error_reaches_every_row_and_the_next_request(model: Any) -> None:
     assert running.submit(request).result(60) == alone(model, request)  # it goes on from an empty batch
 
 
-def test_an_idle_batch_has_no_thread_and_leaves_the_model_as_it_was(model: Any) -> None:
+def test_idle_batch_has_no_thread_and_restores_attention(model: Any) -> None:
     before = model.config._attn_implementation
     running = Batcher(model, 2)
     futures = [running.submit(request) for request in requests(3)]
@@ -240,7 +240,7 @@ def test_an_idle_batch_has_no_thread_and_leaves_the_model_as_it_was(model: Any) 
     assert model.config._attn_implementation == before
 
 
-def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
+def test_model_with_its_own_attention_is_refused() -> None:
     class Own(torch.nn.Module):
         _supports_attention_backend = False
 
@@ -248,7 +248,7 @@ def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
         Batcher(Own(), 2)
 
 
-def test_scores_of_prompts_that_are_read_in_stretches_beside_written_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_chunked_prompts_beside_decoding_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "_CHUNK_TOKENS", 7)
     torch.manual_seed(0)
     model = FAMILIES["qwen3"]().eval()

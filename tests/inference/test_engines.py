@@ -52,7 +52,7 @@ def choose(engine: Engine, prompts: Sequence[Prompt], choices: tuple[str, str]) 
     return asyncio.run(all_of_them())
 
 
-def test_a_reply_scores_the_mean_of_its_tokens_log_probabilities(base: Base) -> None:
+def test_reply_score_is_its_mean_log_probability(base: Base) -> None:
     async def scores(replies: Sequence[str]) -> list[Likelihood]:
         engine = LocalEngine(base, batch_size=2)
         try:
@@ -72,7 +72,7 @@ def test_a_reply_scores_the_mean_of_its_tokens_log_probabilities(base: Base) -> 
         assert found.prompt_tokens == (len(lead) + len(own) if own else 0)
 
 
-def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Base) -> None:
+def test_shared_prefix_equals_plain_generation(base: Base) -> None:
     found = ask(LocalEngine(base, batch_size=3), [prompt(text) for text in TEXTS])
     for text, completion in zip(TEXTS, found, strict=True):
         ids = torch.tensor([encode_prompt(base.tokenizer, prompt(text).messages)])
@@ -85,7 +85,7 @@ def test_batches_with_a_shared_beginning_equal_single_plain_generation(base: Bas
         assert (completion.tokens, completion.prompt_tokens) == (len(out), ids.shape[1])
 
 
-def test_sampled_rows_do_not_depend_on_their_batch(base: Base) -> None:
+def test_sampling_does_not_depend_on_the_batch(base: Base) -> None:
     prompts = [prompt(text, temperature=0.9, seed=i) for i, text in enumerate(TEXTS)]
     together = ask(LocalEngine(base, batch_size=4), prompts)
     alone = [ask(LocalEngine(base, batch_size=1), [one])[0] for one in prompts]
@@ -94,7 +94,7 @@ def test_sampled_rows_do_not_depend_on_their_batch(base: Base) -> None:
     assert [c.text for c in other] != [c.text for c in together]
 
 
-def test_choosing_is_the_next_words_probability(base: Base) -> None:
+def test_choose_returns_the_next_word_probability(base: Base) -> None:
     scores = choose(LocalEngine(base, batch_size=2), [prompt(text) for text in TEXTS], ("safe", "unsafe"))
     first, second = (base.tokenizer(word)["input_ids"][0] for word in ("safe", "unsafe"))
     for text, score in zip(TEXTS, scores, strict=True):
@@ -106,7 +106,7 @@ def test_choosing_is_the_next_words_probability(base: Base) -> None:
         choose(LocalEngine(base, 2), [prompt("x")], ("safe", "safe"))
 
 
-def test_words_that_begin_alike_are_told_apart_by_what_follows(base: Base) -> None:
+def test_words_with_a_common_prefix_differ_in_later_ids(base: Base) -> None:
     words = ("helpful", "harmful")
     first, second = (base.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words)
     assert first[0] == second[0] and first[1] != second[1]
@@ -117,7 +117,7 @@ def test_words_that_begin_alike_are_told_apart_by_what_follows(base: Base) -> No
     assert score.prompt_tokens == ids.shape[1]
 
 
-def test_sampler_follows_the_distribution_inside_the_nucleus() -> None:
+def test_sampler_follows_the_nucleus_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     samplings = [Sampling(1.0, 0.9, seed) for seed in range(6000)]
     scores = probabilities.log().repeat(len(samplings), 1)

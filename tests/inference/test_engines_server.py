@@ -73,7 +73,7 @@ TEXTS = [f"question {i}" for i in range(20)]
 ANSWERS = [f"about {text}" for text in TEXTS]
 
 
-def test_a_server_is_asked_as_the_prompt_says(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_body_follows_the_prompt(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     done = with_engine(fake, lambda engine: engine.write(prompt("one", temperature=0.5, top_p=0.9, seed=2**31 + 3)))
     assert (done.text, done.tokens, done.finish, done.prompt_tokens) == ("about one", 5, "stop", 1)
@@ -92,7 +92,7 @@ def test_a_server_is_asked_as_the_prompt_says(fake: FakeServer, monkeypatch: pyt
     [("length", "about one", 5, "length"), ("no usage", "about one", 0, "stop"), ("null", "", 5, "stop"),
      ("text", "about one", 5, "stop")],
 )  # fmt: skip
-def test_answers_that_lack_something_are_taken_as_they_are(
+def test_replies_with_missing_fields_are_accepted(
     fake: FakeServer, how: str, text: str, tokens: int, finish: str
 ) -> None:
     fake.usual = how
@@ -106,14 +106,14 @@ def test_answers_that_lack_something_are_taken_as_they_are(
     "how", ["500", "502", "408", "429", "429 0.01", "503 0.01", "reset", "truncated", "garbage", "not json", "html",
             "no choices"],
 )  # fmt: skip
-def test_a_stumble_is_asked_again_and_nothing_else_is(fake: FakeServer, how: str) -> None:
+def test_only_transient_errors_are_retried(fake: FakeServer, how: str) -> None:
     fake.plan.extend(["ok", how, how, "ok"])
     assert write(fake, TEXTS) == ANSWERS
     assert sum(asked(fake).values()) == len(TEXTS) + 2
     assert set(asked(fake)) == set(TEXTS)
 
 
-def test_a_server_that_keeps_stumbling_loses_nothing(fake: FakeServer) -> None:
+def test_flaky_server_loses_no_request(fake: FakeServer) -> None:
     stumbles = ["reset", "429", "html", "503", "truncated", "not json"]
     fake.plan.extend(["ok", *stumbles, "ok", "ok"] * 6)
     assert write(fake, TEXTS * 3, concurrency=8, retries=100) == ANSWERS * 3
@@ -126,7 +126,7 @@ def test_a_server_that_keeps_stumbling_loses_nothing(fake: FakeServer) -> None:
     [("503", "503: behaves as 503"), ("html", "its reply is no chat completion"),
      ("truncated", "payload is not completed"), ("reset", "payload is not completed"), ("garbage", "Bad status line")],
 )  # fmt: skip
-def test_a_server_that_stays_broken_is_named_with_the_remedy(fake: FakeServer, how: str, reason: str) -> None:
+def test_broken_server_is_named_with_the_remedy(fake: FakeServer, how: str, reason: str) -> None:
     fake.usual = how
     with pytest.raises(MoteError) as found:
         write(fake, ["one"], retries=2)
@@ -136,7 +136,7 @@ def test_a_server_that_stays_broken_is_named_with_the_remedy(fake: FakeServer, h
     assert len(fake.seen) == 3
 
 
-def test_an_address_where_nothing_listens_is_named(fake: FakeServer) -> None:
+def test_unreachable_address_is_named(fake: FakeServer) -> None:
     fake.die()
     with pytest.raises(MoteError, match=rf"engine: {fake.address} failed \(.*[Cc]onnect.*finished rows are kept"):
         write(fake, TEXTS, retries=1)
@@ -148,14 +148,14 @@ def test_an_address_where_nothing_listens_is_named(fake: FakeServer) -> None:
      ("401", r"refuses the key \(401: behaves as 401\); set OPENAI_API_KEY"),
      ("404", r"does not serve model='some-model' \(404: .*; it serves 'this', 'that'")],
 )  # fmt: skip
-def test_a_request_that_is_refused_is_not_repeated(fake: FakeServer, how: str, complaint: str) -> None:
+def test_refused_request_is_not_retried(fake: FakeServer, how: str, complaint: str) -> None:
     fake.usual, fake.models = how, ("this", "that")
     with pytest.raises(UserError, match=f"engine: {fake.address} {complaint}"):
         write(fake, ["one"])
     assert len(fake.seen) == 1
 
 
-def test_an_address_without_its_path_is_told(fake: FakeServer) -> None:
+def test_address_without_v1_path_is_explained(fake: FakeServer) -> None:
     async def main() -> None:
         engine = ServerEngine(fake.address.removesuffix("/v1"), "some-model")
         try:
@@ -167,7 +167,7 @@ def test_an_address_without_its_path_is_told(fake: FakeServer) -> None:
         asyncio.run(main())
 
 
-def test_retry_after_is_honoured_as_seconds_and_as_a_date(fake: FakeServer) -> None:
+def test_retry_after_in_seconds_and_as_a_date(fake: FakeServer) -> None:
     fake.plan.append("429 0.3")
 
     async def timed(engine: ServerEngine) -> float:
@@ -181,19 +181,19 @@ def test_retry_after_is_honoured_as_seconds_and_as_a_date(fake: FakeServer) -> N
     assert len(fake.seen) == 4
 
 
-def test_a_server_that_is_busy_for_longer_than_the_timeout_is_named(fake: FakeServer) -> None:
+def test_server_busy_beyond_the_timeout_is_named(fake: FakeServer) -> None:
     fake.plan.append("429 3600")
     with pytest.raises(MoteError, match=r"failed \(429: behaves as 429\)"):
         write(fake, ["one"], timeout=60)
     assert len(fake.seen) == 1
 
 
-def test_being_busy_does_not_use_up_retries(fake: FakeServer) -> None:
+def test_busy_replies_do_not_use_retries(fake: FakeServer) -> None:
     fake.plan.extend(["429 0"] * 10)
     assert write(fake, ["one"], retries=0) == ["about one"]
 
 
-def test_a_server_that_hangs_runs_into_the_timeout(fake: FakeServer) -> None:
+def test_hanging_server_hits_the_timeout(fake: FakeServer) -> None:
     fake.plan.append("wait")
     assert write(fake, ["one"], timeout=0.3) == ["about one"]
     assert len(fake.seen) == 2
@@ -202,7 +202,7 @@ def test_a_server_that_hangs_runs_into_the_timeout(fake: FakeServer) -> None:
         write(fake, ["one"], timeout=0.1, retries=1)
 
 
-def test_concurrency_is_bounded_and_used(fake: FakeServer) -> None:
+def test_concurrency_is_used_up_to_its_bound(fake: FakeServer) -> None:
     fake.usual = "wait"
 
     async def work(engine: ServerEngine) -> int:
@@ -233,7 +233,7 @@ def test_several_servers_share_the_requests() -> None:
         assert sorted(asked(one, two)) == sorted(TEXTS) and max(asked(one, two).values()) == 1
 
 
-def test_a_server_that_dies_hands_its_requests_to_the_other_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_requests_of_a_dead_server_move_to_another(capsys: pytest.CaptureFixture[str]) -> None:
     with FakeServer("wait") as dying, FakeServer() as other:
 
         async def work(engine: ServerEngine) -> list[str]:
@@ -253,7 +253,7 @@ def test_a_server_that_dies_hands_its_requests_to_the_other_one(capsys: pytest.C
     assert f"engine: {dying.address} is set aside (" in said and said.count("set aside") == 1
 
 
-def test_a_server_that_comes_back_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recovered_server_is_used_again(capsys: pytest.CaptureFixture[str]) -> None:
     with FakeServer() as back, FakeServer() as other:
         back.die()
 
@@ -272,7 +272,7 @@ def test_a_server_that_comes_back_is_asked_again(capsys: pytest.CaptureFixture[s
     assert f"engine: {back.address} answers again" in capsys.readouterr().err
 
 
-def test_all_servers_dead_ends_in_one_error_that_names_them() -> None:
+def test_all_servers_dead_is_one_error_naming_them() -> None:
     with FakeServer() as one, FakeServer() as two:
         one.die()
         two.die()
@@ -282,7 +282,7 @@ def test_all_servers_dead_ends_in_one_error_that_names_them() -> None:
         two.start()
 
 
-def test_an_endpoint_that_was_set_aside_is_tried_with_one_request_at_a_time() -> None:
+def test_set_aside_endpoint_gets_one_request_at_a_time() -> None:
     async def main() -> None:
         both = Endpoints(["a", "b"], retries=5)
         first, second = both.all
@@ -295,7 +295,7 @@ def test_an_endpoint_that_was_set_aside_is_tried_with_one_request_at_a_time() ->
     asyncio.run(main())
 
 
-def test_requests_that_began_before_do_not_count_twice() -> None:
+def test_failures_begun_before_set_aside_do_not_count() -> None:
     async def main() -> None:
         alone = Endpoints(["a"], retries=5)
         began = asyncio.get_running_loop().time()
@@ -321,7 +321,7 @@ def test_backoff_grows_to_a_limit_with_jitter() -> None:
      ("no logprobs", ("about", "unsafe"), 1.0), ("no logprobs", ("safe", "about"), 0.0),
      ("thinks", ("safe", "unsafe"), None)],
 )  # fmt: skip
-def test_choosing_is_by_log_probabilities_or_by_the_word(
+def test_choose_uses_log_probabilities_or_the_word(
     fake: FakeServer, how: str, choices: tuple[str, str], score: float | None
 ) -> None:
     fake.usual = how

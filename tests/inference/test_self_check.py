@@ -77,7 +77,7 @@ def reference(model: Model, question: str, threshold: float, limits: Limits) -> 
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
-def test_every_attempt_is_that_of_its_plain_mode(model: Model, threshold: float) -> None:
+def test_each_attempt_equals_that_of_its_plain_mode(model: Model, threshold: float) -> None:
     depths = set()
     found = model.answer(QUESTIONS, CHECKED, max_step_tokens=MOST, check_threshold=threshold)
     for question, answer in zip(QUESTIONS, found, strict=True):
@@ -99,7 +99,7 @@ def test_every_attempt_is_that_of_its_plain_mode(model: Model, threshold: float)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_no_token_of_the_question_is_computed_twice(model: Model, shared: bool) -> None:
+def test_self_check_prefills_the_question_once(model: Model, shared: bool) -> None:
     own = Model(model.base, model.model, model.config, model.scheme)  # with a batch of its own
     alike, _ = encode_choice(model.tokenizer, model.scheme.verdicts) or ([], (0, 0))
     for question in QUESTIONS:
@@ -119,7 +119,7 @@ def test_no_token_of_the_question_is_computed_twice(model: Model, shared: bool) 
         assert own.batcher.tokens_computed - before == expected
 
 
-def test_it_shares_a_batch_with_all_other_modes(model: Model) -> None:
+def test_self_check_shares_a_batch_with_other_modes(model: Model) -> None:
     modes, limits = ["adaptive", CHECKED, "base", "full", CHECKED, "direct", CHECKED, "analysis"], Limits(MOST)
     questions = [as_question(QUESTIONS[i % len(QUESTIONS)]) for i in range(2 * len(modes))]
     asked = [(q, modes[i % len(modes)], i % 5 / 4) for i, q in enumerate(questions)]
@@ -129,7 +129,7 @@ def test_it_shares_a_batch_with_all_other_modes(model: Model) -> None:
     assert [(a.steps, a.tokens, a.safe) for a in together] == [(a.steps, a.tokens, a.safe) for a in alone]
 
 
-def test_budgets_and_sampling_hold_for_each_attempt(model: Model) -> None:
+def test_budgets_and_sampling_apply_to_each_attempt(model: Model) -> None:
     for question in QUESTIONS[:2]:
         expected, _ = reference(model, question, 1.0, Limits(256, 14))
         answer = model.answer(question, CHECKED, max_tokens=14, check_threshold=1.0)
@@ -142,7 +142,7 @@ def test_budgets_and_sampling_hold_for_each_attempt(model: Model) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_events_show_checks_and_chains_and_only_the_answer_that_is_given(model: Model, threshold: float) -> None:
+def test_events_show_checks_and_only_the_final_response(model: Model, threshold: float) -> None:
     for question in QUESTIONS:
         events: list[Event] = []
         answer = model.answer(
@@ -166,7 +166,7 @@ def test_events_show_checks_and_chains_and_only_the_answer_that_is_given(model: 
         assert events[-1].kind == "done" and events[-1].tokens == answer.tokens.total
 
 
-def test_one_that_is_cut_off_gives_no_draft_away(model: Model) -> None:
+def test_cut_off_self_check_reveals_no_draft(model: Model) -> None:
     events, found = model.events(CHECKED), []
     for id_ in uncached(model, QUESTIONS[0], "full", Limits(MOST)):
         found += list(events.token(id_))
@@ -174,7 +174,7 @@ def test_one_that_is_cut_off_gives_no_draft_away(model: Model) -> None:
     assert [event.text for event in found if event.step == "response"] == ["", ""]  # the draft, and the end of all
 
 
-def test_a_cancelled_one_leaves_the_batch_between_its_attempts(model: Model) -> None:
+def test_cancelled_self_check_leaves_between_attempts(model: Model) -> None:
     given: dict[str, Any] = {"max_step_tokens": MOST, "check_threshold": 1.0}
     asked = next(q for q in QUESTIONS if len(model.answer(q, CHECKED, **given).checks) > 1)
     expected = model.answer(QUESTIONS[1], "full", max_step_tokens=MOST)
@@ -199,7 +199,7 @@ def test_a_cancelled_one_leaves_the_batch_between_its_attempts(model: Model) -> 
     assert model.batcher.rows == (0, 0) and sum(not isinstance(item, int) for item in items) == 1
 
 
-def test_without_a_trained_check_it_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_self_check_needs_a_trained_check(tiny: Path, tmp_path: Path) -> None:
     plain = mote.load(str(tiny), save_random_adapter(tiny, tmp_path / "plain"), device="cpu")
     with pytest.raises(UserError, match=r"'adaptive\+check' needs an adapter with a trained check.*four-experts"):
         plain.answer("safe", CHECKED)
@@ -208,14 +208,14 @@ def test_without_a_trained_check_it_is_refused(tiny: Path, tmp_path: Path) -> No
         mote.load(str(tiny), device="cpu").answer("safe", CHECKED)
 
 
-def test_words_that_cannot_be_told_apart_are_refused(tiny: Path, adapter: Path) -> None:
+def test_indistinguishable_verdict_words_are_refused(tiny: Path, adapter: Path) -> None:
     model = mote.load(str(tiny), adapter, device="cpu")
     model.scheme = model.scheme.model_copy(update={"verdicts": ("safe", "safely")})
     with pytest.raises(UserError, match="is the beginning of the other"):
         model.answer("a", CHECKED)
 
 
-def test_the_answer_stage_writes_its_checks(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_answer_stage_saves_the_checks(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     settings = {"modes": [CHECKED], "limit": 3, "max_step_tokens": 4, "check_threshold": 1.0}
     recipe = Recipe.model_validate({"model": str(tiny), "device": "cpu", "answer": settings})
     Run(recipe, tmp_path).answer(adapter)
