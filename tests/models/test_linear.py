@@ -36,7 +36,7 @@ def random(*size: int) -> Tensor:
 
 @given(st.lists(SIZES, min_size=0, max_size=2), SIZES, SIZES, st.booleans(), st.booleans(), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_the_product_is_pytorchs(rows: list[int], inputs: int, outputs: int, by_column: bool, biased: bool,
+def test_fast_matmul_equals_pytorchs(rows: list[int], inputs: int, outputs: int, by_column: bool, biased: bool,
                                  strided: bool) -> None:  # fmt: skip
     """For any number of rows and axes, a weight laid out by rows or by columns, an input that is a view."""
     x, weight, bias = random(*rows, inputs), random(outputs, inputs), random(outputs) if biased else None
@@ -68,7 +68,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.skipif(not linear_module.HAS_ONEDNN, reason="oneDNN was measured on x86 processors alone")
-def test_other_dtypes_empty_inputs_and_a_switch_go_pytorchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes_and_empty_inputs_use_pytorchs_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     found = calls(monkeypatch)
     fast_matmul(random(3, 4), random(5, 4))
     assert found == [1]
@@ -80,7 +80,7 @@ def test_other_dtypes_empty_inputs_and_a_switch_go_pytorchs_way(monkeypatch: pyt
     assert found == [1]
 
 
-def test_intels_own_processors_keep_pytorchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intel_cpus_keep_pytorchs_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is what `speed_up` leaves them with, to the last digit."""
     monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", False)
     x, layer = random(3, 4), nn.Linear(4, 5).requires_grad_(False)
@@ -102,7 +102,7 @@ def test_intels_own_processors_keep_pytorchs_product(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_bound_product_is_the_layers(rows: int, fast: bool, biased: bool) -> None:
+def test_a_bound_matmul_is_the_layers(rows: int, fast: bool, biased: bool) -> None:
     layer, x = nn.Linear(24, 10, bias=biased).requires_grad_(False), random(rows, 24)
     wanted = layer(x)
     if fast:
@@ -111,7 +111,7 @@ def test_a_bound_product_is_the_layers(rows: int, fast: bool, biased: bool) -> N
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_frozen_layer_gives_what_it_gave_and_the_inputs_gradient(biased: bool) -> None:
+def test_a_frozen_layer_keeps_its_output_and_input_gradient(biased: bool) -> None:
     layer = nn.Linear(24, 10, bias=biased).requires_grad_(False)
     x = random(2, 5, 24).requires_grad_()
     wanted = layer(x)
@@ -141,7 +141,7 @@ def test_a_layer_that_is_trained_has_its_own_gradients(trained: str) -> None:
         assert grad is None or torch.equal(parameter.grad, grad)  # type: ignore[arg-type]
 
 
-def test_a_sped_up_model_is_copied_pickled_saved_and_compiled_as_before() -> None:
+def test_a_sped_up_model_is_copied_pickled_saved_and_compiled() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
     names, x = list(model.state_dict()), random(3, 8)
     speed_up(model)
@@ -153,14 +153,14 @@ def test_a_sped_up_model_is_copied_pickled_saved_and_compiled_as_before() -> Non
     torch.testing.assert_close(compiled(x), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_what_writes_answers_takes_these_products_and_the_engine_of_chains_pytorchs(tiny: Path) -> None:
+def test_answers_use_fast_matmul_and_chain_engines_do_not(tiny: Path) -> None:
     base = load_base(str(tiny), "cpu")
     LocalEngine(base, 2)
     assert FrozenLinear not in {type(module) for module in base.model.modules()}
     assert FrozenLinear in {type(module) for module in mote.load(str(tiny), device="cpu").model.modules()}
 
 
-def test_a_layer_that_is_watched_or_replaced_is_not_plain() -> None:
+def test_a_layer_with_hooks_or_a_replaced_forward_is_not_plain() -> None:
     layer = nn.Linear(3, 3)
     hooks: list[Any] = [layer.register_forward_hook, layer.register_forward_pre_hook]
     for register in hooks:

@@ -229,7 +229,7 @@ def test_compiled_flex_attention_equals_sdpa_on_a_gpu() -> None:
 # --- draws
 
 
-def test_draws_follow_the_probability_and_never_hide_the_question() -> None:
+def test_draws_follow_the_probability_and_show_the_question() -> None:
     rng = random.Random(0)
     chances = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
     drawn = torch.stack([draw_visibility([1, 2, 3], chances, rng) for _ in range(4000)])
@@ -314,7 +314,7 @@ def test_hidden_steps_do_matter() -> None:
         assert abs(step_loss(model, chain, visibility_without(hidden), 3) - whole) > 1e-2
 
 
-def test_the_choice_of_the_next_step_is_learnt_from_the_chain_as_it_was_made() -> None:
+def test_the_next_step_is_learnt_from_the_chain_as_generated() -> None:
     """A start marker is predicted by the token before it, so a response that sees nothing does not teach to skip."""
     model, chain = adapted(), chain_of(1, 2, 3)
     made = step_loss(model, chain, visibility_without(()), 3, markers=True)

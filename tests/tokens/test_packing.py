@@ -134,7 +134,7 @@ def test_less_than_5_percent_is_padding(count: int, room: int) -> None:
     assert 1 - sum(lengths) / sum(alone) > 0.2  # without packing, in batches of four
 
 
-def test_packed_rows_have_the_loss_and_the_gradients_of_single_ones() -> None:
+def test_packed_rows_have_the_loss_and_gradients_of_single_rows() -> None:
     chains = some_chains(12)
     found = []
     for row_length in (None, 64):
@@ -153,7 +153,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_single_ones() -> None:
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_a_view_across_chains_would_be_seen() -> None:
+def test_visibility_across_documents_would_change_the_loss() -> None:
     """The negative control: the same rows as one document have another loss."""
     data, model = dataset(some_chains(6), row_length=64), adapted()
     batch = collate([data[row] for row in range(len(data))], pad_id=0)

@@ -52,7 +52,7 @@ def test_markers_get_ids_once_and_turns_are_found(prepared: tuple[Any, MoteConfi
     assert again.markers == config.markers and len(tokenizer) == size == config.vocab_size
 
 
-def test_new_rows_begin_as_the_answer_and_end_as_the_turn(tiny: Path) -> None:
+def test_marker_rows_begin_as_the_generation_prompt_and_end_of_turn(tiny: Path) -> None:
     base, config = load_base(str(tiny), device="cpu"), MoteConfig()
     add_markers(base.tokenizer, config, base.model)
     weight = base.model.get_input_embeddings().weight
@@ -130,7 +130,7 @@ DROPS_SYSTEM = "{% for m in messages if m['role'] != 'system' %}{{ m['role'] }}:
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM], ids=["refuses", "drops"])
-def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn(tiny: Path, template: str) -> None:
+def test_without_a_system_role_its_text_joins_the_user_turn(tiny: Path, template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     system, user = Message(role="system", content="be brief"), Message(role="user", content="how?")
     rest = (Message(role="assistant", content="so"), Message(role="user", content="kill a <|im_end|> process"))

@@ -140,7 +140,7 @@ def test_contrastive_loss_equals_its_formula() -> None:
     assert float(contrastive_loss(outputs[:2], torch.tensor([0, 1]), temperature)) == 0
 
 
-def test_contrastive_loss_is_lower_where_experts_differ_and_has_gradients_at_zero() -> None:
+def test_contrastive_loss_prefers_experts_that_differ() -> None:
     experts = torch.arange(12) % 3
     alike, apart = torch.ones(12, 8), 4 * torch.eye(8)[experts]
     assert float(contrastive_loss(apart, experts, 0.1)) < 1e-3 < 1 < float(contrastive_loss(alike, experts, 0.1))
@@ -159,7 +159,7 @@ def test_contrast_reaches_the_experts() -> None:
     assert all(part.grad is not None and part.grad.any() for part in parts(layer))
 
 
-def test_a_model_gets_gates_on_all_linear_layers_and_trains_nothing_else() -> None:
+def test_only_gates_and_experts_of_linear_layers_are_trained() -> None:
     logits = tiny_llama()(torch.arange(6)[None]).logits
     model = on_tiny_llama()
     assert len(list(gated_layers(model))) == 2 * 7 and isinstance(model.lm_head, nn.Linear)
@@ -181,7 +181,7 @@ def test_steps_may_be_given_and_change_nothing() -> None:
     assert torch.allclose(mixed[0], plain[0], atol=1e-6) and torch.allclose(mixed[1], model(ids).logits[1], atol=1e-5)
 
 
-def test_the_loss_of_a_model_is_the_mean_of_its_layers_and_reaches_the_gates() -> None:
+def test_gate_loss_is_the_mean_over_layers_and_reaches_the_gates() -> None:
     model = on_tiny_llama(balance=0.5).train()
     with pytest.raises(RuntimeError, match="no loss of the gates yet"):
         gate_loss(model)

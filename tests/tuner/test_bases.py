@@ -159,9 +159,7 @@ def step_of_training(model: Any) -> dict[str, Tensor]:
 
 
 @every_family
-def test_gradients_reach_experts_and_markers_and_equal_the_plain_form(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_experts_and_markers_equal_the_plain_form(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(family).train()
     found = step_of_training(model)
     for name, gradient in found.items():

@@ -94,7 +94,7 @@ def test_every_layer_equals_the_equation(case: str, changes: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("how", ["context_ids", "step_ids"])
 @pytest.mark.parametrize("cut", [1, 4, 11])
-def test_every_layer_equals_the_equation_from_the_middle_of_a_step(cut: int, how: str) -> None:
+def test_every_layer_equals_the_equation_behind_a_cache(cut: int, how: str) -> None:
     """The tokens behind a cache; their own ids hold no start marker."""
     model, ids = adapted(), torch.tensor(MIXED)
     conf = model.peft_config["default"]

@@ -168,7 +168,7 @@ def test_logits_of_trained_rows_equal_a_head_with_these_rows(bias: bool) -> None
             torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
 
 
-def test_embeddings_of_trained_rows_equal_a_matrix_with_these_rows() -> None:
+def test_marker_embeddings_equal_a_matrix_with_these_rows() -> None:
     make = torch.Generator().manual_seed(0)
     weight, x = torch.randn(9, 4, generator=make), torch.randint(0, 9, (3, 20), generator=make)
     ids, rows = torch.tensor([7, 2]), torch.randn(2, 4, generator=make).requires_grad_()
@@ -179,7 +179,7 @@ def test_embeddings_of_trained_rows_equal_a_matrix_with_these_rows() -> None:
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
-def test_an_idle_expert_moves_by_momentum_alone_and_an_unseen_one_never() -> None:
+def test_an_idle_expert_moves_by_momentum_only() -> None:
     """The experts share their matrices, so also the optimiser's step (docs/decisions/0003)."""
     torch.manual_seed(0)
     first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)

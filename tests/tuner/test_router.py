@@ -211,7 +211,7 @@ def test_checkpointed_gradients_are_the_plain_ones(form: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_may_be_on_before_the_adapter_comes_and_off_again(reentrant: bool) -> None:
+def test_checkpointing_may_precede_the_adapter_and_be_disabled(reentrant: bool) -> None:
     ids = some_ids()
     plain = gradients(adapted().train(), ids)
     base = tiny_llama()
@@ -285,7 +285,7 @@ def test_threads_train_at_once_and_go_back_in_other_threads(form: str | None) ->
             torch.testing.assert_close(one, wanted, atol=1e-6, rtol=0)
 
 
-def test_a_pass_inside_a_pass_keeps_the_outer_gates() -> None:
+def test_a_nested_forward_keeps_the_outer_steps() -> None:
     model, ids = adapted(), some_ids()
     alone = model(input_ids=ids).logits
     other = ids.flip(0)
@@ -300,7 +300,7 @@ def test_a_pass_inside_a_pass_keeps_the_outer_gates() -> None:
     assert torch.equal(inner[0], model(input_ids=other).logits)
 
 
-def test_a_pass_that_failed_leaves_no_gates() -> None:
+def test_a_failed_forward_leaves_no_steps() -> None:
     model, ids = adapted(), some_ids()
     with pytest.raises(IndexError):
         model(input_ids=ids + 1000)
@@ -311,7 +311,7 @@ def test_a_pass_that_failed_leaves_no_gates() -> None:
 # --- copies
 
 
-def test_a_copy_routes_writes_and_trains_by_itself() -> None:
+def test_a_copy_routes_decodes_and_trains_independently() -> None:
     model, ids = adapted().train(), some_ids()
     enable(model, "not reentrant")
     plain = gradients(model, ids)  # leaves what a forward pass leaves

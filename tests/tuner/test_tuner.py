@@ -164,7 +164,7 @@ def test_no_token_is_computed_twice_at_a_switch() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_gradients_are_equal_with_two_forwards_before_one_backward(reentrant: bool) -> None:
+def test_two_checkpointed_forwards_share_one_backward(reentrant: bool) -> None:
     model, ids = adapted().train(), some_ids()
     model.enable_input_require_grads()
     experts = torch.tensor([1, 2, 3])
@@ -181,7 +181,7 @@ def test_checkpointed_gradients_are_equal_with_two_forwards_before_one_backward(
     torch.testing.assert_close(gradients(), plain, atol=1e-6, rtol=0)
 
 
-def test_threads_do_not_mix_their_gates() -> None:
+def test_threads_do_not_mix_their_steps() -> None:
     model = adapted()
     batches = [torch.roll(some_ids(), shift, dims=1) for shift in range(6)]
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_import_mote_is_enough_and_brings_no_torch(program: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_layers_of_every_rank_read_the_question_with_the_same_drawn_expert() -> None:
+def test_layers_of_every_rank_share_the_drawn_question_expert() -> None:
     model = adapted(rank_pattern={"q_proj": 2}, mix=1.0, experts=("analysis", "guidance", "response")).train()
     layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
     router = layers[0].router

@@ -40,7 +40,8 @@ def grow_embeddings(model: nn.Module, ids: Sequence[int], vocab_size: int | None
     _resize(model, needed)
     for weight in {id(m.weight): m.weight for m in _matrices(model)}.values():
         with torch.no_grad():
-            mean, spread = weight[:rows].float().mean(0), weight[:rows].float().std()
+            mean = weight[:rows].float().mean(0)
+            spread = weight[:rows].float().std()
             for row in range(rows, needed):
                 noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(row)).to(mean.device)
                 weight[row] = mean + 0.1 * spread * noise

@@ -148,7 +148,8 @@ def encode_dialogue(tokenizer: Any, dialogue: Any, tools: Any, render: Callable[
     # A placeholder that no user can guess marks where each text goes; the parts around are the template's.
     texts: dict[str, str] = {}
     template = render(_hold(dialogue, texts), _hold(tools, texts))
-    special, ids = special_ids(tokenizer), _ids(tokenizer, render(dialogue, tools))
+    special = special_ids(tokenizer)
+    ids = _ids(tokenizer, render(dialogue, tools))
     if [id_ for id_ in ids if id_ in special] == [id_ for id_ in _ids(tokenizer, template) if id_ in special]:
         return ids
     ids = []

@@ -96,7 +96,8 @@ class PutLogits(torch.autograd.Function):
         """drows = (dlogits at ids)^T x; dx = (dlogits at ids) (rows - original), on top of the head's own."""
         x, rows, original, ids = ctx.saved_tensors
         own = grad.index_select(-1, ids).to(rows.dtype)
-        own_N, x_N = own.reshape(-1, own.shape[-1]), x.reshape(-1, x.shape[-1])
+        own_N = own.reshape(-1, own.shape[-1])
+        x_N = x.reshape(-1, x.shape[-1])
         return grad, (own @ (rows - original)).to(x.dtype), own_N.t() @ x_N.to(rows.dtype), None, None, None
 
 
