@@ -52,7 +52,7 @@ def test_markers_get_ids_once_and_turns_are_found(prepared: tuple[Any, MoteConfi
     assert again.markers == config.markers and len(tokenizer) == size == config.vocab_size
 
 
-def test_marker_rows_begin_as_the_generation_prompt_and_end_of_turn(tiny: Path) -> None:
+def test_marker_rows_begin_as_prompt_end_and_end_of_turn(tiny: Path) -> None:
     base, config = load_base(str(tiny), device="cpu"), MoteConfig()
     add_markers(base.tokenizer, config, base.model)
     weight = base.model.get_input_embeddings().weight
