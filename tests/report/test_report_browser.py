@@ -83,7 +83,7 @@ def test_a_real_evaluation_on_a_phone(reported: Path, opened: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert page.locator("#judged-rows article").count() == len({(row.task, row.technique, row.id) for row in rows}) == 7
     text = page.text_content("body")
-    assert "kappa 1.00" in text and "mote eval --model" in text and "No judge of harm" in text
+    assert "kappa 1.00" in text and "mote eval --model" in text and "No harm judge" in text
     assert page.locator(".board tbody tr").count() == 3
 
     folded = page.locator("#judged-rows details.fold").first
