@@ -1,7 +1,7 @@
-"""A trained adapter as files that need no `mote`: a plain PEFT LoRA for each step, or a model with one step merged in.
+"""Exports a trained adapter to formats that do not need `mote`: a plain LoRA per step, or a merged model of one step.
 
-The experts that read the tokens of one step, the step's own and the shared one, are one LoRA of twice the rank
-(docs/decisions/0014). What is exported reads every token with them, the question too.
+The experts of a step's tokens, its own and the shared one, are a single LoRA of twice the rank (docs/decisions/0014).
+The export applies them to every token, those of the question included.
 Shapes: D model (in, out), E expert, R rank.
 """
 
@@ -28,7 +28,7 @@ from mote.tuner.expert_weights import active_columns, expert_weight_table
 from mote.tuner.experts import fold
 from mote.tuner.token_gated import TokenGatedConfig
 
-PREFIX = "base_model.model."  # of PEFT's names of the base model's modules
+PREFIX = "base_model.model."  # PEFT's prefix of the base model's module names
 _AGAIN = "run the same command again"
 
 
@@ -37,16 +37,16 @@ def export_steps(adapter: str, out: Path, model: str | None = None, revision: st
 
     Args:
         adapter: Folder of a trained adapter, or a hub id.
-        out: Folder to make.
-        model: Base model that the LoRAs name; the adapter's where none is given. Its weights are not read.
+        out: Folder to create.
+        model: Base model named in the LoRAs; by default the adapter's. Its weights are not read.
         revision: Hub revision of the base model.
 
     Returns:
         The folders, in the order of the steps.
 
     Raises:
-        UserError: No adapter of step experts with its tokenizer, no such base model, or `out` is not new.
-        MoteError: The disk refused the files.
+        UserError: `adapter` has no step experts or no tokenizer, the base model does not exist, or `out` exists.
+        MoteError: The files cannot be written.
     """
     check_new(out)
     trained = read_adapter(adapter)
@@ -68,23 +68,23 @@ def export_steps(adapter: str, out: Path, model: str | None = None, revision: st
 def export_engine_steps(
     adapter: str, out: Path, model: str | None = None, dtype: str = "auto", revision: str | None = None
 ) -> list[Path]:
-    """Write the base model with the markers' rows to OUT/base/, and a LoRA without rows for each step to OUT/<step>/.
+    """Write the base model with the marker rows to OUT/base/, and a LoRA without them for each step to OUT/<step>/.
 
-    For engines that read LoRAs but no rows of the embedding, such as vLLM without a plugin.
+    For engines that load LoRAs but no embedding rows, such as vLLM without a plugin.
 
     Args:
         adapter: Folder of a trained adapter, or a hub id.
-        out: Folder to make.
-        model: Base model; the one that the adapter names where none is given.
-        dtype: Of the base model: `auto` (as it is stored), `float32`, `bfloat16` or `float16`.
+        out: Folder to create.
+        model: Base model; by default the one that the adapter names.
+        dtype: Of the base model: `auto` (as stored), `float32`, `bfloat16` or `float16`.
         revision: Hub revision of the base model.
 
     Returns:
         The folders, the base model's first.
 
     Raises:
-        UserError: The base model is quantised or another one than the adapter's, or as in `export_steps`.
-        MoteError: The disk refused the files.
+        UserError: The base model is quantised or not the adapter's, or as in `export_steps`.
+        MoteError: The files cannot be written.
     """
     check_new(out)
     trained = read_adapter(adapter)
@@ -92,7 +92,8 @@ def export_engine_steps(
     config = trained.config
     name = base_name(trained, model)
     loaded = load(name, trained, device="cpu", dtype=plain_dtype(name, revision, dtype), revision=revision)
-    tensors, plain = load_peft_weights(adapter, device="cpu"), merge_step(loaded.model, {})
+    tensors = load_peft_weights(adapter, device="cpu")
+    plain = merge_step(loaded.model, {})
     with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         plain.save_pretrained(scratch / "base")
         loaded.tokenizer.save_pretrained(scratch / "base")
@@ -110,7 +111,7 @@ def _save_step(
     revision: str | None,
     rows: dict[str, Tensor],
 ) -> None:
-    """Write a step's LoRA, and with it the given rows of the embedding."""
+    """Write a step's LoRA and the given embedding rows."""
     layers = step_lora(config, tensors, step)
     lora_config(config, layers, base, revision, bool(rows)).save_pretrained(folder)
     state = {f"{PREFIX}{name}.lora_A.weight": first for name, (first, _) in layers.items()}
@@ -119,15 +120,15 @@ def _save_step(
 
 
 def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """The experts of one step as plain LoRA, with mix and scaling multiplied into B.
+    """The experts of one step as a plain LoRA, with expert weights and scaling folded into `lora_B`.
 
     Args:
         config: The adapter's configuration.
-        tensors: The adapter's tensors by their names in its file.
+        tensors: The adapter's tensors, by name.
         step: Name of the step.
 
     Returns:
-        Module name in the base model -> A (2R, in) and B (out, 2R) in float32; R where there is no shared expert.
+        Module name in the base model -> A (2R, in) and B (out, 2R) in float32; R without a shared expert.
     """
     weights_E = expert_weight_table(config)[1 + config.experts.index(step)]
     layers = {}
@@ -145,14 +146,14 @@ def step_lora(config: MoteConfig, tensors: Mapping[str, Tensor], step: str) -> d
 def lora_config(
     config: MoteConfig, layers: Mapping[str, tuple[Tensor, Tensor]], base: str, revision: str | None, rows: bool = True
 ) -> LoraConfig:
-    """The configuration of a step's LoRA: the layers by their names, `lora_alpha` such that each is scaled by 1.
+    """The configuration of a step's LoRA: layers by name, with `lora_alpha` chosen so that each is scaled by 1.
 
     Args:
         config: The adapter's configuration.
-        layers: Of the step, see `step_lora`.
+        layers: As from `step_lora`.
         base: The base model's name.
         revision: Its hub revision.
-        rows: Whether the markers' rows of the embedding go with it.
+        rows: Whether the marker rows of the embedding are included.
     """
     ranks = {name: len(first) for name, (first, _) in layers.items()}
     usual = max(ranks.values())
@@ -181,13 +182,13 @@ def export_merged(
 ) -> Path:
     """Write a plain transformers model that answers in a mode of one step.
 
-    Its logits are those of the adapter with all tokens read by that step's experts: `question_expert` names the step.
+    Its logits equal the adapter's with that step's experts on all tokens, as with `question_expert` set to the step.
 
     Args:
         adapter: Folder of a trained adapter, or a hub id.
-        out: Folder to make.
+        out: Folder to create.
         mode: A mode of one step.
-        model: Base model; the one that the adapter names where none is given.
+        model: Base model; by default the one that the adapter names.
         dtype: `auto` (as the base model is stored), `float32`, `bfloat16` or `float16`. Merging is done in float32.
         revision: Hub revision of the base model.
 
@@ -195,9 +196,9 @@ def export_merged(
         The folder.
 
     Raises:
-        UserError: The mode has more than one step, the base model is quantised or another one than the adapter's, or
-            as in `export_steps`.
-        MoteError: The disk refused the files.
+        UserError: The mode has more than one step, the base model is quantised or not the adapter's, or as in
+            `export_steps`.
+        MoteError: The files cannot be written.
     """
     check_new(out)
     trained = read_adapter(adapter)
@@ -208,10 +209,11 @@ def export_merged(
     dtype = plain_dtype(base, revision, dtype)
     loaded = load(base, trained, device="cpu", dtype=dtype, revision=revision)
     layers = step_lora(config, load_peft_weights(adapter, device="cpu"), step)
-    plain, tokenizer = merge_step(loaded.model, layers), loaded.tokenizer
+    plain = merge_step(loaded.model, layers)
+    tokenizer = loaded.tokenizer
     ends = [config.markers[step][1], *stop_ids(tokenizer, loaded.base.model)]
     plain.config.eos_token_id = plain.generation_config.eos_token_id = ends
-    # As the grammar of `mote answer` has it, no step holds a special token.
+    # As in the grammar of `mote answer`, no step contains a special token.
     plain.generation_config.suppress_tokens = sorted(special_ids(tokenizer) - set(ends))
     tokenizer.chat_template = opening_template(tokenizer.get_chat_template(), start_marker(step))
     with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
@@ -233,14 +235,14 @@ def only_step(scheme: Scheme, mode: str) -> str:
         return chains[0][0]
     possible = [name for name, chain in scheme.depths.items() if len(chain) == 1]
     raise UserError(
-        f"mode: '{mode}' cannot be merged: a merged model reads all tokens with one step's experts; use one of "
+        f"mode: '{mode}' cannot be merged: a merged model applies one step's experts to all tokens; use one of "
         f"{possible}, or --format peft-steps for each step by itself"
     )
 
 
 @torch.no_grad()
 def merge_step(model: Any, layers: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
-    """The base model of a PEFT model, with a step's LoRA (`step_lora`) and the markers' rows in its weights."""
+    """The base model of a PEFT model, with a step's LoRA (`step_lora`) and the marker rows merged into its weights."""
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
             module.merge()
@@ -253,16 +255,16 @@ def merge_step(model: Any, layers: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
 
 
 def opening_template(template: str, marker: str) -> str:
-    """A chat template whose generation prompt goes on with a marker."""
-    # Jinja drops one newline at the end of a template, and no longer where something follows.
+    """A chat template whose generation prompt ends with a marker."""
+    # Jinja drops a newline at the end of a template, but not before other text.
     return template.removesuffix("\n") + "{{ '" + marker + "' if add_generation_prompt else '' }}"
 
 
 def check_exportable(adapter: Adapter) -> None:
-    """Make sure that the experts are those of steps.
+    """Check that the adapter has step experts.
 
     Raises:
-        UserError: A gate chooses them.
+        UserError: A gate chooses the experts.
     """
     if isinstance(adapter.config, TokenGatedConfig):
         raise UserError(
@@ -272,10 +274,10 @@ def check_exportable(adapter: Adapter) -> None:
 
 
 def base_name(adapter: Adapter, model: str | None) -> str:
-    """The base model that is given, or that the adapter names.
+    """The given base model, or the one that the adapter names.
 
     Raises:
-        UserError: Neither.
+        UserError: There is neither.
     """
     name = model or adapter.config.base_model_name_or_path
     if not name:
@@ -284,7 +286,7 @@ def base_name(adapter: Adapter, model: str | None) -> str:
 
 
 def plain_dtype(base: str, revision: str | None, dtype: str) -> str:
-    """The dtype to write weights in: the one that is given, or for `auto` the one the base model is stored in.
+    """The dtype of the written weights: the given one, or for `auto` that of the stored base model.
 
     Raises:
         UserError: The base model is quantised.
