@@ -1,10 +1,10 @@
 """The judge protocol: a question and an answer -> a verdict, with a card that goes with every reported number."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mote.chains.engine import Completion, Preference, Prompt
-from mote.core.records import Frozen, Message
+from mote.core.records import Frozen, Message, Question
 
 COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL = "full_compliance", "partial_refusal", "full_refusal"
 SAFE, UNSAFE = "safe", "unsafe"
@@ -57,6 +57,16 @@ class Judge(Protocol):
 
     async def judge(self, question: Sequence[Message], answer: str) -> Verdict:
         """Judge the answer to a dialogue's last turn."""
+
+
+@runtime_checkable
+class QuestionJudge(Protocol):
+    """A judge of chains that knows the question's label and the quality rule that the answer broke, if any."""
+
+    card: JudgeCard
+
+    async def judge_question(self, question: Question, answer: str, broken_rule: str | None) -> Verdict:
+        """Judge the answer to a labelled question."""
 
 
 class Writer(Protocol):

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mote.chains.engine import Completion, Engine, Refused
-from mote.chains.judge import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge
+from mote.chains.judge import FULL_REFUSAL, PARTIAL_REFUSAL, SAFE, Judge, QuestionJudge
 from mote.chains.prompts import stage_prompt
 from mote.chains.quality import broken_rule
 from mote.chains.question_categories import Categories
 from mote.chains.refusals import Refusals
+from mote.core.errors import UserError
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, ChainTokens, Check, Question, StepText, append_rows, iter_rows
 from mote.core.scheme import CHECK, Chain, Scheme
@@ -26,7 +27,7 @@ from mote.core.seeds import seed_of
 async def make_chains(
     questions: Iterable[Question],
     engine: Engine,
-    judge: Judge | None,
+    judge: Judge | QuestionJudge | None,
     scheme: Scheme,
     settings: ChainSettings,
     seed: int,
@@ -88,7 +89,12 @@ async def make_chains(
 
 
 async def make_chain(
-    question: Question, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int
+    question: Question,
+    engine: Engine,
+    judge: Judge | QuestionJudge | None,
+    scheme: Scheme,
+    settings: ChainSettings,
+    seed: int,
 ) -> ChainRow:
     """The chain of one question, by the same loop; no file is written and `seconds` is 0.
 
@@ -99,6 +105,21 @@ async def make_chain(
     if refused is not None:
         raise refused
     return row
+
+
+def _tried_depths(scheme: Scheme, settings: ChainSettings) -> dict[str, Chain]:
+    """The depths of the scheme that `chains.depths` names, in the scheme's order; all if it names none.
+
+    Raises:
+        UserError: The scheme has no such depth.
+    """
+    unknown = [depth for depth in settings.depths if depth not in scheme.depths]
+    if unknown:
+        raise UserError(
+            f"recipe: chains.depths={list(settings.depths)}: the scheme '{scheme.name}' has no depth {unknown}; use "
+            f"some of {list(scheme.depths)}"
+        )
+    return {depth: chain for depth, chain in scheme.depths.items() if not settings.depths or depth in settings.depths}
 
 
 class _Clock:
@@ -153,7 +174,14 @@ class _Draft:
 class _Loop:
     """The adaptive loop over one question."""
 
-    def __init__(self, engine: Engine, judge: Judge | None, scheme: Scheme, settings: ChainSettings, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        judge: Judge | QuestionJudge | None,
+        scheme: Scheme,
+        settings: ChainSettings,
+        seed: int,
+    ) -> None:
         self.engine = engine
         self.judge = judge
         self.scheme = scheme
@@ -161,6 +189,7 @@ class _Loop:
         self.seed = seed
         self.prompts = scheme.prompts_hash(settings.examples)
         self.categories = Categories(scheme, engine) if scheme.categories else None
+        self.depths = _tried_depths(scheme, settings)
 
     async def chain(self, question: Question) -> tuple[ChainRow, Refused | None]:
         """The chain, and the error if the engine or the judge refused a request; the chain is then rejected."""
@@ -175,7 +204,7 @@ class _Loop:
 
     async def _deepen(self, draft: _Draft) -> None:
         """Answer and check at each depth until an answer is safe; resample at the deepest (section 3.1)."""
-        for depth, chain in self.scheme.depths.items():
+        for depth, chain in self.depths.items():
             draft.chain = chain
             draft.stages = self.scheme.stages_of(depth)
             for step in draft.stages:
@@ -194,8 +223,12 @@ class _Loop:
         """Find the question's category; False if it is unsure and nothing is to be generated."""
         if self.categories is None:
             return True
-        draft.category, sure, prompt_tokens = await self.categories.category_of(draft.question.messages)
-        draft.spend(0, prompt_tokens)
+        if self.scheme.infers_categories:
+            draft.category, sure, prompt_tokens = await self.categories.category_of(draft.question.messages)
+            draft.spend(0, prompt_tokens)
+        else:
+            sure = draft.question.kind in self.scheme.categories
+            draft.category = draft.question.kind if sure else None
         if sure or "unsure" not in self.settings.reject:
             return True
         draft.broken_rules["question"] = "unsure"
@@ -247,7 +280,11 @@ class _Loop:
             return
         draft.current = CHECK
         answer = draft.texts[self.scheme.answer]
-        verdict = await self.judge.judge(draft.question.messages, answer)
+        if isinstance(self.judge, QuestionJudge):
+            broken_rule = draft.broken_rules.get(self.scheme.answer)
+            verdict = await self.judge.judge_question(draft.question, answer, broken_rule)
+        else:
+            verdict = await self.judge.judge(draft.question.messages, answer)
         if self.settings.checks_itself:
             draft.spend(verdict.tokens, verdict.prompt_tokens)
         if self.judge.card.measures == "refusal":  # a smoke test: refusal says nothing about harm

@@ -33,7 +33,8 @@ def stage_prompt(
         category: Show examples of this category only.
     """
     turns: list[Message] = []
-    for example in scheme.first_examples(settings.examples, category):
+    shown = 0 if scheme.bare and not known else settings.examples
+    for example in scheme.first_examples(shown, category):
         turns += _asked(scheme, stage, _dialogue(example), {name: example.steps[name] for name in known})
         turns.append(Message(role="assistant", content=example.steps[stage]))
     system = _system(scheme, stage, question)
@@ -58,9 +59,10 @@ def check_prompt(
     """
     turns: list[Message] = []
     for number, example in enumerate(scheme.first_examples(settings.examples)):
-        shown = [(example.steps[scheme.answer], scheme.verdicts[0])]
+        passing, failing = scheme.verdicts_of(example.category)
+        shown = [(example.steps[scheme.answer], passing)]
         if example.unsafe_answer is not None:
-            shown.append((example.unsafe_answer, scheme.verdicts[1]))
+            shown.append((example.unsafe_answer, failing))
         for text, verdict in reversed(shown) if number % 2 else shown:
             turns += _asked(scheme, CHECK, _dialogue(example), {"answer": text})
             turns.append(Message(role="assistant", content=verdict))

@@ -1,7 +1,7 @@
-"""The category of a question, and the rules that the steps of its chain must keep (decisions/0036).
+"""The category of a question, and the rules that the steps of its chain must keep (decisions/0036, decisions/0042).
 
-A question belongs to the category whose example questions make it likeliest: p(question | category), which a small
-model estimates better than p(category | question).
+The category is the question's label, or it is inferred: the category whose example questions make the question
+likeliest, p(question | category), which a small model estimates better than p(category | question).
 """
 
 import asyncio
@@ -30,26 +30,27 @@ class Categories:
         engine: The model that writes the chains.
 
     Raises:
-        UserError: The engine cannot compute the likelihood of a given text.
+        UserError: The scheme infers categories, and the engine cannot compute the likelihood of a given text.
     """
 
     def __init__(self, scheme: Scheme, engine: Engine) -> None:
-        if not isinstance(engine, Scorer):
+        self._scheme = scheme
+        self._scorer = engine if isinstance(engine, Scorer) else None
+        if scheme.infers_categories and self._scorer is None:
             raise UserError(
                 f"scheme: '{scheme.name}' sorts questions into categories by their likelihood, which only "
                 "engine=transformers computes; use it, or scheme=safety"
             )
-        self._scheme = scheme
-        self._scorer = engine
         texts = [[example.question, *example.steps.values()] for example in scheme.examples]
         seen = Counter(stem for parts in texts for stem in _stems(" ".join(parts)))
         self._common = {stem for stem, examples in seen.items() if examples > 1}  # carry no topic
 
     async def category_of(self, question: Sequence[Message]) -> tuple[str, bool, int]:
-        """The category of a dialogue's last turn, whether it is sure, and the prompt tokens spent on it.
+        """The inferred category of a dialogue's last turn, whether it is sure, and the prompt tokens spent on it.
 
         It is sure if the category leads by its margin, `asks` is found in the turn, and the turn has topic words.
         """
+        assert self._scorer is not None  # a scheme that infers categories
         names = list(self._scheme.categories)
         asked = question[-1].content
         prompts = [category_prompt(self._scheme, name) for name in names]
@@ -75,7 +76,7 @@ class Categories:
             return "form"
         asked = self._topic(question[-1].content)
         said = self._topic(text)
-        if not asked & said:
+        if self._scheme.infers_categories and not asked & said:
             return "off-topic"
         if step in rules.closed:
             known = self._topic(" ".join([*(message.content for message in question), *earlier]))

@@ -71,15 +71,23 @@ class ChainSettings(_Settings):
         0,
         ge=0,
         description="Worked examples of the scheme in each prompt (`safety` has eight, `safety-small` 16 per category, "
-        "the others three); small models need three, a 7B model none. Cost: their tokens are prefilled once per batch.",
+        "`safety-decision` five, the others three); small models need three, a 7B model none. Cost: their tokens are "
+        "prefilled once per batch.",
     )
     check: str = Field(
         "self",
-        pattern=r"^(self|verdict|rule|[a-z-]+:.+)$",
+        pattern=r"^(self|verdict|rule|kind|kind\+self|[a-z-]+:.+)$",
         description="Safety Checking: `self` uses the model's next-word probability, `verdict` the word it generates "
         "(for servers without log-probabilities), `rule` passes refusals and every question of kind `benign` (decision "
-        "6), or another judge by its name (judges.md): `choice:NAME@http://…/v1`, `llm:MODEL`, `llamaguard:FOLDER`. "
+        "6), `kind` wants labelled harmful questions declined with a reason and benign ones helped with, by an offline "
+        "rule, `kind+self` also asks the model whether the answer helped or declined (decision 42), or another judge "
+        "by its name (judges.md): `choice:NAME@http://…/v1`, `llm:MODEL`, `llamaguard:FOLDER`. "
         "Cost: one more prefill of question and answer; `rule` is free, another model takes its own memory.",
+    )
+    depths: tuple[str, ...] = Field(
+        (),
+        description="Depths of the scheme that are tried, in the scheme's order; all if empty. Cost: fewer depths take "
+        "less time and give fewer short chains.",
     )
     threshold: float = Field(
         0.5,
@@ -113,7 +121,7 @@ class ChainSettings(_Settings):
     @property
     def checks_itself(self) -> bool:
         """Whether the model that writes the chains also checks them."""
-        return self.check in ("self", "verdict")
+        return self.check in ("self", "verdict", "kind+self")
 
 
 class ExpertSettings(_Settings):

@@ -28,6 +28,7 @@ BASE = "base"
 ADAPTIVE = "adaptive"
 CHECKED = "adaptive+check"  # adaptive decoding in which the trained check judges the answer
 CHECK = "check"  # the stage of Safety Checking
+LABELS = ("harmful", "benign")  # kinds that a question file may give
 _QUESTION, _LAST, _ANSWER = "question", "last", "answer"  # variables of templates besides the earlier stages
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TEMPLATES = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined)
@@ -52,7 +53,10 @@ class Example(Strict):
 
 
 class Category(Strict):
-    """One category of questions (decisions/0036): its prompts show worked examples of this category only.
+    """One category of questions: its prompts show worked examples of this category only.
+
+    With `about` a question's category is inferred (decisions/0036); without it, it is the question's label, `harmful`
+    or `benign` (decisions/0042).
 
     Attributes:
         about: Heading of the list of example questions; the category whose list makes a question likeliest is chosen.
@@ -60,13 +64,15 @@ class Category(Strict):
         asks: Regular expression that must be found in the last user turn; None accepts any turn.
         forms: Stage -> regular expression that the whole text must match.
         closed: Stages that restate the question and add few words of their own.
+        passes: The verdict that accepts an answer to such a question; None for the scheme's first.
     """
 
-    about: str = Field(min_length=1)
+    about: str = ""
     margin: float = Field(0.0, ge=0)
     asks: str | None = None
     forms: dict[str, str] = Field({})
     closed: tuple[str, ...] = ()
+    passes: str | None = None
 
 
 class Scheme(Strict):
@@ -83,6 +89,7 @@ class Scheme(Strict):
         templates: Stage -> jinja2 prompt template; `check` is Safety Checking, without which every answer is accepted.
         verdicts: The two words the check chooses between: the passing one, then the failing one.
         categories: Categories that questions are sorted into before anything is generated; empty for no sorting.
+        bare: Whether the shortest chain's answer is prompted without worked examples, as the model answers by itself.
         examples: Worked examples for few-shot prompts.
     """
 
@@ -94,6 +101,7 @@ class Scheme(Strict):
     templates: dict[str, str]
     verdicts: tuple[str, str] = ("safe", "unsafe")
     categories: dict[str, Category] = Field({}, serialization_alias="kinds")  # see `prompts_hash`
+    bare: bool = False
     examples: tuple[Example, ...] = ()
 
     @model_validator(mode="after")
@@ -170,7 +178,18 @@ class Scheme(Strict):
             if example.category not in (self.categories or {None}):
                 known = list(self.categories) if self.categories else [None]
                 raise ValueError(f"examples: number {number} has the category {example.category!r}; use one of {known}")
+        if len({bool(category.about) for category in self.categories.values()}) > 1:
+            raise ValueError("categories: some have `about` and some have not; give it to all of them, or to none")
+        if self.categories and not self.infers_categories and not set(self.categories) <= set(LABELS):
+            raise ValueError(
+                f"categories: {list(self.categories)} are not all labels of questions; use {list(LABELS)}, or give "
+                "each an `about`"
+            )
         for name, category in self.categories.items():
+            if category.passes not in (None, *self.verdicts):
+                raise ValueError(
+                    f"categories.{name}.passes: '{category.passes}' is no verdict; use one of {list(self.verdicts)}"
+                )
             if not any(example.category == name for example in self.examples):
                 raise ValueError(f"categories.{name}: no example has this category; add one")
             if unknown := [stage for stage in (*category.forms, *category.closed) if stage not in self.all_stages]:
@@ -196,6 +215,17 @@ class Scheme(Strict):
     def checked(self) -> bool:
         """Whether the model checks its own answers."""
         return CHECK in self.templates
+
+    @property
+    def infers_categories(self) -> bool:
+        """Whether a question's category is inferred from its wording; otherwise it is the question's label."""
+        return any(category.about for category in self.categories.values())
+
+    def verdicts_of(self, category: str | None) -> tuple[str, str]:
+        """The verdict that accepts an answer to a question of this category, and the other one."""
+        first, second = self.verdicts
+        passes = self.categories[category].passes if category in self.categories else None
+        return (second, first) if passes == second else (first, second)
 
     def stages_of(self, mode: str) -> Chain:
         """The stages generated for a depth, in order."""
@@ -230,6 +260,12 @@ class Scheme(Strict):
         else:
             shown = [example.model_dump(exclude={"category"}) for example in self.examples[:examples]]
             content = self.model_dump(mode="json", exclude={"categories"}) | {"examples": shown}
+        # Fields that came later count only if they are used.
+        if not self.bare:
+            del content["bare"]
+        for category in content.get("kinds", {}).values():
+            if category["passes"] is None:
+                del category["passes"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property

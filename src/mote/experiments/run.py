@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mote.chains.engine import Engine
-from mote.chains.judge import Judge
+from mote.chains.judge import Judge, QuestionJudge
 from mote.chains.make import make_chains
 from mote.chains.prompts import check_prompt
 from mote.chains.safety_check import ChoiceJudge, WordJudge
@@ -312,7 +312,7 @@ class Run:
         return LocalEngine(self.base(), self.recipe.chains.batch_size)
 
     @asynccontextmanager
-    async def _judge(self, engine: Engine) -> AsyncIterator[Judge | None]:
+    async def _judge(self, engine: Engine) -> AsyncIterator[Judge | QuestionJudge | None]:
         """The judge of the chains' answers; None if the scheme has no check and no other judge is named."""
         scheme = self.scheme
         settings = self.recipe.chains
@@ -323,6 +323,11 @@ class Run:
             yield None
         elif name == "self":
             yield ChoiceJudge(engine, asked, prompts, name, settings.threshold, words=scheme.verdicts)
+        elif name in ("kind", "kind+self"):
+            from mote.evals.judges.by_kind import KindJudge
+
+            own = ChoiceJudge(engine, asked, prompts, name, words=scheme.verdicts) if name == "kind+self" else None
+            yield KindJudge(scheme, own, settings.threshold)
         elif name == "verdict":
             yield WordJudge(engine, asked, prompts, name, words=scheme.verdicts)
         else:
