@@ -37,8 +37,7 @@ async def make_chains(
     """Make the chains of all questions and append each to `path` when it is done; existing rows are kept.
 
     Questions are consumed lazily with at most `settings.batch_size` chains in flight; rows are written in completion
-    order. Each request has its own seed, so an interrupted run ends with the same rows, as far as the engine's
-    arithmetic allows.
+    order. Each request has its own seed, so an interrupted run ends with the same rows.
 
     Args:
         questions: Questions to make chains for.
@@ -63,11 +62,10 @@ async def make_chains(
 
     def write(rows: Sequence[ChainRow]) -> None:
         nonlocal done
-        if not rows:
-            return
-        append_rows(path, rows)
-        done += len(rows)
-        progress(done)
+        if rows:
+            append_rows(path, rows)
+            done += len(rows)
+            progress(done)
 
     async def make(question: Question) -> None:
         with clock.in_flight() as seconds:
