@@ -64,7 +64,7 @@ def draw_tokens(axes: Axes, steps_T: Tensor) -> None:
     axes.set_xlim(0, len(TOKENS))
     axes.set_ylim(-1.9, 2.1)
     axes.axis("off")
-    axes.set_title("Each token is read by the expert of its step, and by the shared one", fontsize=10, loc="left")
+    axes.set_title("Each token goes to the expert of its step and to the shared expert", fontsize=10, loc="left")
 
 
 def draw_mask(axes: Axes, steps_T: Tensor, visibility_S_S: Tensor, title: str) -> None:
@@ -100,8 +100,12 @@ def main() -> None:
     figure = plt.figure(figsize=(10, 6.9), dpi=130, layout="constrained")
     rows = figure.add_gridspec(2, 2, height_ratios=(1.0, 2.1))
     draw_tokens(figure.add_subplot(rows[0, :]), steps_T)
-    draw_mask(figure.add_subplot(rows[1, 0]), steps_T, everything_S_S, "Plain causal mask: the full chain")
-    draw_mask(figure.add_subplot(rows[1, 1]), steps_T, skipping_S_S, "Step skipping: the response as a direct answer")
+    draw_mask(
+        figure.add_subplot(rows[1, 0]), steps_T, everything_S_S, "Attention mask (rows are queries): the full chain"
+    )
+    draw_mask(
+        figure.add_subplot(rows[1, 1]), steps_T, skipping_S_S, "With step skipping: the response as a direct answer"
+    )
     figure.savefig(OUT, facecolor="white", metadata={"Software": None})
 
 
