@@ -7,6 +7,7 @@ from support.paths import UPSTREAM
 from support.questions import assert_refused
 from support.tiny import Write
 
+from mote.core.errors import UserError
 from mote.core.records import Question
 from mote.questions.load import load_questions
 
@@ -330,3 +331,25 @@ BAD: dict[str, tuple[object, str, list[str]]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_row_is_one_line_that_says_what_to_do(write: Write, case: str) -> None:
     assert_refused(write, *BAD[case])
+
+
+@pytest.mark.parametrize("system", ["system", "developer"])
+def test_sharegpt_conversations_are_read(write: Write, system: str) -> None:
+    said = [(system, "Be kind."), ("human", "Bread?"), ("gpt", "Mix."), ("human", "And rye?"), ("gpt", "So.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    (question,) = load_questions(write([row]), None)
+    roles = ("system", "user", "assistant", "user")
+    assert turns(question) == [(role, text) for role, (_, text) in zip(roles, said, strict=False)]
+
+
+def test_an_unknown_sharegpt_speaker_is_refused(write: Write) -> None:
+    with pytest.raises(UserError, match=r"line 1: role 'tool' is not known; use one of"):
+        load_questions(write([{"conversations": [{"from": "tool", "value": "22 degrees"}]}]), None)
+
+
+@pytest.mark.parametrize(("label", "kind"), [("harmful", "harmful"), ("unharmful", "benign"), (None, "unknown")])
+def test_wildguardmix_kinds_are_its_prompt_labels(write: Write, label: str | None, kind: str) -> None:
+    row = {"prompt": "How do I bake bread?", "adversarial": False, "response": None, "prompt_harm_label": label,
+           "response_refusal_label": None, "response_harm_label": None, "subcategory": "benign"}  # fmt: skip
+    (question,) = load_questions(write([row]), None)
+    assert (question.kind, question.source) == (kind, "wildguardmix")

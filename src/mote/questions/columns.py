@@ -6,6 +6,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 
 
 class BadRow(ValueError):
@@ -52,13 +53,23 @@ def _messages(value: Any, column: str) -> list[tuple[str, str]]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         example = '[{"role": "user", "content": "..."}]'
         raise BadRow(f"{column} {short(value)} is not a list of objects; write {example}")
-    for number, message in enumerate(value):
+    messages = [_from_sharegpt(message) for message in value]
+    for number, message in enumerate(messages):
+        if message.get("role") == "developer":  # the system role of newer OpenAI models
+            message["role"] = "system"
         role = message.get("role")
         if role not in ROLES:
             raise BadRow(f"role {short(role)} is not known; use one of {list(ROLES)}")
         if role == "system" and number:
             raise BadRow(f"message {number + 1} has the role 'system'; only the first one may")
-    return [(message["role"], _content(message)) for message in value]
+    return [(message["role"], _content(message)) for message in messages]
+
+
+def _from_sharegpt(message: Row) -> dict[str, Any]:
+    """A message with `role` and `content`; ShareGPT calls them `from` and `value`."""
+    if "role" in message or "from" not in message:
+        return dict(message)
+    return {"role": _SPEAKERS.get(message["from"], message["from"]), "content": message.get("value")}
 
 
 def _content(message: Row) -> str:

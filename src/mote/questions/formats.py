@@ -15,17 +15,13 @@ from mote.core.records import Kind, Message, Question
 from mote.questions.columns import BadRow, Parsed, Row, is_filled, short, text_of, turns_of
 from mote.questions.upstream import SETS, first_turn, hh_turns, instruction_text, upstream_set
 
-_COLUMNS = ("messages", "question", "prompt", "text", "chosen", "instruction", "turns")  # of a row's dialogue, in order
-_CUT_COLUMNS = (
-    "forbidden_prompt",
-    "Goal",
-    "goal",
-    "Behavior",
-    "user_input",
-    "adversarial",
-)  # of sets with other columns cut
+# Of a row's dialogue, in the order in which they are looked for.
+_COLUMNS = ("messages", "conversations", "question", "prompt", "text", "chosen", "instruction", "turns")
+# Of sets whose other columns were cut.
+_CUT_COLUMNS = ("forbidden_prompt", "Goal", "goal", "Behavior", "user_input", "adversarial")
 UNDERSTOOD = (
-    "messages; question, prompt or text; prompt, chosen and rejected (preferences); instruction and input; turns; and "
+    "messages or conversations; question, prompt or text; prompt, chosen and rejected (preferences); instruction and "
+    "input; turns; and "
     f"the columns of {', '.join(dict.fromkeys(one.name for one in SETS))} (forbidden_prompt, Goal, ...)"
 )
 _ID_PREFIXES = {"hh-rlhf": "hh", "own": "q"}

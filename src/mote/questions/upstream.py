@@ -16,18 +16,8 @@ _XSTEST_TYPES = {
 }
 _MT_BENCH_CATEGORIES = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 _OR_BENCH_CATEGORIES = {
-    *(
-        "deception",
-        "harassment",
-        "harmful",
-        "hate",
-        "illegal",
-        "privacy",
-        "self-harm",
-        "sexual",
-        "unethical",
-        "violence",
-    )
+    *("deception", "harassment", "harmful", "hate", "illegal"),
+    *("privacy", "self-harm", "sexual", "unethical", "violence"),
 }
 _WILD_KINDS = {
     f"{style}_{kind}": (style, kind) for style in ("vanilla", "adversarial") for kind in ("harmful", "benign")
@@ -154,6 +144,11 @@ def _toxic_chat(row: Row, filename: str) -> Parsed:
     return Parsed([("user", text_of(row, "user_input"))], id=name, kind="harmful" if harmful else "benign")
 
 
+def _wildguardmix(row: Row, filename: str) -> Parsed:
+    kind = {"harmful": "harmful", "unharmful": "benign"}.get(str(row["prompt_harm_label"]), "unknown")
+    return Parsed([("user", text_of(row, "prompt"))], kind=kind)
+
+
 def _do_not_answer(row: Row, filename: str) -> Parsed:
     return Parsed([("user", text_of(row, "question"))], id=_id("do-not-answer", row["id"]), kind="harmful")
 
@@ -222,5 +217,6 @@ SETS = (
     UpstreamSet("toxic-chat", _columns("conv_id user_input model_output toxicity jailbreaking"), _toxic_chat),
     UpstreamSet("do-not-answer", _columns("id risk_area types_of_harm specific_harms question"), _do_not_answer),
     UpstreamSet("harmbench", _columns("Behavior FunctionalCategory SemanticCategory BehaviorID"), _harmbench),
+    UpstreamSet("wildguardmix", _columns("prompt adversarial prompt_harm_label subcategory"), _wildguardmix),
     UpstreamSet("or-bench", _columns("prompt category"), _or_bench, _fits_or_bench),
 )

@@ -1,4 +1,4 @@
-"""Several views of a chain in one row: what is repeated, what sees what, and that the loss is the mean of the views."""
+"""Several draws of a chain in one row: what is repeated, what sees what, and that the loss is the mean of the draws."""
 
 import random
 from itertools import combinations
@@ -15,7 +15,7 @@ from torch import Tensor
 from mote.models.attention import GROUPED_SDPA
 from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import block_mask, document_mask, draw_visibility, sdpa_mask, skip_probabilities
-from mote.tokens.packing import ChainDataset, DrawnChain, collate, repeated, unroll
+from mote.tokens.packing import ChainDataset, DrawnChain, collate, repeated_steps, unroll
 from mote.train.trainer import token_weights
 
 STEPS = ("analysis", "guidance", "response")
@@ -33,19 +33,19 @@ def weighted_loss(model: Any, rows: list[list[DrawnChain]], mask: Any = sdpa_mas
     return (losses * weights).sum() / weights.sum()
 
 
-def alone(chains: list[Tokens], views: int, seed: int) -> list[list[DrawnChain]]:
-    """Each view of each chain as a row of its own, drawn as the dataset draws it."""
+def alone(chains: list[Tokens], draws: int, seed: int) -> list[list[DrawnChain]]:
+    """Each draw of each chain as a row of its own, drawn as the dataset draws it."""
     rows = []
     for index, chain in enumerate(chains):
-        for view in range(views):
+        for draw in range(draws):
             rng = random.Random(f"{seed}/{index}")
-            visibility = draw_visibility(sorted(set(chain.steps) - {0}), HALF, rng, view / views)
+            visibility = draw_visibility(sorted(set(chain.steps) - {0}), HALF, rng, draw / draws)
             expert = random.Random(f"{seed}/{index}/question").sample([1, 2, 3], 3)[0]
             rows.append([DrawnChain(unroll(chain, HALF, 1), visibility, expert)])
     return rows
 
 
-def test_a_row_of_two_views() -> None:
+def test_a_row_of_two_draws() -> None:
     chain = Tokens([5, 6, 64, 9, 65, 66, 67, 68, 69, 1], [IGNORED] * 2 + [64, 9, 65, 66, 67, 68, 69, 1],
                    [0, 0, 1, 1, 1, 2, 2, 3, 3, 3])  # fmt: skip
     row = unroll(chain, HALF, 2)
@@ -56,45 +56,45 @@ def test_a_row_of_two_views() -> None:
     assert row.weights == [1, 1, 1, 1, 1, 1, *[0.5] * 9]
     drawn = ChainDataset([chain], HALF, 0, draws=2)[0]
     [first, second] = [drawn[0].visibility[[2, 3, 3], [1, 1, 2]], drawn[0].visibility[[5, 6, 6], [1, 1, 5]]]
-    assert torch.equal(first, ~second)  # at one half the second view hides what the first shows
+    assert torch.equal(first, ~second)  # at one half the second draw hides what the first shows
     mask = sdpa_mask(*(collate([drawn], 0)[name] for name in ("segment_ids", "visibility", "document_ids")))[0, 0]
     assert not mask[10:, 5:10].any() and mask[:, :2].tril().sum() == mask[:, :2].sum() == 29
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 5), st.integers(0, 10**6), st.sampled_from([0.2, 0.5, 0.9]))
-def test_every_view_is_the_chain_with_a_draw_of_its_own(views: int, seed: int, skip_p: float) -> None:
+def test_every_draw_is_the_chain_with_a_draw_of_its_own(draws: int, seed: int, skip_p: float) -> None:
     [chain], chances = some_chains(1, seed), skip_probabilities(skip_p, {}, STEPS)
-    data = ChainDataset([chain], chances, seed, draws=views)
+    data = ChainDataset([chain], chances, seed, draws=draws)
     [drawn] = data[0]
-    row, again = drawn.tokens, repeated(sorted(set(chain.steps) - {0}), chances)
+    row, again = drawn.tokens, repeated_steps(sorted(set(chain.steps) - {0}), chances)
     labels = [label for label in row.labels if label != IGNORED]
     total = sum(weight for weight, label in zip(row.weights, row.labels, strict=True) if label != IGNORED)
     assert total == pytest.approx(sum(label != IGNORED for label in chain.labels)) and len(labels) >= total - 1e-9
-    for view in range(views):
-        own = {step: step + 3 * view if view and step in again else step for step in range(4)}
+    for draw in range(draws):
+        own = {step: step + 3 * draw if draw and step in again else step for step in range(4)}
         at = [t for t, segment in enumerate(row.segments) if segment in own.values()]
         assert [row.ids[t] for t in at] == chain.ids and [row.steps[t] for t in at] == chain.steps
-        shown = draw_visibility(sorted(set(chain.steps) - {0}), chances, random.Random(f"{seed}/0"), view / views)
+        shown = draw_visibility(sorted(set(chain.steps) - {0}), chances, random.Random(f"{seed}/0"), draw / draws)
         for later, earlier in combinations(sorted(set(chain.steps)), 2):
             assert drawn.visibility[own[later], own[earlier]] == shown[later, earlier]
     if again:
-        for first, second in combinations(range(views), 2):
+        for first, second in combinations(range(draws), 2):
             for later, earlier in ((later, earlier) for later in again for earlier in again):
                 assert not drawn.visibility[later + 3 * second, earlier + 3 * first]
     else:
         assert row.ids == chain.ids and drawn.visibility.all()
 
 
-@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("draws", [2, 3])
 @pytest.mark.parametrize("row_length", [None, 128])
-def test_the_loss_and_the_gradients_are_the_mean_of_the_views(views: int, row_length: int | None) -> None:
+def test_the_loss_and_the_gradients_are_the_mean_of_the_draws(draws: int, row_length: int | None) -> None:
     chains = some_chains(6, seed=3)
-    data = ChainDataset(chains, HALF, 3, row_length, views)
+    data = ChainDataset(chains, HALF, 3, row_length, draws)
     assert any(len(chain.ids) > len(one.ids) for chain, one in zip(data.chains, chains, strict=True))
     together, apart = adapted().train(), adapted().train()
     found = weighted_loss(together, [data[row] for row in range(len(data))])
-    wanted = weighted_loss(apart, alone(chains, views, 3))
+    wanted = weighted_loss(apart, alone(chains, draws, 3))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     found.backward()
     wanted.backward()
@@ -104,7 +104,7 @@ def test_the_loss_and_the_gradients_are_the_mean_of_the_views(views: int, row_le
             torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_views_that_see_each_other_have_another_loss() -> None:
+def test_draws_that_see_each_other_have_another_loss() -> None:
     """The negative control."""
     model, data = adapted(), ChainDataset([chain_of(1, 2, 3)], HALF, 0, draws=2)
     [drawn] = data[0]
@@ -115,7 +115,7 @@ def test_views_that_see_each_other_have_another_loss() -> None:
     assert abs(weighted_loss(model, [[leaking]]) - weighted_loss(model, [[drawn]])) > 1e-3
 
 
-def test_all_masks_show_the_same_views() -> None:
+def test_all_masks_show_the_same_draws() -> None:
     model = adapted().train()
     data = ChainDataset(some_chains(5, seed=1), HALF, 1, 160, draws=2)
     rows, found = [data[row] for row in range(len(data))], []
@@ -141,13 +141,13 @@ def dense(form: Any, rows: list[list[DrawnChain]]) -> Tensor:
     return seen
 
 
-def test_each_pair_is_hidden_in_the_same_share_of_views() -> None:
+def test_each_pair_is_hidden_in_the_same_share_of_draws() -> None:
     chances = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
     shares = []
     for seed in range(2000):
         shown = [
-            draw_visibility([1, 2, 3], chances, random.Random(seed), view / 4)[[2, 3, 3], [1, 1, 2]]
-            for view in range(4)
+            draw_visibility([1, 2, 3], chances, random.Random(seed), draw / 4)[[2, 3, 3], [1, 1, 2]]
+            for draw in range(4)
         ]
         hidden = 4 - torch.stack(shown).sum(0)
         assert all(count in allowed for count, allowed in zip(hidden.tolist(), [(1, 2), (3, 4), (1, 2)], strict=True))
@@ -156,7 +156,7 @@ def test_each_pair_is_hidden_in_the_same_share_of_views() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chain", "chances", "views"),
+    ("chain", "chances", "draws"),
     [
         (chain_of(3), HALF, 2),
         (chain_of(1, 2, 3), HALF, 1),
@@ -164,10 +164,10 @@ def test_each_pair_is_hidden_in_the_same_share_of_views() -> None:
         (chain_of(1, 2, 3), skip_probabilities(1.0, {}, STEPS), 4),
         (chain_of(1, 3), skip_probabilities(0.5, {"response": {"analysis": 0.0}}, STEPS), 4),
     ],
-    ids=["a response alone", "one view", "nothing is skipped", "everything is skipped", "a pair that is always seen"],
+    ids=["a response alone", "one draw", "nothing is skipped", "everything is skipped", "a pair that is always seen"],
 )
-def test_what_all_views_share_stands_once(chain: Tokens, chances: Tensor, views: int) -> None:
-    row = unroll(chain, chances, views)
+def test_what_all_draws_share_stands_once(chain: Tokens, chances: Tensor, draws: int) -> None:
+    row = unroll(chain, chances, draws)
     assert (row.ids, row.labels, row.steps, row.segments) == (chain.ids, chain.labels, chain.steps, chain.steps)
     assert row.weights == [1.0] * len(chain.ids)
 
