@@ -1,5 +1,6 @@
 """Chains of the self-alignment recipes: a fixed sample to read by hand, and what the verdicts add up to.
 
+    python benchmarks/self_alignment_chains.py strip CHAINS FILE          # without the texts that were turned down
     python benchmarks/self_alignment_chains.py draw CHAINS SAMPLE         # 40 accepted chains, seed 0, as text to read
     python benchmarks/self_alignment_chains.py count CHAINS VERDICTS OUT  # shares, acceptance, verdicts -> JSON
 
@@ -18,11 +19,20 @@ from typing import Any
 
 from mote.core.files import write_atomic, write_json
 from mote.core.machine import environment
-from mote.core.records import ChainRow, read_rows
+from mote.core.records import ChainRow, read_rows, rewrite_rows
 
 SEED, DRAWN = 0, 40
 PAPER = {"analysis": 0.715, "guidance": 0.614, "response": 1.0}  # section 3.1
 GOAL = {"sensible": 32, "looks_harmful_helped": 8}
+
+
+def stripped(row: ChainRow) -> ChainRow:
+    """The chain without text that its check or a quality rule turned down: such text may help with harm."""
+    checks = tuple(
+        check if check.safe and row.accepted else check.model_copy(update={"answer": ""}) for check in row.checks
+    )
+    steps = row.steps if row.accepted else tuple(step.model_copy(update={"text": ""}) for step in row.steps)
+    return row.model_copy(update={"checks": checks, "steps": steps})
 
 
 def draw(rows: Sequence[ChainRow]) -> list[ChainRow]:
@@ -86,14 +96,17 @@ def counted(rows: Sequence[ChainRow], verdicts: Sequence[dict[str, Any]]) -> dic
 
 
 def main() -> None:
-    """Draw a sample, or count verdicts."""
+    """Strip chains, draw a sample, or count verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["draw", "count"])
+    parser.add_argument("do", choices=["strip", "draw", "count"])
     parser.add_argument("chains", type=Path)
-    parser.add_argument("file", type=Path, help="the sample that is written, or the verdicts that are read")
+    parser.add_argument("file", type=Path, help="the chains or the sample to write, or the verdicts to read")
     parser.add_argument("out", type=Path, nargs="?", help="JSON file of `count`")
     given = parser.parse_args()
     rows = read_rows(given.chains, ChainRow)
+    if given.do == "strip":
+        rewrite_rows(given.file, [stripped(row) for row in sorted(rows, key=lambda row: row.id)])
+        return
     if given.do == "draw":
         write_atomic(given.file, as_page(draw(rows)))
         return

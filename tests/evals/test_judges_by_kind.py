@@ -13,7 +13,7 @@ from mote.chains.safety_check import ChoiceJudge
 from mote.core.errors import UserError
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, Message, Question
-from mote.core.scheme import load_scheme
+from mote.core.scheme import Scheme, load_scheme
 from mote.evals.judges.by_kind import KindJudge, breaks
 
 SCHEME = load_scheme("safety-decision")
@@ -131,6 +131,12 @@ def test_the_first_answer_is_prompted_without_examples() -> None:
     assert len(turns) == 3
 
 
+def test_the_first_stage_of_a_deep_chain_sees_examples() -> None:
+    writer = Writer(ANALYSIS, GUIDANCE, DECLINES)
+    assert len(chain(writer, "harmful", depths=("full",)).steps) == 3
+    assert [len(prompt.messages) for prompt in writer.asked] == [5, 5, 5]
+
+
 def test_guidance_that_decides_against_the_kind_is_rejected() -> None:
     row = chain(Writer(HELPS, ANALYSIS, "Tell them. Decision: help.", DECLINES), "harmful")
     assert row.rejected == "guidance: form"
@@ -156,3 +162,19 @@ def test_the_prompts_hash_ignores_unused_fields() -> None:
     plain = load_scheme("safety")
     assert plain.prompts_hash(2) == SAFETY_HASH
     assert plain.model_copy(update={"bare": True}).prompts_hash(2) != SAFETY_HASH
+
+
+@pytest.mark.parametrize(
+    ("categories", "complaint"),
+    [
+        ({"harmful": {"passes": "maybe"}, "benign": {}}, "'maybe' is no verdict"),
+        ({"harmful": {"about": "These are bad:"}, "benign": {}}, "some have `about` and some have not"),
+        ({"odd": {}, "benign": {}}, "are not all labels of questions"),
+    ],
+)
+def test_inconsistent_categories_are_refused(categories: dict[str, Any], complaint: str) -> None:
+    given = SCHEME.model_dump(mode="json") | {"categories": categories}
+    for example in given["examples"]:
+        example["category"] = "benign" if example["category"] == "benign" else next(iter(categories))
+    with pytest.raises(ValueError, match=complaint):
+        Scheme.model_validate(given)

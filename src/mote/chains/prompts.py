@@ -33,7 +33,7 @@ def stage_prompt(
         category: Show examples of this category only.
     """
     turns: list[Message] = []
-    shown = 0 if scheme.bare and not known else settings.examples
+    shown = 0 if scheme.bare and stage == scheme.answer and not known else settings.examples
     for example in scheme.first_examples(shown, category):
         turns += _asked(scheme, stage, _dialogue(example), {name: example.steps[name] for name in known})
         turns.append(Message(role="assistant", content=example.steps[stage]))
