@@ -46,7 +46,7 @@ def launched(command: list[str], where: Path, extra: dict[str, str]) -> list[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
+    running = []
     logs = []
     for rank in range(2):
         environment = {
@@ -54,13 +54,13 @@ def launched(command: list[str], where: Path, extra: dict[str, str]) -> list[str
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **extra,
         }  # fmt: skip
         logs.append(where / f"{rank}.log")
-        processes.append(processes.start(command, logs[rank], functools.partial(set_up, environment)))
+        running.append(processes.start(command, logs[rank], functools.partial(set_up, environment)))
     try:
-        for process in processes:
+        for process in running:
             process.join(processes.LONGEST)
-        assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
+        assert [process.exitcode for process in running] == [0, 0], [log.read_text() for log in logs]
     finally:
-        for process in processes:
+        for process in running:
             process.kill()
             process.join()
     return [log.read_text() if log.exists() else "" for log in logs]

@@ -205,7 +205,7 @@ def gate_loss(model: nn.Module) -> Tensor:
     layers = list(gated_layers(model))
     losses = [layer.loss for layer in layers if layer.loss is not None]
     if not losses:
-        raise RuntimeError("token-gated: there is no loss of the gates yet; call the model in training mode lora_A")
+        raise RuntimeError("token-gated: there is no loss of the gates yet; call the model in training mode first")
     for layer in layers:
         layer.loss = None
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
