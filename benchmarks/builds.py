@@ -4,8 +4,8 @@
     python benchmarks/builds.py --before /tmp/before      # writes benchmarks/builds.json
 
 A process for each build, and a second one of the earlier build (A/A), load the same base model and the same adapter,
-which the earlier build wrote. They take turns, one measurement at a time, so that what else the machine
-does hits all alike. Reported are the medians of the ratios round by round, later over earlier build, and A/A.
+which the earlier build wrote. Measurements are interleaved, so that other load on the machine affects all
+equally. Reported are the medians of the per-round ratios, later over earlier build, and A/A.
 """
 
 import argparse

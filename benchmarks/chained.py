@@ -38,7 +38,7 @@ def main() -> None:
     folders = export_steps(given.adapter, Path(scratch.name) / "steps", given.model)
     loras = {folder.name: AutoPeftModelForCausalLM.from_pretrained(folder).eval() for folder in folders}
     same = 0
-    apart = 0.0
+    difference = 0.0
     tokens = 0
     read_whole = 0
     read_chained = 0
@@ -53,7 +53,7 @@ def main() -> None:
             own = slice(start, end)  # each of these predicts a token of the step
             chained = lora(input_ids=row[:, : end + 1]).logits[0, own]
             same += int((chained.argmax(-1) == logits[own].argmax(-1)).sum())
-            apart += float((chained - logits[own]).abs().amax(-1).sum())
+            difference += float((chained - logits[own]).abs().amax(-1).sum())
             tokens += end - start
             read_chained += end + 1
     result = {
@@ -62,7 +62,7 @@ def main() -> None:
         "questions": given.questions,
         "tokens": tokens,
         "same_next_token": round(same / tokens, 3),
-        "largest_difference_of_logits": round(apart / tokens, 2),
+        "largest_difference_of_logits": round(difference / tokens, 2),
         "tokens_read_over_the_models": round(read_chained / read_whole, 2),
         **environment(),
     }

@@ -172,7 +172,7 @@ def train_rows(embedding: nn.Embedding, ids: Sequence[int]) -> None:
 def constrain(
     logits_V: Tensor, written: list[int], vocabulary: Vocabulary, chains: Sequence[tuple[int, ...]], budget: int
 ) -> Tensor:
-    """The logits with -inf on every token that no chain of the mode goes on with.
+    """The logits with -inf on every token that does not continue a chain of the mode.
 
     A mode with one chain forces its steps; in the adaptive mode the model chooses among all of `DEPTHS`.
     """

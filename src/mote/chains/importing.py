@@ -111,7 +111,7 @@ def _format(row: Row, where: str) -> str:
 
 
 def _chain(row: Row, form: str, filename: str, where: str, writer: str | None) -> ChainRow | None:
-    """A row's chain; None if nobody answers or a thought has no end."""
+    """A row's chain; None if it holds no answer or a thought is not closed."""
     column = _COLUMN[form]
     if column not in row:
         raise UserError(f"import: {where}: no column '{column}', which the format {form} has; give another --format")

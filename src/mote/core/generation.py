@@ -8,7 +8,7 @@ class Limits:
     """Token budgets of one answer.
 
     Attributes:
-        max_step_tokens: Budget of one step; the step is then closed and the answer goes on.
+        max_step_tokens: Budget of one step; the step is then closed and the answer continues.
         max_tokens: Budget of the whole answer, markers included; half of it is reserved for the response. None: no such
             budget.
     """

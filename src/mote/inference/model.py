@@ -70,7 +70,7 @@ class Model:
             asked: A text, a message list, a `Question`, or a list of these.
             mode: `direct`, `analysis`, `full`, `adaptive` (the model chooses its steps), `adaptive+check` (continues
                 with the next deeper chain while the trained check finds the response unsafe) or `base` (adapter off).
-            max_step_tokens: Budget of one step; the step is then closed and the answer goes on.
+            max_step_tokens: Budget of one step; the step is then closed and the answer continues.
             max_tokens: Budget of the whole answer; half of it is reserved for the response.
             temperature: 0 is greedy.
             top_p: Nucleus sampling threshold; draws depend on `seed` and the question, not on the batch.

@@ -1,6 +1,6 @@
 """Generation for `method=separate`: each step's model re-prefills the context and generates its step.
 
-One model's keys and values are of no use to the next, so every step is a request of its own to the running batch.
+One model cannot use the KV cache of another, so every step is a separate request to the running batch.
 """
 
 from collections.abc import Callable, Sequence

@@ -179,7 +179,7 @@ def _quantised(quantization: str, device: str, dtype: torch.dtype) -> dict[str, 
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash that tells base models apart, independent of the dtype and quantisation they are loaded in.
+    """A hash that identifies a base model, independent of the dtype and quantisation they are loaded in.
 
     Norm weights differ between any two trainings, and neither adapters nor quantisation change them. A few values of
     each are hashed in bfloat16, the coarsest dtype a model is loaded in. GPT-2's norms are `ln_1`, `ln_2` and `ln_f`.

@@ -10,7 +10,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 
 
 class BadRow(ValueError):
-    """What is wrong with a row and how to mend it; the caller adds the row's place."""
+    """What is wrong with a row and how to fix it; the caller adds the row's location."""
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def _renders_system(tokenizer: Any, before: tuple[Message, ...]) -> bool:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain text: no special token comes out of it, whatever it says."""
+    """Ids of plain text; text that spells a special token is not encoded as one."""
     return _ids(tokenizer, text, plain=True)
 
 

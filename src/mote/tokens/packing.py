@@ -2,8 +2,8 @@
 
 Knows nothing of the model. A chain's draws depend only on the seed, the epoch and the chain, so they are the same with
 and without packing (docs/decisions/0016). Over epochs they spread evenly (docs/decisions/0038).
-Several draws of a chain share one row: what they cannot differ in stands in it once, the rest once per draw. A segment
-is a step of one of the draws; those of the first draw, and steps that all draws share, have the step's own id.
+The draws of a chain share one row: what is the same in every draw is stored once, the rest once per draw. A segment is
+a step of one draw; segments of the first draw, and those that all draws share, have the step's id.
 Shapes: B row, T token, S step, G segment.
 """
 

@@ -49,7 +49,7 @@ class MoteTrainer(Trainer):
             make_mask: Builds the attention mask of a batch.
             step_weights: Loss weight of each step (S), from `mote.train.arguments.step_weights`; None weights every
                 token alike.
-            gated: Whether the model has token gates with a loss of their own.
+            gated: Whether the model has token gates with an auxiliary loss.
             trainer_arguments: The arguments of `Trainer`.
         """
         self.markers = markers
@@ -70,7 +70,7 @@ class MoteTrainer(Trainer):
 
     @override
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        # Marker embeddings get a parameter group of their own if they have their own learning rate.
+        # Marker embeddings get a separate parameter group if they have their own learning rate.
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.marker_learning_rate is not None and len(optimizer.param_groups) < 3:
             rows = [p for name, p in self.model.named_parameters() if p.requires_grad and "trainable_tokens" in name]

@@ -108,8 +108,8 @@ class _Source:
 
     Attributes:
         identity: Its modules, the memory of their weights, and autograd's counts of writes to the experts.
-        sample: Some values of `lora_A` and `lora_B`, as views.
-        values: What they were.
+        sample: Some elements of `lora_A` and `lora_B`, as tensor views.
+        values: Their values when the functions were bound.
     """
 
     identity: tuple[Any, ...]
@@ -233,7 +233,7 @@ def _version(weight: Tensor) -> int:
 
 
 def _sample(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A value of each column and of each row, as views.
+    """One element of each column and of each row, as tensor views.
 
     Autograd does not count every write (`weight.data`, other libraries' kernels), and comparing all of a weight takes
     as long as copying it.

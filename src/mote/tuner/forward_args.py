@@ -31,10 +31,10 @@ def packed_documents(call: Mapping[str, Any]) -> Tensor | None:
 
 
 def separate_documents(call: Mapping[str, Any], documents_B_T: Tensor, names: Collection[str]) -> dict[str, Any]:
-    """Arguments under which transformers keeps the documents of packed rows apart.
+    """Forward arguments that stop the documents of a packed row from attending to each other.
 
-    It does so where positions begin again, and only without a mask and a cache. Padding becomes a document too. A mask
-    that is not 2-D and a given cache are left alone: they are the caller's own way of packing.
+    transformers detects documents where position ids restart, and only without a mask and a cache. Padding becomes a
+    document too. A mask that is not 2-D and a given cache are left unchanged: the caller does its own packing.
 
     Args:
         call: Arguments of the model's forward by name.
@@ -79,7 +79,7 @@ def separate_documents(call: Mapping[str, Any], documents_B_T: Tensor, names: Co
 
 
 def has_past(call: Mapping[str, Any]) -> bool:
-    """Whether tokens precede those of this forward pass, in a cache of whatever kind."""
+    """Whether a KV cache of any kind holds tokens before those of this forward pass."""
     if any(call.get(name) is not None for name in ("cache_params", "state", "cache")):
         return True  # the caches of Mamba, of RWKV and of continuous batching
     length = cache_length(call.get("past_key_values"))
