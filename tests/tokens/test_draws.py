@@ -1,4 +1,4 @@
-"""Several draws of a chain in one row: what is repeated, what sees what, and that the loss is the mean of the draws."""
+"""Several draws of a chain in one row: what is repeated, the visibility, and that the loss is the mean of the draws."""
 
 import random
 from itertools import combinations
@@ -23,7 +23,7 @@ HALF = skip_probabilities(0.5, {}, STEPS)
 
 
 def weighted_loss(model: Any, rows: list[list[DrawnChain]], mask: Any = sdpa_mask) -> Tensor:
-    """As `MoteTrainer` has it where tokens have weights."""
+    """The loss of `MoteTrainer` for weighted tokens."""
     batch = collate(rows, pad_id=0)
     weights, labels = token_weights(batch, torch.ones(4)), batch.pop("labels")[:, 1:]
     seen = mask(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
@@ -34,7 +34,7 @@ def weighted_loss(model: Any, rows: list[list[DrawnChain]], mask: Any = sdpa_mas
 
 
 def alone(chains: list[Tokens], draws: int, seed: int) -> list[list[DrawnChain]]:
-    """Each draw of each chain as a row of its own, drawn as the dataset draws it."""
+    """Each draw of each chain as a separate row, drawn as the dataset draws it."""
     rows = []
     for index, chain in enumerate(chains):
         for draw in range(draws):
@@ -63,11 +63,11 @@ def test_a_row_of_two_draws() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 5), st.integers(0, 10**6), st.sampled_from([0.2, 0.5, 0.9]))
-def test_every_draw_is_the_chain_with_a_draw_of_its_own(draws: int, seed: int, skip_p: float) -> None:
-    [chain], chances = some_chains(1, seed), skip_probabilities(skip_p, {}, STEPS)
-    data = ChainDataset([chain], chances, seed, draws=draws)
+def test_every_draw_equals_the_chain_with_its_visibility(draws: int, seed: int, skip_p: float) -> None:
+    [chain], probabilities = some_chains(1, seed), skip_probabilities(skip_p, {}, STEPS)
+    data = ChainDataset([chain], probabilities, seed, draws=draws)
     [drawn] = data[0]
-    row, again = drawn.tokens, repeated_steps(sorted(set(chain.steps) - {0}), chances)
+    row, again = drawn.tokens, repeated_steps(sorted(set(chain.steps) - {0}), probabilities)
     labels = [label for label in row.labels if label != IGNORED]
     total = sum(weight for weight, label in zip(row.weights, row.labels, strict=True) if label != IGNORED)
     assert total == pytest.approx(sum(label != IGNORED for label in chain.labels)) and len(labels) >= total - 1e-9
@@ -75,7 +75,7 @@ def test_every_draw_is_the_chain_with_a_draw_of_its_own(draws: int, seed: int, s
         own = {step: step + 3 * draw if draw and step in again else step for step in range(4)}
         at = [t for t, segment in enumerate(row.segments) if segment in own.values()]
         assert [row.ids[t] for t in at] == chain.ids and [row.steps[t] for t in at] == chain.steps
-        shown = draw_visibility(sorted(set(chain.steps) - {0}), chances, random.Random(f"{seed}/0"), draw / draws)
+        shown = draw_visibility(sorted(set(chain.steps) - {0}), probabilities, random.Random(f"{seed}/0"), draw / draws)
         for later, earlier in combinations(sorted(set(chain.steps)), 2):
             assert drawn.visibility[own[later], own[earlier]] == shown[later, earlier]
     if again:
@@ -92,20 +92,20 @@ def test_the_loss_and_the_gradients_are_the_mean_of_the_draws(draws: int, row_le
     chains = some_chains(6, seed=3)
     data = ChainDataset(chains, HALF, 3, row_length, draws)
     assert any(len(chain.ids) > len(one.ids) for chain, one in zip(data.chains, chains, strict=True))
-    together, apart = adapted().train(), adapted().train()
+    together, separate = adapted().train(), adapted().train()
     found = weighted_loss(together, [data[row] for row in range(len(data))])
-    wanted = weighted_loss(apart, alone(chains, draws, 3))
+    wanted = weighted_loss(separate, alone(chains, draws, 3))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     found.backward()
     wanted.backward()
-    for (name, one), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+    for (name, one), other in zip(together.named_parameters(), separate.parameters(), strict=True):
         if one.requires_grad:
             assert one.grad is not None and other.grad is not None, name
             torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_draws_that_see_each_other_have_another_loss() -> None:
-    """The negative control."""
+    """Negative control."""
     model, data = adapted(), ChainDataset([chain_of(1, 2, 3)], HALF, 0, draws=2)
     [drawn] = data[0]
     leaking = DrawnChain(
@@ -130,7 +130,7 @@ def test_all_masks_show_the_same_draws() -> None:
 
 
 def dense(form: Any, rows: list[list[DrawnChain]]) -> Tensor:
-    """A mask as the rule has it for every pair of tokens, whatever form it is in."""
+    """Any form of mask as a dense matrix over pairs of tokens."""
     batch = collate(rows, pad_id=0)
     made = form(*(batch[name] for name in ("segment_ids", "visibility", "document_ids")))
     if isinstance(made, Tensor):
@@ -142,11 +142,11 @@ def dense(form: Any, rows: list[list[DrawnChain]]) -> Tensor:
 
 
 def test_each_pair_is_hidden_in_the_same_share_of_draws() -> None:
-    chances = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
+    probabilities = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
     shares = []
     for seed in range(2000):
         shown = [
-            draw_visibility([1, 2, 3], chances, random.Random(seed), draw / 4)[[2, 3, 3], [1, 1, 2]]
+            draw_visibility([1, 2, 3], probabilities, random.Random(seed), draw / 4)[[2, 3, 3], [1, 1, 2]]
             for draw in range(4)
         ]
         hidden = 4 - torch.stack(shown).sum(0)
@@ -156,7 +156,7 @@ def test_each_pair_is_hidden_in_the_same_share_of_draws() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chain", "chances", "draws"),
+    ("chain", "probabilities", "draws"),
     [
         (chain_of(3), HALF, 2),
         (chain_of(1, 2, 3), HALF, 1),
@@ -166,8 +166,8 @@ def test_each_pair_is_hidden_in_the_same_share_of_draws() -> None:
     ],
     ids=["a response alone", "one draw", "nothing is skipped", "everything is skipped", "a pair that is always seen"],
 )
-def test_what_all_draws_share_stands_once(chain: Tokens, chances: Tensor, draws: int) -> None:
-    row = unroll(chain, chances, draws)
+def test_what_all_draws_share_is_stored_once(chain: Tokens, probabilities: Tensor, draws: int) -> None:
+    row = unroll(chain, probabilities, draws)
     assert (row.ids, row.labels, row.steps, row.segments) == (chain.ids, chain.labels, chain.steps, chain.steps)
     assert row.weights == [1.0] * len(chain.ids)
 

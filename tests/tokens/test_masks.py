@@ -46,7 +46,7 @@ class Chain:
 
 @dataclass
 class Row:
-    """Packed chains, padding before and behind."""
+    """Packed chains with padding on both sides."""
 
     left: int
     chains: list[Chain]
@@ -72,11 +72,13 @@ def batches(draw: st.DrawFn) -> list[Row]:
     """Rows of one length: random schemes, packings and paddings."""
     steps = draw(st.integers(1, 5))
     rng = random.Random(draw(st.integers(0, 10**6)))
-    chances = skip_probabilities(0.5, {}, tuple(f"step{i}" for i in range(steps)))
+    probabilities = skip_probabilities(0.5, {}, tuple(f"step{i}" for i in range(steps)))
 
     def chain() -> Chain:
         lengths = [rng.randint(1, 3), *(rng.randint(0, 3) for _ in range(steps))]
-        return Chain(lengths, draw_visibility([s for s, length in enumerate(lengths) if s and length], chances, rng))
+        return Chain(
+            lengths, draw_visibility([s for s, length in enumerate(lengths) if s and length], probabilities, rng)
+        )
 
     rows = [Row(draw(st.integers(0, 2)), [chain() for _ in range(draw(st.integers(1, 3)))]) for _ in range(2)]
     longest = max(len(row.tokens) for row in rows)
@@ -110,7 +112,7 @@ def slow_positions(chain: Chain) -> list[int]:
 
 
 def slow_attention(rows: list[Row], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention token by token over the keys that it may see, (B, H, T, D); two heads share a key."""
+    """Reference attention, token by token over the visible keys, (B, H, T, D); two heads share a key."""
     out = torch.empty_like(query)
     for b, row in enumerate(rows):
         for head, t in itertools.product(range(query.shape[1]), range(query.shape[2])):
@@ -196,8 +198,8 @@ def test_documents_that_see_everything_need_no_mask() -> None:
 def long_rows() -> list[Row]:
     """Several blocks of 128 tokens, some of which hold no edge."""
     rng = random.Random(0)
-    chances = skip_probabilities(0.5, {}, STEPS)
-    packed = [Chain([70, 60, 50, 40], draw_visibility([1, 2, 3], chances, rng)) for _ in range(3)]
+    probabilities = skip_probabilities(0.5, {}, STEPS)
+    packed = [Chain([70, 60, 50, 40], draw_visibility([1, 2, 3], probabilities, rng)) for _ in range(3)]
     return [Row(0, packed), Row(0, packed[:1], right=440)]
 
 
@@ -231,8 +233,8 @@ def test_compiled_flex_attention_equals_sdpa_on_a_gpu() -> None:
 
 def test_draws_follow_the_probability_and_show_the_question() -> None:
     rng = random.Random(0)
-    chances = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
-    drawn = torch.stack([draw_visibility([1, 2, 3], chances, rng) for _ in range(4000)])
+    probabilities = skip_probabilities(0.3, {"response": {"analysis": 0.9}}, STEPS)
+    drawn = torch.stack([draw_visibility([1, 2, 3], probabilities, rng) for _ in range(4000)])
     assert drawn[:, :, 0].all() and drawn[:, range(4), range(4)].all()
     share = 1 - drawn[:, [2, 3, 3], [1, 1, 2]].float().mean(0)
     torch.testing.assert_close(share, torch.tensor([0.3, 0.9, 0.3]), atol=0.03, rtol=0)

@@ -1,4 +1,4 @@
-"""What a batch holds, how chains share a row, and that sharing one changes nothing."""
+"""Batch contents, packing of chains into rows, and that packing changes no result."""
 
 import itertools
 import random
@@ -40,7 +40,7 @@ def test_a_batch_is_padded() -> None:
     assert batch["visibility"].tolist() == [[[True] * 4] * 4, [[True] * 4] * 2 + [[False] * 4] * 2]
 
 
-def test_packed_chains_begin_anew() -> None:
+def test_positions_and_steps_restart_in_each_packed_chain() -> None:
     data = dataset([tokens([5, 6, 7, 8], [0, 0, 1, 3]), tokens([5, 6, 7], [0, 1, 3])], skip_p=1.0, row_length=16)
     assert len(data) == 1 and [len(chain.tokens.ids) for chain in data[0]] == [4, 3]
     batch = collate([data[0]], pad_id=9)
@@ -60,7 +60,7 @@ def test_packed_chains_begin_anew() -> None:
 
 
 def draws(data: ChainDataset) -> dict[int, Any]:
-    """The draws of each chain, by its place."""
+    """The draws of each chain, by its index."""
     places = {id(chain): place for place, chain in enumerate(data.chains)}
     drawn = [chain for row in range(len(data)) for chain in data[row]]
     return {places[id(chain.tokens)]: (chain.visibility.tolist(), chain.question_expert) for chain in drawn}
@@ -85,7 +85,7 @@ def test_draws_change_with_the_epoch_and_are_the_same_again() -> None:
 
 @pytest.mark.parametrize("skip_p", [0.2, 0.5])
 def test_draws_of_a_chain_spread_evenly_over_epochs(skip_p: float) -> None:
-    """Each expert reads a question once in three epochs, and no pair is hidden much more often than its chance says."""
+    """Each expert reads a question once in three epochs, and no pair is hidden much more often than its probability."""
     data = dataset([tokens([1, 2, 3, 4], [0, 1, 2, 3]) for _ in range(200)], skip_p)
     experts, hidden = [], []
     for epoch in range(12):
@@ -102,7 +102,7 @@ def test_draws_of_a_chain_spread_evenly_over_epochs(skip_p: float) -> None:
         assert abs(counts.float().mean() / epochs - skip_p) < 0.05
 
 
-def test_rows_are_drawn_anew_each_epoch_and_stay_as_many() -> None:
+def test_rows_are_repacked_each_epoch_and_keep_their_number() -> None:
     data = dataset(some_chains(40), row_length=64)
     first = [list(row) for row in data.rows]
     data.set_epoch(1)
@@ -154,11 +154,11 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_rows() -> None:
 
 
 def test_visibility_across_documents_would_change_the_loss() -> None:
-    """The negative control: the same rows as one document have another loss."""
+    """Negative control: the same rows treated as one document have a different loss."""
     data, model = dataset(some_chains(6), row_length=64), adapted()
     batch = collate([data[row] for row in range(len(data))], pad_id=0)
     visibility, documents = batch.pop("visibility"), batch["document_ids"]
     del batch["segment_ids"], batch["weights"]
-    apart = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents)).loss
+    separate = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents)).loss
     together = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents.clamp_max(0))).loss
-    assert abs((apart - together).item()) > 1e-3
+    assert abs((separate - together).item()) > 1e-3

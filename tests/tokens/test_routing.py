@@ -30,7 +30,7 @@ def test_steps_are_those_of_the_last_marker(ids: list[int]) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(token, st.booleans()), min_size=1, max_size=30))
-def test_steps_start_anew_with_each_document(pairs: list[tuple[int, bool]]) -> None:
+def test_steps_restart_with_each_document(pairs: list[tuple[int, bool]]) -> None:
     ids, documents, number = [], [], 0
     for id_, new in pairs:
         number += new

@@ -143,7 +143,7 @@ def test_without_a_system_role_its_text_joins_the_user_turn(tiny: Path, template
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM.split("{% for", 1)[0] + DROPS_SYSTEM, DROPS_SYSTEM])
-def test_a_system_text_never_stands_in_the_assistants_mouth(tiny: Path, template: str) -> None:
+def test_system_text_never_becomes_an_assistant_turn(tiny: Path, template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = template
     system, greeting = Message(role="system", content="be brief"), Message(role="assistant", content="hello")

@@ -47,7 +47,7 @@ def tiny_llama() -> Any:
 
 
 def slow(layer: TokenGatedLinear, x: Tensor) -> Tensor:
-    """One token, one expert at a time."""
+    """Reference: a loop over tokens and experts."""
     out = layer.base_layer(x).clone()
     config, (gate, first, second) = layer.configs["default"], parts(layer)
     for row, token in [(row, token) for row in range(x.shape[0]) for token in range(x.shape[1])]:
@@ -142,8 +142,8 @@ def test_contrastive_loss_equals_its_formula() -> None:
 
 def test_contrastive_loss_prefers_experts_that_differ() -> None:
     experts = torch.arange(12) % 3
-    alike, apart = torch.ones(12, 8), 4 * torch.eye(8)[experts]
-    assert float(contrastive_loss(apart, experts, 0.1)) < 1e-3 < 1 < float(contrastive_loss(alike, experts, 0.1))
+    alike, distinct = torch.ones(12, 8), 4 * torch.eye(8)[experts]
+    assert float(contrastive_loss(distinct, experts, 0.1)) < 1e-3 < 1 < float(contrastive_loss(alike, experts, 0.1))
     start = torch.zeros(12, 8).requires_grad_()
     contrastive_loss(start, experts, 0.1).backward()
     assert start.grad is not None and start.grad.isfinite().all()

@@ -112,7 +112,7 @@ def trained(family: str, **changes: Any) -> Any:
 
 
 def some_ids() -> Tensor:
-    """Rows that begin their steps at different places; the last has no step."""
+    """Rows whose steps begin at different positions; the last has no step."""
     ids = torch.randint(3, 59, (3, 14), generator=torch.Generator().manual_seed(2))
     ids[0, 3], ids[0, 6], ids[0, 10], ids[1, 4], ids[1, 8] = 64, 66, 68, 68, 2
     return ids

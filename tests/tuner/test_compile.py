@@ -92,10 +92,10 @@ def test_training_is_one_graph_for_all_steps(checkpointed: bool) -> None:
         found = loss_and_gradients(compiled, model, ids, question_experts=QUESTION_EXPERTS)
         torch.testing.assert_close(found[0], loss, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found[1], grads, atol=1e-5, rtol=1e-5)
-        assert graphs() <= 1 + checkpointed  # the first pass binds the gates to the blocks, which is seen once
+        assert graphs() <= 1 + checkpointed  # the first forward binds the expert weights to the blocks: one more graph
 
 
-def test_questions_are_drawn_anew_in_each_pass_of_a_graph() -> None:
+def test_question_experts_are_redrawn_in_each_run_of_a_graph() -> None:
     model, ids = small().train(), torch.randint(3, 60, (1, 8))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_breaks_of_others_lose_no_gates() -> None:
 
 
 def test_blocks_may_be_compiled_alone() -> None:
-    """Regional compilation, in training and in writing; no more graphs than a plain LoRA needs."""
+    """Regional compilation, in training and in generation; no more graphs than a plain LoRA needs."""
 
     def needed(make: Callable[[], Any], ids: Tensor, given: dict[str, Any]) -> list[int]:
         torch._dynamo.reset()
@@ -174,7 +174,7 @@ def test_writing_with_a_static_cache_compiles_once() -> None:
     expected = model.generate(**given, disable_compile=True)
     assert graphs() == 0
     assert torch.equal(model.generate(**given, compile_config=how), expected)
-    assert graphs() == 2  # the gates, and the model
+    assert graphs() == 2  # the expert weights, and the model
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")

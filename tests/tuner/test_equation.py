@@ -22,7 +22,7 @@ from mote.tuner.layer import MoteLinear
 
 @pytest.fixture(params=[linear, fast_matmul], ids=["plain", "sped up"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test with PyTorch's own product and with the one of a sped-up model."""
+    """Run every test with PyTorch's matmul and with the fast one."""
     monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", linear_module.HAS_ONEDNN)
     for module in ("models.linear", "tuner.layer"):
         monkeypatch.setattr(f"mote.{module}.matmul_of", lambda _: request.param)
@@ -131,7 +131,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_documents_of_a_packed_row_are_apart_in_every_call(call: str) -> None:
+def test_packed_documents_are_isolated_in_every_call(call: str) -> None:
     model = adapted()
     with torch.no_grad():
         separate = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in PACKED])
@@ -171,7 +171,7 @@ def test_padding_free_rows_of_transformers_are_packed_documents() -> None:
     separate = [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
     packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     torch.testing.assert_close(packed, torch.cat(separate), atol=1e-5, rtol=1e-5)
-    # With a mask the positions are the caller's own: a step that lost sight of another begins before it.
+    # With a mask the caller sets the positions: a step that does not see another one starts at a lower position.
     check_layers(
         model, conf, slow_steps(ids.tolist(), conf.routing), input_ids=ids, position_ids=positions,
         attention_mask=torch.ones_like(ids),

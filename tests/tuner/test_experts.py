@@ -1,4 +1,4 @@
-"""The fast forms of the experts' product and of the marker rows against their plain forms."""
+"""Fused forms of the experts' matmul and of the marker rows against their reference implementations."""
 
 from typing import Any
 
@@ -21,17 +21,17 @@ def tensors(dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (2, 5))
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=make, dtype=torch.float64).to(dtype)
 
-    gate = random(*shape, WIDTH) * (torch.rand(*shape, WIDTH, generator=make) > 0.5)
+    weights = random(*shape, WIDTH) * (torch.rand(*shape, WIDTH, generator=make) > 0.5)
     return {
         "x": random(*shape, 6), "result": random(*shape, 7), "first": random(WIDTH, 6), "second": random(7, WIDTH),
-        "gate": gate.to(dtype),
+        "weights": weights.to(dtype),
     }  # fmt: skip
 
 
 def with_gradients(function: Any, given: dict[str, Tensor], *more: Any) -> list[Tensor]:
     """Output and gradients, with `result` as the output of an operation, as a base layer's is."""
-    leaves = {key: value.clone().requires_grad_(key != "gate") for key, value in given.items()}
-    out = function(leaves["x"], leaves["result"] * 1.0, leaves["first"], leaves["second"], leaves["gate"], *more)
+    leaves = {key: value.clone().requires_grad_(key != "weights") for key, value in given.items()}
+    out = function(leaves["x"], leaves["result"] * 1.0, leaves["first"], leaves["second"], leaves["weights"], *more)
     grads = torch.autograd.grad(out.sin().sum(), [leaves[key] for key in ("x", "result", "first", "second")])
     return [out, *grads]
 
@@ -47,16 +47,16 @@ def test_fused_equals_plain(shape: tuple[int, ...], in_place: bool) -> None:
 
 
 def test_fused_gradients_are_the_numeric_ones() -> None:
-    given = {key: value.requires_grad_(key != "gate") for key, value in tensors().items()}
+    given = {key: value.requires_grad_(key != "weights") for key, value in tensors().items()}
     assert torch.autograd.gradcheck(
-        lambda x, result, first, second, gate: Fused.apply(x, result * 1.0, first, second, gate, True),
+        lambda x, result, first, second, weights: Fused.apply(x, result * 1.0, first, second, weights, True),
         tuple(given.values()),
     )
 
 
 def test_fused_computes_in_the_dtype_of_the_base_layer() -> None:
     given = {**(given := tensors(torch.float32)), "x": given["x"] * 0.05}  # sin must not magnify what is rounded
-    low = {key: value.bfloat16() if key in ("x", "result", "gate") else value for key, value in given.items()}
+    low = {key: value.bfloat16() if key in ("x", "result", "weights") else value for key, value in given.items()}
     out, grad_x, grad_result, grad_first, grad_second = with_gradients(Fused.apply, low, True)
     assert out.dtype == grad_x.dtype == grad_result.dtype == torch.bfloat16
     assert grad_first.dtype == grad_second.dtype == torch.float32
@@ -66,7 +66,7 @@ def test_fused_computes_in_the_dtype_of_the_base_layer() -> None:
 
 
 def test_a_second_derivative_is_refused() -> None:
-    given = {key: value.requires_grad_(key != "gate") for key, value in tensors().items()}
+    given = {key: value.requires_grad_(key != "weights") for key, value in tensors().items()}
     out = Fused.apply(*given.values(), False)
     (grad,) = torch.autograd.grad(out.sin().sum(), given["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -74,8 +74,8 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_only_what_the_gradients_need_is_saved() -> None:
-    """The input, the gate and one hidden layer: no copy of the output, none of the gated hidden layer."""
-    given = {key: value.requires_grad_(key != "gate") for key, value in tensors().items()}
+    """The input, the expert weights and one hidden layer; no copy of the output or of the weighted hidden layer."""
+    given = {key: value.requires_grad_(key != "weights") for key, value in tensors().items()}
     base = given["result"] * 1.0
     saved: list[Tensor] = []
 
@@ -84,7 +84,7 @@ def test_only_what_the_gradients_need_is_saved() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = Fused.apply(given["x"], base, given["first"], given["second"], given["gate"], True)
+        out = Fused.apply(given["x"], base, given["first"], given["second"], given["weights"], True)
     assert out.data_ptr() == base.data_ptr()
     known = {given[key].data_ptr() for key in given}
     (hidden,) = [tensor for tensor in saved if tensor.data_ptr() not in known]
@@ -95,10 +95,10 @@ def test_only_what_the_gradients_need_is_saved() -> None:
 def test_folded_equals_plain(dtype: torch.dtype) -> None:
     given = tensors(torch.float32, (3, 1))
     table = torch.tensor([[0.1] * WIDTH, [0.5] * 4 + [0.0] * 4 + [1.5] * 4]).to(dtype)
-    x, result, gate = given["x"].to(dtype), given["result"].to(dtype), table[1].expand(3, 1, WIDTH)
+    x, result, weights = given["x"].to(dtype), given["result"].to(dtype), table[1].expand(3, 1, WIDTH)
     a, b = fold(given["first"], given["second"], active_columns(table)[1], dtype)
     assert a.shape == (8, 6) and b.shape == (7, 8) and a.dtype == b.dtype == dtype
-    expected = plain(x.float(), result.float(), given["first"], given["second"], gate.float())
+    expected = plain(x.float(), result.float(), given["first"], given["second"], weights.float())
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     found = result + linear(linear(x, a), b)
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
@@ -107,12 +107,12 @@ def test_folded_equals_plain(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("matmul", [linear, fast_matmul])
-def test_the_base_layers_output_and_gradient_come_along(matmul: Any, with_bias: bool, dtype: torch.dtype) -> None:
+def test_fused_with_the_base_layer_equals_plain(matmul: Any, with_bias: bool, dtype: torch.dtype) -> None:
     given = tensors(dtype)
     frozen, bias = torch.randn(7, 6, dtype=dtype), torch.randn(7, dtype=dtype) if with_bias else None
     x, first, second = (given[key].requires_grad_() for key in ("x", "first", "second"))
-    slow = plain(x, linear(x, frozen, bias), first, second, given["gate"])
-    fast = Fused.apply(x, None, first, second, given["gate"], False, matmul, frozen, bias)
+    slow = plain(x, linear(x, frozen, bias), first, second, given["weights"])
+    fast = Fused.apply(x, None, first, second, given["weights"], False, matmul, frozen, bias)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(fast, slow, atol=tolerance, rtol=tolerance)
     wanted = torch.autograd.grad(slow.sin().sum(), [x, first, second])
@@ -122,10 +122,10 @@ def test_the_base_layers_output_and_gradient_come_along(matmul: Any, with_bias: 
 
 @pytest.mark.parametrize("tokens", [3, 12])
 def test_a_layer_with_other_tokens_than_the_model_is_refused(tokens: int) -> None:
-    """As an output head is, which may get the last token alone: nobody has said which step its tokens are in."""
+    """Such as an output head that gets the last token alone: the step of its tokens is unknown."""
     given, table = tensors(torch.float32), torch.ones(2, WIDTH)
     first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
-    route = Route(given["gate"], active_columns(table))
+    route = Route(given["weights"], active_columns(table))
     with pytest.raises(RuntimeError, match="shape"):
         add_experts(torch.zeros(1, tokens, 6), torch.zeros(1, tokens, 7), first, second, route, True)
 
@@ -141,7 +141,7 @@ def test_sharded_weights_are_used_through_their_modules() -> None:
     called: list[nn.Module] = []
     for module in (first, second):
         module.register_forward_hook(lambda module, *_: called.append(module))
-    found = add_experts(given["x"], given["result"].clone(), first, second, Route(given["gate"]), True)
+    found = add_experts(given["x"], given["result"].clone(), first, second, Route(given["weights"]), True)
     assert called == [first, second]
     torch.testing.assert_close(found, plain(*given.values()), atol=1e-5, rtol=1e-5)
 
@@ -187,10 +187,10 @@ def test_an_idle_expert_moves_by_momentum_only() -> None:
     start = first.weight.detach().clone()
 
     def step(expert: int) -> None:
-        gate = torch.zeros(8, WIDTH)
-        gate[:, expert * 4 : expert * 4 + 4] = 1.0
+        weights = torch.zeros(8, WIDTH)
+        weights[:, expert * 4 : expert * 4 + 4] = 1.0
         x = torch.randn(8, 6)
-        add_experts(x, torch.zeros(8, 7), first, second, Route(gate), True).sub(1).square().mean().backward()
+        add_experts(x, torch.zeros(8, 7), first, second, Route(weights), True).sub(1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

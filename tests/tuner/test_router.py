@@ -1,4 +1,4 @@
-"""How the gates reach the layers: several adapters, checkpointing in all forms, threads, copies, and leaving again."""
+"""How expert weights reach the layers: several adapters, every form of checkpointing, threads, copies, unloading."""
 
 import copy
 import pickle
@@ -102,7 +102,7 @@ def test_a_deleted_adapters_name_may_be_given_to_another_scheme() -> None:
 
 
 def test_adapters_come_and_go_through_transformers_own_methods() -> None:
-    """Which tell the tuner nothing of a deletion."""
+    """These do not notify the tuner when they delete an adapter."""
     ids, found = some_ids(), []
     base = tiny_llama(vocab=70)
     for mix in (0.2, 0.9):
@@ -162,7 +162,7 @@ def test_one_expert_is_drawn_for_each_document_of_a_packed_row() -> None:
     documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
     for _ in range(20):
         model(input_ids=torch.randint(3, 60, (1, 12)), document_ids=documents)
-    drawn = [gate.argmax(1).tolist() for gate in seen]
+    drawn = [weights.argmax(1).tolist() for weights in seen]
     assert all(len({row[t] for t in span}) == 1 for row in drawn for span in (range(5), range(5, 9), range(9, 12)))
     assert any(row[0] != row[5] for row in drawn) and any(row[5] != row[9] for row in drawn)
 
@@ -341,7 +341,7 @@ def test_a_pickled_model_is_the_same() -> None:
 
 
 def works_as_a_base(model: Any, ids: Tensor) -> Tensor:
-    """Logits; a loop behind a cache needs to say nothing."""
+    """Logits; a decoding loop with a cache needs no extra arguments."""
     given = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(**given), model.generate(**given, use_cache=False))
     with torch.no_grad():

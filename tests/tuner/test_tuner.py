@@ -294,8 +294,8 @@ def test_layers_of_every_rank_share_the_drawn_question_expert() -> None:
     chosen: list[set[int]] = []
 
     def look(*_: Any) -> None:
-        gates = {rank: router.route("default", rank).weights[0, 0].view(3, rank)[:, 0] for rank in (2, 4)}
-        chosen.append({int(gate.argmax()) for gate in gates.values()})
+        weights = {rank: router.route("default", rank).weights[0, 0].view(3, rank)[:, 0] for rank in (2, 4)}
+        chosen.append({int(weight.argmax()) for weight in weights.values()})
 
     layers[0].register_forward_pre_hook(look)
     for _ in range(20):
