@@ -1,7 +1,9 @@
 """Dialogues made regular, as chat templates want them: user and assistant alternate, and the user speaks first."""
 
+import re
 from collections.abc import Iterable, Sequence
 
+_THOUGHT = re.compile(r"\A\s*<think\b[^>]*>.*?</think>", re.DOTALL)
 Turn = tuple[str, str]  # role (`system`, `user`, `assistant`) and text
 
 
@@ -49,3 +51,8 @@ def alternating_turns(turns: Sequence[Turn]) -> list[Turn]:
         return list(turns)
     moved = [("user" if role == "system" else role, text) for role, text in turns[systems:]]
     return regular_turns([*turns[:systems], *moved])
+
+
+def without_thought(text: str) -> str:
+    """A reply without the thought that begins it; a later `</think>` is part of the reply."""
+    return _THOUGHT.sub("", text)

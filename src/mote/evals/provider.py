@@ -5,7 +5,6 @@
 Reasoning steps are returned as reasoning content, the response as the text that scorers see.
 """
 
-import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -27,6 +26,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 from typing_extensions import override
 
+from mote.core.dialogue import without_thought
 from mote.core.errors import UserError
 from mote.core.generation import Limits, Sampling
 from mote.core.records import Message, StepText
@@ -115,7 +115,6 @@ class ModelKey(NamedTuple):
     fingerprint: str
 
 
-_THOUGHT = re.compile(r"\A\s*<think\b[^>]*>.*?</think>", re.DOTALL)
 _MODELS: dict[ModelKey, SharedModel] = {}  # all modes of a system share one model
 
 
@@ -278,10 +277,10 @@ def _text_of(message: ChatMessage) -> str:
     if message.role != "assistant":
         return message.text
     if isinstance(message.content, str):
-        return _THOUGHT.sub("", message.content).strip()
+        return without_thought(message.content).strip()
     text = "\n".join(part.text for part in message.content if isinstance(part, ContentText) and part.text.strip())
     if not any(isinstance(part, ContentReasoning) for part in message.content):
-        text = _THOUGHT.sub("", text)
+        text = without_thought(text)
     return text.strip()
 
 

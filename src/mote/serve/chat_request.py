@@ -1,7 +1,6 @@
 """Parses the body of a chat completion request; a field that would change the answer is never ignored."""
 
 import difflib
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from mote.core.dialogue import without_thought
 from mote.core.errors import UserError, first_line
 from mote.core.generation import Limits, Sampling
 from mote.core.records import Question
@@ -30,7 +30,6 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 _REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")  # content parts that clients keep reasoning in
-_THOUGHT = re.compile(r"\A\s*<think\b[^>]*>.*?</think>", re.DOTALL)
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -207,7 +206,7 @@ def _text(turn: _Turn, where: str) -> str:
     # Some clients send reasoning back as a thought before the answer instead of in its own field.
     own_field = turn.reasoning or turn.reasoning_content or turn.reasoning_details
     if not own_field and len(parts) == len(turn.content or []):
-        text = _THOUGHT.sub("", text)
+        text = without_thought(text)
     return text.strip()
 
 
