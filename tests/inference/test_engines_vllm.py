@@ -90,7 +90,15 @@ def safe_against_unsafe(base: Base, text: str) -> float:
         return float(base.model(input_ids=ids).logits[0, -1, [first, second]].softmax(0)[0])
 
 
-async def all_at_once(engine: Engine) -> tuple[list[Completion], list[float], list[Completion]]:
+def begins_a_verdict(base: Base, ids: list[int]) -> bool:
+    """Whether one of the 20 likeliest next tokens begins `safe` or `unsafe`: what a server's log-probabilities show."""
+    with torch.inference_mode():
+        likeliest = base.model(input_ids=torch.tensor([ids])).logits[0, -1].topk(20).indices.tolist()
+    words = [base.tokenizer.decode([id_]).strip().lower() for id_ in likeliest]
+    return any(word and name.startswith(word) for word in words for name in ("safe", "unsafe"))
+
+
+async def all_at_once(engine: Engine) -> tuple[list[Completion], list[float | None], list[Completion]]:
     """Greedy texts, choices, and sampled texts of all prompts, asked together."""
     try:
         written = await asyncio.gather(*(engine.write(prompt(text)) for text in TEXTS))
@@ -107,7 +115,7 @@ async def all_at_once(engine: Engine) -> tuple[list[Completion], list[float], li
 @pytest.mark.vllm
 @needs_vllm
 def test_in_process_vllm_equals_transformers(folder: Path, base: Base) -> None:
-    async def main() -> tuple[list[Completion], list[float], list[Completion]]:
+    async def main() -> tuple[list[Completion], list[float | None], list[Completion]]:
         engine = VllmEngine(str(folder), dtype="float32", **OPTIONS)
         with pytest.raises(UserError, match="same token"):
             await engine.choose(prompt("x"), ("safe", "safe"))
@@ -162,7 +170,10 @@ def test_vllm_server_equals_transformers(served: str, base: Base) -> None:
     )
     ids = base.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert whole(written[-1]) == whole(by_transformers(base, TEXTS[-1], ids))
-    assert all(0 <= score <= 1 for score in chosen)
+    read = [*(encode_prompt(base.tokenizer, prompt(text).messages) for text in plain), ids]
+    scores = [*chosen[: len(plain)], chosen[-1]]
+    assert [score is not None for score in scores] == [begins_a_verdict(base, one) for one in read]
+    assert all(0 <= score <= 1 for score in chosen if score is not None)
     assert [one.text for one in drawn] != [one.text for one in written]
 
 
