@@ -1,5 +1,7 @@
 """Step experts on the 8-bit and 4-bit layers of bitsandbytes, on the CPU."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +158,11 @@ def test_untrained_adapter_changes_nothing(folder: Path, kind: str) -> None:
     with torch.no_grad():
         before = base(input_ids=ids).logits
         assert torch.equal(get_peft_model(base, adapter()).eval()(input_ids=ids).logits[..., :64], before)
+
+
+def test_imports_show_no_lines_of_other_libraries() -> None:
+    """On some CPUs bitsandbytes, which PEFT imports, warns about a kernel that users can do nothing about."""
+    code = "import mote, peft, bitsandbytes; import logging; logging.getLogger('bitsandbytes').warning('another line')"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.splitlines() == ["another line"]  # other warnings of bitsandbytes are still shown
