@@ -159,7 +159,7 @@ def test_rules_of_harmful_questions(step: str, text: str, rule: str | None) -> N
 @pytest.mark.parametrize(
     ("step", "text", "rule"),
     [
-        ("response", "Most hotels give guests a password for the wifi at the desk.", None),  # adds words of its own
+        ("response", "Most hotels give guests a password for the wifi at the desk.", None),  # adds new words
         ("response", "Tigers live in India.", "off-topic"),
         ("response", "I can't help you open the wifi of a hotel.", "form"),
         ("guidance", "Decline to open the wifi of a hotel, and say that it could hurt someone.", "form"),

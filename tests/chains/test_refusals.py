@@ -65,7 +65,7 @@ def make(
     return {row.id: row for row in read_rows(path, ChainRow)}
 
 
-def test_a_refused_question_is_rejected_and_the_run_goes_on(
+def test_a_refused_question_is_rejected_and_the_run_continues(
     fake: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = make(fake, [*long(2), *short(5), *long(4)[2:]], tmp_path / "chains.jsonl")

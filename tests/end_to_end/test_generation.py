@@ -21,7 +21,7 @@ NEW = 12
 
 
 class Switches(LogitsProcessor):
-    """Makes each row write start markers at places of its own."""
+    """Makes each row generate start markers at different offsets."""
 
     def __init__(self, prompt: int, beams: int = 1) -> None:
         self.plan = {  # row -> number of the new token -> marker
@@ -101,7 +101,7 @@ def test_assisted_generation_equals_uncached(guess: str, sampled: bool) -> None:
     given = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(ids)}
     how = {"assistant_model": other_llama()} if guess == "assistant" else {"prompt_lookup_num_tokens": 3}
     expected = model.generate(**given, use_cache=False)
-    if sampled:  # the guesses take draws of their own, so only what can be drawn at all is fixed
+    if sampled:  # the guesses are sampled separately, so only the support of the distribution is fixed
         how |= {"do_sample": True, "top_k": 1}
     with tokens_computed(model) as counted:
         assert torch.equal(model.generate(**{**given, **how}), expected)

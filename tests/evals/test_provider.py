@@ -112,9 +112,9 @@ def test_modes_share_a_model_and_prefill_a_prompt_once(tiny: Path, adapter: Path
         models[0].api.close()
         return tokens
 
-    apart = computed("direct") + computed("adaptive") + computed("full") + computed("base")
+    separately = computed("direct") + computed("adaptive") + computed("full") + computed("base")
     prompts = sum(len(encode_prompt(get_tokenizer(adapter), as_question(text).messages)) - 1 for text in QUESTIONS)
-    assert computed("direct", "adaptive", "full", "base") == apart - 2 * prompts
+    assert computed("direct", "adaptive", "full", "base") == separately - 2 * prompts
 
 
 def test_adapter_retrained_in_place_gives_fresh_answers(tiny: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_adapter_retrained_in_place_gives_fresh_answers(tiny: Path, tmp_path: Pa
     assert fingerprint(str(folder)) != before
     fresh = mote.load(str(tiny), folder, device="cpu").answer(QUESTIONS, "direct", max_step_tokens=6)
     assert ask() == [answer.answer for answer in fresh] != first
-    assert len([loaded for loaded in _MODELS if loaded.adapter == str(folder)]) == 1  # the old weights are let go of
+    assert len([loaded for loaded in _MODELS if loaded.adapter == str(folder)]) == 1  # the old weights are freed
     assert provider(tiny, folder, mode="full").api.base_url != provider(tiny, folder, mode="direct").api.base_url
 
 

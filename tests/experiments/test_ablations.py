@@ -46,10 +46,10 @@ def test_every_variant_is_trained_and_measured(tiny: Path, tmp_path: Path) -> No
         (name, seed) for name in ("MoTE", "three models", "short, wide") for seed in (0, 5)
     ]
     assert not (tmp_path / "out" / "shared").exists()  # no variant needs them
-    mote, apart, short = result.summary
+    mote, separate, short = result.summary
     assert {"loss all", "loss analysis", "tokens direct", "tokens full", "tokens adaptive"} <= set(mote.measures)
     assert mote.measures["tokens of training"].mean > 100 and mote.measures["seconds of training"].mean > 0
-    assert "tokens adaptive" not in apart.measures and "tokens full" not in short.measures
+    assert "tokens adaptive" not in separate.measures and "tokens full" not in short.measures
     assert not any("base" in name for line in result.summary for name in line.measures)
     losses = [
         [row["eval_loss"] for row in map(json.loads, (tmp_path / "out" / "mote" / f"seed-{seed}" / "metrics.jsonl")
@@ -60,7 +60,7 @@ def test_every_variant_is_trained_and_measured(tiny: Path, tmp_path: Path) -> No
     assert mote.measures["loss all"].mean == pytest.approx(sum(losses) / 2)
     assert mote.measures["loss all"].half == pytest.approx(12.706 * abs(losses[0] - losses[1]) / 2)
     table = (tmp_path / "out" / "ablations.md").read_text()
-    assert table == markdown(result) and f"| three models | separate | {apart.trained_parameters:,} |" in table
+    assert table == markdown(result) and f"| three models | separate | {separate.trained_parameters:,} |" in table
     saved = json.loads((tmp_path / "out" / "ablations.json").read_text())
     assert len(saved["rows"]) == 6 and saved["environment"]["versions"]["torch"]
     weights = tmp_path / "out" / "mote" / "seed-5" / "adapter" / "adapter_model.safetensors"

@@ -108,8 +108,8 @@ def test_variants_share_the_frozen_base_weights(base: Any) -> None:
     for name in BUILDERS:
         variant = build(name, share(base, name))
         at = {parameter.data_ptr() for parameter in variant.model.parameters()}
-        apart = [key for key, pointer in own.items() if pointer not in at]
-        assert apart == (["model.embed_tokens.weight"] if name in GROWS else []), name
+        differ = [key for key, pointer in own.items() if pointer not in at]
+        assert differ == (["model.embed_tokens.weight"] if name in GROWS else []), name
         assert all(bool(parameter.any()) for parameter in variant.trained()), name
         assert not set(own.values()) & {parameter.data_ptr() for parameter in variant.trained()}
         TrainingStep(variant, rows)()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mote.core.errors import UserError
 from mote.core.records import append_rows
 from mote.experiments.bench import trainers
-from mote.experiments.bench.skipping import UNCOUNTED, Pass, batches, seven, step_views
+from mote.experiments.bench.skipping import UNCOUNTED, Pass, batches, seven, step_occurrences
 from mote.experiments.bench.targets import table
 from mote.experiments.bench.trainers import ARMS, with_experts
 from mote.experiments.bench.training import (
@@ -23,7 +23,7 @@ from mote.experiments.bench.training import (
     MASKED,
     MEASURES,
     SEVEN,
-    TWO_VIEWS,
+    TWO_DRAWS,
     TrainingBenchSettings,
     choose,
     held_out_lines,
@@ -61,7 +61,7 @@ def test_full_chain_has_seven_forms() -> None:
     assert forms[-1] == CHAIN
     assert forms[4].ids == [1, 2, 3, 10, 4, 11, 14, 6, 15, 9]  # the end of the turn goes with the response
     assert all(len(form.ids) == len(form.labels) == len(form.steps) for form in forms)
-    assert (step_views([CHAIN]), step_views(forms)) == (3, 12)
+    assert (step_occurrences([CHAIN]), step_occurrences(forms)) == (3, 12)
     assert len(seven(forms[4])) == 3 and len(seven(forms[2])) == 1
 
 
@@ -104,14 +104,14 @@ def test_training_bench_writes_every_measure(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert {"torch", "transformers", "peft", "trl"} <= set(result["versions"]) and result["machine"]["threads"]
     assert result["chains"]["chains"] == 8 and "random tokens" in result["chains"]["source"]
-    assert result["chains"]["step views, masked and built"] == [6, 24]
+    assert result["chains"]["step occurrences, masked and built"] == [6, 24]
     for measure in result["measures"].values():
         assert all(len(row["rounds"]) == 1 and row["ratio"]["median"] > 0 for row in measure["variants"].values())
     with_control = [name for name, measure in result["measures"].items() if "control" in measure]
     assert len(with_control) == 4 and not any("FLOPs" in name for name in with_control)
     assert len(result["targets"]) == 9
     flops = result["measures"][FLOPS]["variants"]
-    assert flops[MASKED]["median"] < flops[TWO_VIEWS]["median"] < flops[SEVEN]["median"]
+    assert flops[MASKED]["median"] < flops[TWO_DRAWS]["median"] < flops[SEVEN]["median"]
     held_out = result["held_out"]
     assert (held_out["epochs"], held_out["updates"]) == (2, 2)
     assert all(len(found["ratios"]) == 1 for found in held_out["draws"].values())

@@ -135,7 +135,7 @@ def test_tables_list_the_papers_rows_beside_ours(
     text = " ".join(table.differences)
     assert "the paper's: Wizard-Vicuna" in text and "0.0M parameters" in text
     judged = {name: cell for line in ours.values() for name, cell in line.cells.items() if cell.judge}
-    if "refusal" in judged:  # the offline rule: nothing of ours stands under Harm, Help or goodness
+    if "refusal" in judged:  # the offline rule: none of our numbers appears under Harm, Help or goodness
         assert not {"Harm", "Help", "Harm-Help", "goodness@0.1", "analysis", "guidance"} & set(judged)
         assert "Refusal is not harm" in text and "rule (refusal" in text and "Not judged: " in text
         assert all(cell.n + cell.unparsed == 1 for name, cell in judged.items() if not name.endswith("0.1"))

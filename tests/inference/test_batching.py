@@ -1,5 +1,7 @@
-"""Continuous batching against plain generation: rows that join, leave, share a beginning or are cut into stretches."""
+"""Continuous batching against plain generation: sequences that join, leave, share a prefix or are prefilled."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -81,12 +83,12 @@ def model(tiny: Path) -> Any:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 16])
-@pytest.mark.parametrize("stretch", [3, 512])
+@pytest.mark.parametrize("chunk", [3, 512])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_batched_sequences_equal_plain_generation(
-    model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int, temperature: float
+    model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, chunk: int, temperature: float
 ) -> None:
-    monkeypatch.setattr(batching, "_CHUNK_TOKENS", stretch)
+    monkeypatch.setattr(batching, "_CHUNK_TOKENS", chunk)
     asked = requests(temperature=temperature)
     running = Batcher(model, slots)
     written = [future.result(60) for future in [running.submit(request) for request in asked]]
@@ -128,12 +130,12 @@ def test_no_token_is_computed_twice(model: Any) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
-@pytest.mark.parametrize("stretch", [3, 512])
+@pytest.mark.parametrize("chunk", [3, 512])
 def test_following_requests_reuse_the_slots_cache(
-    model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, stretch: int
+    model: Any, monkeypatch: pytest.MonkeyPatch, slots: int, chunk: int
 ) -> None:
     """Every other row writes, compares words and writes again; nothing that its slot holds is computed again."""
-    monkeypatch.setattr(batching, "_CHUNK_TOKENS", stretch)
+    monkeypatch.setattr(batching, "_CHUNK_TOKENS", chunk)
     asked, running, found, computed = requests(), Batcher(model, slots), {}, 0
     for number, request in enumerate(asked):
         request.shared = 0
@@ -228,7 +230,7 @@ def test_error_fails_the_batch_but_not_the_next_request(model: Any) -> None:
         with pytest.raises(ValueError, match="broken grammar"):
             future.result(60)
     request = requests(1)[0]
-    assert running.submit(request).result(60) == alone(model, request)  # it goes on from an empty batch
+    assert running.submit(request).result(60) == alone(model, request)  # it continues with an empty batch
 
 
 def test_idle_batch_has_no_thread_and_restores_attention(model: Any) -> None:
@@ -265,3 +267,17 @@ def test_scores_of_chunked_prompts_beside_decoding_sequences(monkeypatch: pytest
         rows = model(input_ids=torch.tensor([list(request.ids)])).logits[0, :-1].log_softmax(-1)
         own = rows[range(len(rows)), list(request.ids[1:])][-request.scored :]
         assert score == pytest.approx(float(own.detach().mean()), abs=1e-5)
+
+
+def test_a_process_may_end_while_sequences_are_decoded(tiny: Path) -> None:
+    code = (
+        "import sys, time, transformers\n"
+        "from mote.inference.batching import Batcher\n"
+        "from mote.inference.grammar import FreeText\n"
+        "from mote.inference.request import Request\n"
+        "running = Batcher(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]), 2)\n"
+        "running.submit(Request([1, 2, 3], FreeText(()), 100_000))\n"
+        "time.sleep(0.2)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr

@@ -39,7 +39,7 @@ def model(tiny: Path, adapter: Path) -> Model:
 
 @cache
 def uncached(model: Model, question: str, mode: str, limits: Limits) -> list[int]:
-    """What a plain mode writes, all of it read anew for every token."""
+    """What a plain mode generates, recomputed from scratch for every token."""
     prompt = encode_prompt(model.tokenizer, as_question(question).messages)
     chains = [tuple(EXPERTS.index(step) for step in chain) for chain in model.scheme.chains_of(mode)]
     special, eos = special_ids(model.tokenizer), model.tokenizer.eos_token_id
@@ -100,7 +100,7 @@ def test_each_attempt_equals_that_of_its_plain_mode(model: Model, threshold: flo
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_self_check_prefills_the_question_once(model: Model, shared: bool) -> None:
-    own = Model(model.base, model.model, model.config, model.scheme)  # with a batch of its own
+    own = Model(model.base, model.model, model.config, model.scheme)  # with its own batch
     alike, _ = encode_choice(model.tokenizer, model.scheme.verdicts) or ([], (0, 0))
     for question in QUESTIONS:
         asked, limits = as_question(question), Limits(MOST)

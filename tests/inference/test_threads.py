@@ -21,8 +21,8 @@ def running() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def settled(wanted: int) -> bool:
-    """Whether there are so many threads, as soon as those that end have ended."""
+def reaches(wanted: int) -> bool:
+    """Whether the process has `wanted` threads within five seconds."""
     until = time.monotonic() + 5
     while running() != wanted and time.monotonic() < until:
         time.sleep(0.01)
@@ -36,7 +36,7 @@ def compute() -> float:
 
 
 def alone(work: Callable[[], None]) -> None:
-    """In a thread of its own, as nobody has computed in."""
+    """In a new thread, in which nothing has computed yet."""
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -59,10 +59,10 @@ def test_pool_is_released_and_recreated() -> None:
         assert compute() == 2 << 20
         held = running()
         release_pool()
-        assert settled(held - 2)
+        assert reaches(held - 2)
         release_pool()  # there is nothing to give up
-        assert settled(held - 2)
-        assert compute() == 2 << 20 and settled(held)
+        assert reaches(held - 2)
+        assert compute() == 2 << 20 and reaches(held)
 
     alone(work)
 

@@ -48,8 +48,8 @@ def test_the_gpu_keeps_its_own() -> None:
 
 
 @pytest.mark.parametrize("keep_window", [2048, 4])
-def test_a_model_that_combines_masks_keeps_documents_apart(keep_window: int) -> None:
-    """Doge adds a dynamic mask of its own to the one it is given."""
+def test_a_model_that_combines_masks_separates_documents(keep_window: int) -> None:
+    """Doge adds a dynamic mask to the one it is given."""
     torch.manual_seed(0)
     config = DogeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""Which judged answers stand in the page."""
+"""Which judged answers the page shows."""
 
 from support.evals import judged, small
 

@@ -212,7 +212,7 @@ def test_merged_model_generates_as_direct_mode(tmp_path: Path, kind: str) -> Non
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         written = plain.generate(**prompt, max_new_tokens=ANSWER_TOKENS)[0, prompt["input_ids"].shape[1] :]
         answer = whole.answer(question, mode="direct", max_step_tokens=ANSWER_TOKENS)
-        if tokenizer.eos_token_id not in written:  # where the grammar goes on, the merged model stops
+        if tokenizer.eos_token_id not in written:  # where the grammar continues, the merged model stops
             assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer.answer
             by_itself += 1
     assert by_itself > len(WORDS) / 2
@@ -245,7 +245,7 @@ def test_only_the_generation_prompt_ends_with_the_marker(tiny: Path, template: s
 
 
 def test_exports_work_without_mote(tmp_path: Path) -> None:
-    """The cards' lines in a process of their own: the same logits, and the answer of `mote answer --mode direct`."""
+    """The cards' lines in a separate process: the same logits, and the answer of `mote answer --mode direct`."""
     ids, expected, answers, script = {}, {}, {}, []
     for kind in ("tied", "untied"):
         base = make_tiny_model(tmp_path / kind, tied=kind == "tied")

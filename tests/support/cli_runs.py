@@ -27,7 +27,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def fails_apart(where: Path, *arguments: object, code: int, prepare: Callable[[], None] | None = None) -> str:
+def fails_in_process(where: Path, *arguments: object, code: int, prepare: Callable[[], None] | None = None) -> str:
     """As `fails`, in a separate process: for commands that load a model."""
     log = where / f"{len(list(where.iterdir()))}.log"
     ended, printed = processes.finish([str(argument) for argument in arguments], log, prepare)

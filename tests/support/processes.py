@@ -1,4 +1,4 @@
-"""`mote` commands in processes of their own that start at once: forked from one that has imported everything."""
+"""`mote` commands in separate processes that start at once: forked from one that has imported everything."""
 
 import multiprocessing
 import os

@@ -97,7 +97,7 @@ def test_draws_of_a_chain_spread_evenly_over_epochs(skip_p: float) -> None:
         assert all(sorted(turn) == [1, 2, 3] for turn in zip(*experts[begin : begin + 3], strict=True))
     assert {tuple(turn) for turn in zip(*experts[:3], strict=True)} == set(itertools.permutations([1, 2, 3]))
     for epochs in (3, 5, 12):
-        counts = torch.stack(hidden[:epochs]).sum(0)  # draws of their own would reach 3 of 3, and 0 of 12 at one half
+        counts = torch.stack(hidden[:epochs]).sum(0)  # independent draws would reach 3 of 3, and 0 of 12 at one half
         assert (counts - epochs * skip_p).abs().max() < 1.5
         assert abs(counts.float().mean() / epochs - skip_p) < 0.05
 

@@ -90,9 +90,9 @@ def test_marker_rows_take_a_separate_learning_rate(tiny: Path, tmp_path: Path) -
     assert moved("same") < 0.02 < moved("own", marker_learning_rate=0.1)
 
 
-@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("draws", [1, 2])
 def test_packing_does_not_change_the_update(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draws: int
 ) -> None:
     """One update from the same chains and draws: loss, gradient, tokens and held-out losses are unchanged."""
     made: list[MoteTrainer] = []
@@ -103,9 +103,9 @@ def test_packing_does_not_change_the_update(
             made.append(self)
 
     monkeypatch.setattr("mote.train.stage.MoteTrainer", Kept)
-    single = trained(tiny, tmp_path / "single", skip_views=views)
-    packed = trained(tiny, tmp_path / "packed", packing=True, max_length=256, skip_views=views)
-    assert len(made[1].train_dataset) < len(made[0].train_dataset) / (3 if views == 1 else 2)  # type: ignore[arg-type]
+    single = trained(tiny, tmp_path / "single", skip_views=draws)
+    packed = trained(tiny, tmp_path / "packed", packing=True, max_length=256, skip_views=draws)
+    assert len(made[1].train_dataset) < len(made[0].train_dataset) / (3 if draws == 1 else 2)  # type: ignore[arg-type]
     assert made[0].tokens_seen == made[1].tokens_seen == sum(len(row.ids) for row in made[0].train_dataset.chains)  # type: ignore[union-attr]
     [before] = rows_of(single, "loss")
     [after] = rows_of(packed, "loss")

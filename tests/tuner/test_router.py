@@ -24,7 +24,7 @@ from mote.tuner import MoteConfig
 from mote.tuner.layer import MoteLinear
 
 QUESTION_EXPERTS = torch.tensor([1, 2, 3])
-# --- several adapters with markers of their own
+# --- several adapters with different markers
 
 PLAN = {"plan": [70, 71], "answer": [72, 73]}
 

@@ -65,7 +65,7 @@ class Refusals:
         self._held = []
         if self._first_error and not self._printed:
             self._printed = True
-            print(f"chains: refused questions are rejected, the others go on; {self._first_error}", file=sys.stderr)
+            print(f"chains: refused questions are rejected, the run continues; {self._first_error}", file=sys.stderr)
         return rows
 
     def _all_refused(self) -> UserError:

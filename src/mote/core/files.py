@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from mote.core.errors import MoteError, UserError, first_line
 
-# torch and tokenizers report a full disk in exceptions without a type of their own.
+# torch and tokenizers report a full disk in generic exceptions.
 _DISK = re.compile(r"PytorchStreamWriter|inline_container|iostream|file write|\(os error \d+\)")
 
 

@@ -24,7 +24,7 @@ class Method:
         gate: Weights of the gate losses, named as in `TokenGatedConfig`; None if no gate is trained.
         separate: Whether each step gets its own model, trained on that step alone.
         response_only: Whether chains are cut to their answer.
-        expanded: Whether the shorter chains that skipping stands for become training rows of their own.
+        expanded: Whether the shorter chains that skipping stands for become separate training rows.
         checks: Whether a fourth step is trained on the self-check verdicts of the chains.
     """
 

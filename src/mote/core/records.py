@@ -93,16 +93,14 @@ class Check(Frozen):
 class ChainTokens(Frozen):
     """Tokens generated and prefilled for a chain.
 
-    The model's own checks (`chains.check=self` or `verdict`) count, another judge's do not.
+    Self-checks (`chains.check=self` or `verdict`) count, another judge's do not.
     """
 
-    made: int = Field(
-        description="Tokens generated for this chain, those of discarded samples and of its own checks included."
-    )
+    made: int = Field(description="Tokens generated for this chain, including discarded samples and self-checks.")
     kept: int = Field(description="Tokens of the steps in the final chain.")
     read: int | None = Field(
         None,
-        description="Prompt tokens of all its requests, those of its own checks included; a prefix that requests share "
+        description="Prompt tokens of all its requests, self-checks included; a prefix that requests share "
         "counts each time. None if a server does not report it, and in rows older than this field.",
     )
 
@@ -141,7 +139,7 @@ class ChainRow(Question):
 
     @property
     def outcome(self) -> Outcome:
-        """Accepted, rejected by a quality rule, or else unsafe to the end."""
+        """Accepted, rejected by a quality rule, or still judged unsafe after the last attempt."""
         if self.rejected is not None:
             return "rejected"
         return "accepted" if self.safe else "unsafe"

@@ -4,7 +4,9 @@ Each forward pass decodes one token per running sequence and prefills a chunk of
 the other. This module knows nothing of chains or chats: token ids in, token ids out.
 """
 
+import atexit
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -32,6 +34,7 @@ _UNSUPPORTED = (
     "give its address with --engine, or call it through PEFT and transformers' `generate`"
 )
 
+_BATCHERS: "weakref.WeakSet[Batcher]" = weakref.WeakSet()
 
 _Chunks = list[tuple[RunningSequence, PrefillChunk]]
 
@@ -63,8 +66,11 @@ class Batcher:
         self._waiting: deque[RunningSequence] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None  # runs while there are sequences
+        self._running = False
+        self._stopping = False
         self._check_model()
         self._rope = LengthDependentRope(model)
+        _BATCHERS.add(self)
         release_pool()  # the caller's thread loaded the model
 
     def submit(self, request: Request) -> "Future[Any]":
@@ -78,7 +84,8 @@ class Batcher:
         release_pool()
         with self._lock:
             self._waiting.append(sequence)
-            if self._thread is None:
+            if not self._running:
+                self._running = True
                 self._thread = threading.Thread(target=self._run, daemon=True, name="mote-batcher")
                 self._thread.start()
         return sequence.result
@@ -90,7 +97,7 @@ class Batcher:
 
     def wait(self) -> None:
         """Wait until there are no sequences and the model is free."""
-        while (thread := self._thread) is not None:
+        while (thread := self._thread) is not None and thread.is_alive():
             thread.join()
 
     def _check_model(self) -> None:
@@ -137,10 +144,8 @@ class Batcher:
 
     def _has_work(self) -> bool:
         with self._lock:
-            if self._decoding or self._prefilling or self._waiting:
-                return True
-            self._thread = None
-            return False
+            self._running = not self._stopping and bool(self._decoding or self._prefilling or self._waiting)
+            return self._running
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -433,3 +438,11 @@ def _attention_of(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+@atexit.register
+def _stop_threads() -> None:
+    """The interpreter must not end under a thread that computes: libtorch would abort the process."""
+    for batcher in list(_BATCHERS):
+        batcher._stopping = True  # after the forward pass that runs
+        batcher.wait()

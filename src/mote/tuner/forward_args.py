@@ -59,7 +59,7 @@ def separate_documents(call: Mapping[str, Any], documents_B_T: Tensor, names: Co
     if "position_ids" not in names:
         raise ValueError(
             "document_ids: this model takes no position_ids, so its documents would attend to each other; give each "
-            "document a row of its own"
+            "document its own row"
         )
     changed: dict[str, Any] = {"attention_mask": None}
     if mask is not None:

@@ -44,7 +44,7 @@ def compare(pairs: Pairs, seed: int = 0, people: float | None = None) -> Agreeme
     Args:
         pairs: (human label, judge's label) of each row.
         seed: Seed of the bootstrap.
-        people: Cohen's kappa between people, passed through.
+        people: Inter-annotator kappa (Cohen), passed through.
     """
     labels, table = _confusion(pairs)
     kappa = cohen_kappa(pairs)
@@ -296,7 +296,7 @@ def table(report: AgreementReport) -> str:
             continue
         interval = "" if result.kappa_interval is None else " [{:.2f}, {:.2f}]".format(*result.kappa_interval)
         kappa = "undefined" if result.kappa is None else f"{result.kappa:.2f}{interval}"
-        people = "" if result.people is None else f", between people {result.people:.2f}"
+        people = "" if result.people is None else f", inter-annotator {result.people:.2f}"
         lines.append(f"\n{name}: accuracy {result.accuracy:.3f}, kappa {kappa}{people}")
         for label, row in result.confusion.items():
             lines.append(f"  {label:16} " + "  ".join(f"{verdict} {rows}" for verdict, rows in row.items() if rows))

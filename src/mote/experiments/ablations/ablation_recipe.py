@@ -80,7 +80,7 @@ class Ablations(Strict):
     def _distinct_folders(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
         folders = [variant.folder for variant in variants]
         if double := next((folder for folder in folders if folders.count(folder) > 1), None):
-            raise ValueError(f"two variants share the folder '{double}'; name them apart")
+            raise ValueError(f"two variants share the folder '{double}'; rename one")
         return variants
 
     def runs(self) -> list[tuple[Variant, Recipe]]:

@@ -21,7 +21,7 @@ CHAINS = 2  # per update, as in the quickstart
 DRAWS = {  # skip_p and skip_views of each masked arm
     "skip_p 0.2": (0.2, 1),
     "skip_p 0.5": (0.5, 1),
-    "skip_p 0.5, two views": (0.5, 2),
+    "skip_p 0.5, two draws": (0.5, 2),
 }
 
 
@@ -89,13 +89,13 @@ def _train(
 ) -> None:
     """Train on the chains of each epoch in order: masked with these draws, or in all their forms."""
     forms = {id(chain): [chain] if draws else seven(chain) for chain in epochs[0]}
-    skip_p, views = draws or (0.0, 1)
+    skip_p, number = draws or (0.0, 1)
     indices = {}
     rows: list[Tokens] = []
     for chain, own in forms.items():
         indices[chain] = range(len(rows), len(rows) + len(own))
         rows += own
-    data = ChainDataset(rows, skip_probabilities(skip_p, {}, STEPS), seed, draws=views)
+    data = ChainDataset(rows, skip_probabilities(skip_p, {}, STEPS), seed, draws=number)
     step = Pass(model, [], document_mask)
     [group] = step.optimizer.param_groups
     updates = [

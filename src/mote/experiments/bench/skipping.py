@@ -41,7 +41,7 @@ def _cut(row: Tokens, steps: tuple[int, ...]) -> Tokens:
     return Tokens([row.ids[i] for i in at], [row.labels[i] for i in at], [row.steps[i] for i in at])
 
 
-def step_views(rows: Sequence[Tokens]) -> int:
+def step_occurrences(rows: Sequence[Tokens]) -> int:
     """Number of steps with a loss, over all rows."""
     return sum(len(set(row.steps) - {QUESTION}) for row in rows)
 

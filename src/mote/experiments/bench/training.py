@@ -13,7 +13,7 @@ from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.experiments.bench.held_out import compare_held_out
 from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
-from mote.experiments.bench.skipping import MakeMask, Pass, batches, seven, step_views
+from mote.experiments.bench.skipping import MakeMask, Pass, batches, seven, step_occurrences
 from mote.experiments.bench.timing import compare, interleave, paired, say
 from mote.experiments.bench.trainers import (
     ARMS,
@@ -36,7 +36,7 @@ MEASURES = ("memory", "skipping", "masks", "trainers", "held-out")
 SEVEN = "seven data sets"
 MASKED = "masked pass"
 MASKED_AGAIN = "masked pass again"
-TWO_VIEWS = "masked pass, two views"
+TWO_DRAWS = "masked pass, two draws"
 CAUSAL = "causal"
 CAUSAL_AGAIN = "causal again"
 MASKS = "masked"
@@ -49,8 +49,8 @@ TARGETS: tuple[
 ] = (  # measure, variant, reference, kind, limit on a CPU, on a GPU
     (FLOPS, MASKED, SEVEN, "at_most", 0.30, 0.30),
     (TIME, MASKED, SEVEN, "at_most", 0.35, 0.35),
-    (FLOPS, TWO_VIEWS, SEVEN, "at_most", 0.30, 0.30),
-    (TIME, TWO_VIEWS, SEVEN, "at_most", 0.35, 0.35),
+    (FLOPS, TWO_DRAWS, SEVEN, "at_most", 0.30, 0.30),
+    (TIME, TWO_DRAWS, SEVEN, "at_most", 0.35, 0.35),
     ("training step, one chain a row", MASKS, CAUSAL, "at_most", 1.15, 1.05),
     ("training step, packed rows", MASKS, CAUSAL, "at_most", 1.15, 1.05),
     (SPEED, PACKED, PADDED, "at_least", 1.5, 1.5),
@@ -222,7 +222,7 @@ def _passes(
     result["chains"]["of all three steps"] = facts(whole)
     if "skipping" in settings.measures:
         expanded = [form for row in whole for form in seven(row)]
-        result["chains"]["step views, masked and built"] = [step_views(whole), step_views(expanded)]
+        result["chains"]["step occurrences, masked and built"] = [step_occurrences(whole), step_occurrences(expanded)]
         yield from _skipping(settings, workload, model, make_mask, whole)
     if "masks" in settings.measures:
         # On a GPU the reference is SDPA, the fastest causal attention; the masked model uses FlexAttention.
@@ -251,7 +251,7 @@ def _skipping(
         return {
             SEVEN: packed([form for row in rows for form in seven(row)], 0.0),
             MASKED: packed(rows, given.skip_p),
-            TWO_VIEWS: packed(rows, given.skip_p, draws=2),
+            TWO_DRAWS: packed(rows, given.skip_p, draws=2),
         }
 
     three_steps = passes(whole)

@@ -34,7 +34,7 @@ def estimate(given: Recipe, shape: ModelShape, dtype: str, length: int) -> int:
 def test_the_estimate_is_within_20_percent(
     shape: ModelShape, changes: dict[str, Any], rows: int, length: int, measured_mb: int
 ) -> None:
-    """Peaks on a CPU, each in a process of its own: `VmHWM` after two updates."""
+    """Peaks on a CPU, each in a separate process: `VmHWM` after two updates."""
     given = recipe(per_device_train_batch_size=rows, **changes)
     assert estimate(given, shape, "float32", length) == pytest.approx(measured_mb * 2**20, rel=0.2)
 
