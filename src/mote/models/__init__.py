@@ -1,1 +1,1 @@
-"""Base models: loading, the embedded one, embeddings, kernels for CPUs, shapes, the memory they need."""
+"""Base models: loading, the embedded one, what layers see, embeddings, CPU kernels, shapes, memory needs."""

@@ -1,0 +1,87 @@
+"""What the layers of a base model see of the tokens before them, from its configuration.
+
+Knows transformers' names for kinds of layers and nothing of steps. Models whose layers differ take a dict of masks, one
+for each of these names; all others take one mask.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+Kind = Literal["full", "sliding", "chunked", "recurrent", "none", "other"]
+FULL = "full_attention"
+_KINDS: dict[str, Kind] = {
+    FULL: "full",
+    "attention": "full",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+    "conv": "recurrent",
+    "hybrid": "recurrent",
+    "hybrid_sliding": "recurrent",
+    "linear_attention": "recurrent",
+    "mamba": "recurrent",
+    "recurrent": "recurrent",
+    "mlp": "none",
+    "moe": "none",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer sees.
+
+    Attributes:
+        name: transformers' name of its kind, the key of its mask in a dict of masks.
+        kind: `full`, `sliding` and `chunked` attention; `recurrent` layers, which read a state (state-space and
+            convolution layers, linear attention, and attention beside one of them); `none` for layers that see their
+            own token only; `other` where it does not follow from the name.
+        reach: Tokens of the window or of a chunk; None for other kinds.
+    """
+
+    name: str
+    kind: Kind
+    reach: int | None = None
+
+    def within(self, query_position: Any, key_position: Any) -> Tensor | bool:
+        """Whether an earlier key is near enough to be seen, by their positions; tensors give a tensor."""
+        if self.kind == "sliding":
+            near: Tensor | bool = key_position > query_position - self.reach
+            return near
+        if self.kind == "chunked":
+            same: Tensor | bool = key_position // self.reach == query_position // self.reach
+            return same
+        return True
+
+
+def layers_of(config: Any) -> tuple[Layer, ...]:
+    """The layers of a base model, from its configuration (of the text model, if there are several)."""
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    names = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if names is None:  # all alike
+        name = "sliding_attention" if window is not None else "chunked_attention" if chunk is not None else FULL
+        names = [name] * config.num_hidden_layers
+    layers = []
+    for name in names:
+        kind = _KINDS.get(name, "other")
+        reach = window if kind == "sliding" else chunk if kind == "chunked" else None
+        if kind in ("sliding", "chunked") and reach is None:
+            kind = "full"
+        layers.append(Layer(name, kind, reach))
+    return tuple(layers)
+
+
+def masked_kinds(config: Any) -> tuple[Layer, ...]:
+    """The different kinds among the layers with attention; a model takes a mask for each, or one if there is one."""
+    return tuple(dict.fromkeys(layer for layer in layers_of(config) if layer.kind in ("full", "sliding", "chunked")))
+
+
+def kv_layers(config: Any) -> tuple[int, ...]:
+    """For each layer the one whose keys and values it reads: its own, or an earlier one's (Gemma 3n and 4)."""
+    layers = layers_of(config)
+    shared = getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None) or 0
+    first = len(layers) - shared
+    last = {layer.name: index for index, layer in enumerate(layers[:first])}
+    return tuple(index if index < first else last[layer.name] for index, layer in enumerate(layers))
