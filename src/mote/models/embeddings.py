@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # PEFT's `low_cpu_mem_usage` replaces it while it injects adapters; this module is imported before that.
 _REGISTER_PARAMETER = nn.Module.register_parameter
@@ -39,12 +39,17 @@ def grow_embeddings(model: nn.Module, ids: Sequence[int], vocab_size: int | None
         )
     _resize(model, needed)
     for weight in {id(m.weight): m.weight for m in _matrices(model)}.values():
-        with torch.no_grad():
-            mean = weight[:rows].float().mean(0)
-            spread = weight[:rows].float().std()
-            for row in range(rows, needed):
-                noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(row)).to(mean.device)
-                weight[row] = mean + 0.1 * spread * noise
+        fill_new_rows(weight, rows)
+
+
+@torch.no_grad()
+def fill_new_rows(weight: Tensor, rows: int) -> None:
+    """Initialise the rows of an embedding or head from index `rows` on, by the old ones and each row's index."""
+    mean = weight[:rows].float().mean(0)
+    spread = weight[:rows].float().std()
+    for row in range(rows, len(weight)):
+        noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(row)).to(mean.device)
+        weight[row] = mean + 0.1 * spread * noise
 
 
 def rows_to_train(model: nn.Module, ids: Sequence[int]) -> list[int] | dict[str, list[int]] | None:

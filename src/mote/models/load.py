@@ -3,13 +3,14 @@
 import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mote.core.errors import UserError
 from mote.models.attention import GROUPED_SDPA
@@ -113,6 +114,29 @@ def load_generation_config(name: str, revision: str | None = None) -> Any:
         return load_config(name, revision)
 
 
+def weights_folder(name: str, revision: str | None = None) -> Path:
+    """The local folder of a base model's safetensors files, downloaded if `name` is a hub id.
+
+    Raises:
+        UserError: The model cannot be found, or has no safetensors files.
+    """
+    folder = model_folder(name)
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        try:
+            folder = snapshot_download(folder, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model: cannot load '{name}' ({_reason(error)}); check the name, the network and your access, or give "
+                f"a local folder or {EMBEDDED}"
+            ) from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UserError(f"model: '{name}' has no safetensors files; save it again with `save_pretrained`")
+    return Path(folder)
+
+
 def load_base(
     name: str,
     device: str = "auto",
@@ -184,12 +208,22 @@ def fingerprint(model: nn.Module) -> str:
     Norm weights differ between any two trainings, and neither adapters nor quantisation change them. A few values of
     each are hashed in bfloat16, the coarsest dtype a model is loaded in. GPT-2's norms are `ln_1`, `ln_2` and `ln_f`.
     """
+    return fingerprint_of(model.named_parameters())
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """`fingerprint` of a model's parameters by name, in the order of its modules; only norms count."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and ("norm" in name or ".ln_" in name):
+    for name, parameter in parameters:
+        if parameter.dim() == 1 and is_norm(name):
             values = parameter.detach()[:8].to("cpu", torch.bfloat16).view(torch.int16)
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter belongs to a norm, by its name."""
+    return "norm" in name or ".ln_" in name
 
 
 def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
