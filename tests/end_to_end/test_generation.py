@@ -11,7 +11,7 @@ import torch
 from support.adapters import adapted, config, some_ids, tiny_llama
 from support.threads import in_threads
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, set_seed
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, set_seed
 
 from mote.tokens.routing import step_ids
 from mote.tuner.layer import MoteLinear
@@ -400,3 +400,18 @@ def test_threads_decode_different_steps_at_once() -> None:
 
     in_threads([functools.partial(work, i) for i in range(len(prompts))])
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, ids: model.generate_batch(ids.tolist()),
+        lambda model, ids: model.init_continuous_batching(),
+        lambda model, ids: model.generate(input_ids=ids, cache_implementation="paged"),
+        lambda model, ids: model.generate(ids, GenerationConfig(cache_implementation="paged")),
+        lambda model, ids: model.generate(ids, generation_config=GenerationConfig(cache_implementation="paged")),
+    ],
+)
+def test_paged_cache_of_transformers_is_refused_by_name(call: Callable[[Any, Tensor], Any]) -> None:
+    with pytest.raises(NotImplementedError, match="transformers' continuous batching"):
+        call(adapted(), some_ids())

@@ -66,6 +66,10 @@ def test_prompts_have_distinct_hashes() -> None:
         ("Rating: [[1]] to [[10]]", None),
         ("Rating: 1/10", 1),
         ("Rating: [[10]]", 10),
+        ("Good.\n\nOverall rating: 8", 8),
+        ("**My final rating:** 8/10", 8),
+        (r"Rating: \boxed{8}", 8),
+        ("Rating: 7-8", None),
     ],
 )
 def test_ratings(text: str, score: float | None) -> None:

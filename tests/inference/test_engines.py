@@ -1,6 +1,8 @@
 """The in-process engine against plain generation."""
 
 import asyncio
+import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,40 @@ def test_sampler_follows_the_nucleus_distribution() -> None:
     share = torch.bincount(drawn, minlength=4) / len(samplings)
     nucleus = torch.tensor([0.5, 0.3, 0.15, 0.0])
     torch.testing.assert_close(share, nucleus / nucleus.sum(), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("opened", "generated", "stops", "text", "finish"),
+    [
+        (False, "<think>\nHm.\n</think>\n\nUse kill.", True, "Use kill.", "stop"),
+        (False, "<think>\nHm, should", False, "", "length"),
+        (False, "<think>\nHm.\n</think>\n\nUse k", False, "Use k", "length"),
+        (False, "A thought ends at </think>.", True, "A thought ends at </think>.", "stop"),
+        (True, "Hm.\n</think>\n\nUse kill.", True, "Use kill.", "stop"),
+        (True, "Hm, should", False, "", "length"),
+    ],
+)
+def test_reasoning_before_a_reply_is_left_out(
+    base: Base, opened: bool, generated: str, stops: bool, text: str, finish: str
+) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    if opened:
+        tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    engine = LocalEngine(dataclasses.replace(base, tokenizer=tokenizer), 1)
+
+    async def generate(_: object) -> list[int]:
+        return [*encode_text(tokenizer, generated), *([tokenizer.eos_token_id] if stops else [])]
+
+    engine._ask = generate  # type: ignore[method-assign]
+    [done] = ask(engine, [prompt("x")])
+    assert (done.text, done.finish) == (text, finish)
+
+
+def test_models_are_asked_not_to_reason_before_a_step(base: Base) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    switch = "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", switch + "{% endif")
+    [done] = ask(LocalEngine(dataclasses.replace(base, tokenizer=tokenizer), 1), [prompt("x")])
+    messages = prompt("x").messages
+    assert done.prompt_tokens == len(encode_prompt(tokenizer, messages, think=False))
+    assert done.prompt_tokens > len(encode_prompt(tokenizer, messages))

@@ -20,6 +20,7 @@ from mote.serve.server import Server
     [
         ({"tools": [{"type": "function"}]}, 422, "tools", "does not support it"),
         ({"logprobs": True}, 422, "logprobs", "does not support it"),
+        ({"top_k": 20}, 422, "top_k", "does not support it"),
         ({"response_format": {"type": "json_object"}}, 422, "response_format", "does not support it"),
         ({"presence_penalty": 0.5}, 422, "presence_penalty", "does not support it"),
         ({"max_step_token": 5}, 400, "max_step_token", "did you mean 'max_step_tokens'?"),
@@ -62,6 +63,7 @@ def test_fields_without_effect_are_accepted(address: str) -> None:
         "user": "me", "store": False, "metadata": {"a": "b"}, "tools": [], "tool_choice": "auto", "logprobs": False,
         "response_format": {"type": "text"}, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None,
         "parallel_tool_calls": True, "service_tier": "auto", "functions": None, "stream_options": None,
+        "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "chat_template_kwargs": {},
     }  # fmt: skip
     assert ask(address, **fields).json()["choices"] == plain
 

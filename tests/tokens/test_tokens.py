@@ -19,6 +19,7 @@ from mote.tokens.encode import (
     encode_prompt,
     encode_text,
     stop_ids,
+    turn_ids,
 )
 from mote.tuner import MoteConfig
 
@@ -184,6 +185,13 @@ def test_stop_ids_are_the_tokenizers_and_the_generation_configs(own_end_of_turn:
     for nothing in (None, []):
         model.generation_config.eos_token_id = nothing
         assert stop_ids(tokenizer, model) == stop_ids(tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_turn_ids_do_not_depend_on_a_default_system_prompt(own_end_of_turn: Any) -> None:
+    tokenizer = own_end_of_turn.tokenizer
+    without = turn_ids(tokenizer)
+    tokenizer.chat_template = "My first, second and third duty is to help.\n" + tokenizer.chat_template
+    assert turn_ids(tokenizer) == without != []
 
 
 def test_chains_and_end_markers_follow_the_models_end_of_turn(own_end_of_turn: Any) -> None:

@@ -87,29 +87,6 @@ class Chooser(Protocol):
         """The probability of the first choice against the second as the next word."""
 
 
-# (opening, closing) of the reasoning that models put in front of their reply. The opening may be missing: some chat
-# templates put it into the prompt.
-_THOUGHTS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel|>analysis", "<|channel|>final<|message|>"),
-)
-
-
-def after_thought(text: str) -> str | None:
-    """The text after a model's reasoning; None if the text ends inside it."""
-    for opening, closing in _THOUGHTS:
-        _, closed, rest = text.rpartition(closing)
-        if closed:
-            return rest
-        if text.lstrip().startswith(opening):
-            return None
-    return text
-
-
 def unparsed(raw: str) -> Verdict:
     """The verdict for a text that holds none."""
     return Verdict(label=UNPARSED, score=None, raw=raw, parsed=False)

@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from mote.chains.engine import Completion, Prompt
-from mote.chains.judge import SAFE, UNSAFE, Chooser, JudgeCard, Verdict, Writer, after_thought, unparsed
+from mote.chains.judge import SAFE, UNSAFE, Chooser, JudgeCard, Verdict, Writer, unparsed
+from mote.core.dialogue import after_thought
 from mote.core.records import Message
 
 AskFor = Callable[[Sequence[Message], str], Prompt]

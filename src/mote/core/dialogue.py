@@ -4,6 +4,17 @@ import re
 from collections.abc import Iterable, Sequence
 
 _THOUGHT = re.compile(r"\A\s*<think\b[^>]*>.*?</think>", re.DOTALL)
+# (opening, closing) of the reasoning that models put in front of their reply. The opening may be missing: some chat
+# templates put it into the prompt.
+_THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),
+)
+THOUGHT_OPENINGS = tuple(opening for opening, _ in _THOUGHTS)
 Turn = tuple[str, str]  # role (`system`, `user`, `assistant`) and text
 
 
@@ -56,3 +67,14 @@ def alternating_turns(turns: Sequence[Turn]) -> list[Turn]:
 def without_thought(text: str) -> str:
     """A reply without the thought that begins it; a later `</think>` is part of the reply."""
     return _THOUGHT.sub("", text)
+
+
+def after_thought(text: str) -> str | None:
+    """The text after a model's reasoning; None if the text ends inside it."""
+    for opening, closing in _THOUGHTS:
+        _, closed, rest = text.rpartition(closing)
+        if closed:
+            return rest
+        if text.lstrip().startswith(opening):
+            return None
+    return text

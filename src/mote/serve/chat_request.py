@@ -24,9 +24,10 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 # ... and fields that would, with the values that are no-ops.
 _NO_OPS: dict[str, tuple[Any, ...]] = {
-    "audio": (), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
-    "logit_bias": ({},), "logprobs": (False,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
-    "reasoning_effort": (), "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "tools": ([],),
+    "audio": (), "chat_template_kwargs": ({},), "frequency_penalty": (0,), "function_call": ("none", "auto"),
+    "functions": ([],), "logit_bias": ({},), "logprobs": (False,), "min_p": (0,), "modalities": (["text"],),
+    "prediction": (), "presence_penalty": (0,), "reasoning_effort": (), "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"), "tools": ([],), "top_k": (-1, 0),
     "top_logprobs": (0,), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 _REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")  # content parts that clients keep reasoning in

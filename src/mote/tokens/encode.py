@@ -120,17 +120,25 @@ def turn_ids(tokenizer: Any, model: Any = None) -> list[int]:
 
 def _between_turns(tokenizer: Any) -> list[int]:
     """Ids that the chat template puts between an assistant's text and the next user's."""
-    dialogue = [("user", "first"), ("assistant", "second"), ("user", "third")]
+    first, reply, last = (secrets.token_hex(16) for _ in range(3))  # words could also be in a default system prompt
+    dialogue = [("user", first), ("assistant", reply), ("user", last)]
     text = _render(tokenizer, [Message(role=role, content=content) for role, content in dialogue], False)
-    return _ids(tokenizer, text[text.index("second") + len("second") : text.index("third")])
+    return _ids(tokenizer, text[text.index(reply) + len(reply) : text.index(last)])
 
 
-def encode_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
-    """Ids of a dialogue with the generation prompt; see `encode_dialogue`."""
+def encode_prompt(tokenizer: Any, messages: tuple[Message, ...], *, think: bool = True) -> list[int]:
+    """Ids of a dialogue with the generation prompt; see `encode_dialogue`.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The dialogue.
+        think: False asks the templates of models that reason before they answer (Qwen3, SmolLM3, Granite, DeepSeek) for
+            a reply without reasoning; other templates ignore it.
+    """
     messages = tuple(message.model_copy(update={"content": message.content.strip()}) for message in messages)
     messages = _fold_system(tokenizer, messages)
     rows = [{"role": message.role, "content": message.content} for message in messages]
-    return encode_dialogue(tokenizer, rows, None, lambda rows, tools: _render_rows(tokenizer, rows, True))
+    return encode_dialogue(tokenizer, rows, None, lambda rows, tools: _render_rows(tokenizer, rows, True, think))
 
 
 def encode_dialogue(tokenizer: Any, dialogue: Any, tools: Any, render: Callable[[Any, Any], str]) -> list[int]:
@@ -307,6 +315,7 @@ def _render(tokenizer: Any, messages: Any, generate: bool) -> str:
     )
 
 
-def _render_rows(tokenizer: Any, rows: Any, generate: bool) -> str:
-    text: str = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generate)
+def _render_rows(tokenizer: Any, rows: Any, generate: bool, think: bool = True) -> str:
+    switches = {} if think else {"enable_thinking": False, "thinking": False}
+    text: str = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generate, **switches)
     return text

@@ -17,6 +17,12 @@ from mote.tuner.marker_rows import train_rows
 from mote.tuner.router import Router
 from mote.tuner.supported import check_base
 
+_NO_PAGED_CACHE = (
+    "mote: transformers' continuous batching (generate_batch, cache_implementation='paged', TRL's use_transformers_paged) "
+    "does not tell the experts which ids came before, so that steps would be unknown; use `generate`, or "
+    "`mote.load(...).answer`, which batches continuously"
+)
+
 
 class MoteModel(BaseTuner):
     """A base model with step experts. Use it through `peft.get_peft_model` or `PeftModel.from_pretrained`."""
@@ -91,7 +97,21 @@ class MoteModel(BaseTuner):
                 f"({', '.join(self.active_adapters)}); call `set_adapter` and the model for the rows of each adapter, "
                 "with `disable_adapter()` for those of the base model"
             )
+        caches = [getattr(given, "cache_implementation", None) for given in (*args, *kwargs.values())]
+        if "paged" in (kwargs.get("cache_implementation"), *caches):
+            raise NotImplementedError(_NO_PAGED_CACHE)
         yield
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a forward pass over a paged cache has no ids from which steps follow.
+
+        Raises:
+            NotImplementedError: Always; transformers would log the error of each request and return empty texts.
+        """
+        raise NotImplementedError(_NO_PAGED_CACHE)
+
+    init_continuous_batching = generate_batch
+    continuous_batching_context_manager = generate_batch
 
     @override
     def delete_adapter(self, adapter_name: str) -> None:

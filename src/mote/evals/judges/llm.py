@@ -4,12 +4,13 @@ import re
 from collections.abc import Collection, Sequence
 
 from mote.chains.engine import Completion, Prompt
-from mote.chains.judge import JudgeCard, Verdict, Writer, after_thought, unparsed
+from mote.chains.judge import JudgeCard, Verdict, Writer, unparsed
+from mote.core.dialogue import after_thought
 from mote.core.records import Message
 from mote.evals.judges.prompts import JudgePrompt
 
 _BRACKETS = re.compile(r"\[\[\s*([\w.-]+)\s*\]\]")
-_RATING = re.compile(r"^\W*(?:\w+\s*:)?\W*(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?\W*$")
+_RATING = re.compile(r"^\W*(?:(?:\w+[ \t]+){0,2}\w+\W*:)?\W*(?:boxed\{)?(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?\W*$")
 _TO = r"-|\u2013|\u2014|\.\.+|\bto\b|\bthrough\b|\band\b"  # 1-5, 1 to 5, between 1 and 5
 _OR = r"/|\||,?[ \t]*\bor\b"  # yes/no, yes or no
 _NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot)\b|n't\b", re.IGNORECASE)

@@ -1,10 +1,14 @@
-"""The in-process engine: transformers with continuous batching; shared prefixes are prefilled once."""
+"""The in-process engine: transformers with continuous batching; shared prefixes are prefilled once.
+
+Models that reason before they answer are asked not to: the reasoning wanted here is the chain's own steps.
+"""
 
 import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from mote.chains.engine import Completion, Likelihood, Preference, Prompt
+from mote.core.dialogue import THOUGHT_OPENINGS, after_thought
 from mote.core.errors import UserError
 from mote.core.generation import Sampling
 from mote.core.records import Message
@@ -30,10 +34,12 @@ class LocalEngine:
         self._stop_ids = stop_ids(base.tokenizer, base.model)
         self._batcher = Batcher(base.model, batch_size)
         self._prefixes: dict[tuple[Message, ...], list[int]] = {}
+        asked = base.tokenizer.decode(self._encode((Message(role="user", content="?"),)))
+        self._opens_thought = asked.rstrip().endswith(THOUGHT_OPENINGS)  # DeepSeek-R1's template
 
     async def write(self, prompt: Prompt) -> Completion:
         """See `Engine.write`."""
-        ids = encode_prompt(self.tokenizer, prompt.messages)
+        ids = self._encode(prompt.messages)
         generated = await self._ask(
             Request(
                 ids,
@@ -46,6 +52,12 @@ class LocalEngine:
         )
         ended = generated[-1] in self._stop_ids
         text = self.tokenizer.decode(generated[:-1] if ended else generated, skip_special_tokens=True).strip()
+        if self._opens_thought or text.startswith(THOUGHT_OPENINGS):
+            reply = after_thought(text)
+            if reply is None or (self._opens_thought and reply == text):  # the budget ended inside the thought
+                reply = ""
+                ended = False
+            text = reply.strip()
         return Completion(text, len(generated), "stop" if ended else "length", prompt_tokens=len(ids))
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
@@ -59,7 +71,7 @@ class LocalEngine:
                 f"check: in the tokens of {self.name} one of {choices} is the beginning of the other; use other words "
                 "(`verdicts` of the scheme) or chains.check=verdict"
             )
-        ids = encode_prompt(self.tokenizer, prompt.messages)
+        ids = self._encode(prompt.messages)
         shared = self._shared_tokens(prompt, ids)
         common, words = found
         asked = [*ids, *common]
@@ -68,12 +80,15 @@ class LocalEngine:
 
     async def score(self, prompt: Prompt, reply: str) -> Likelihood:
         """See `Scorer.score`; an empty reply has 0."""
-        ids, own = encode_prompt(self.tokenizer, prompt.messages), encode_text(self.tokenizer, reply)
+        ids, own = self._encode(prompt.messages), encode_text(self.tokenizer, reply)
         if not own:
             return Likelihood(0.0, 0)
         request = Request([*ids, *own], FreeText(()), 1, self._shared_tokens(prompt, ids), scored=len(own))
         mean: float = await self._ask(request)
         return Likelihood(mean, len(request.ids))
+
+    def _encode(self, messages: tuple[Message, ...]) -> list[int]:
+        return encode_prompt(self.tokenizer, messages, think=False)
 
     async def close(self) -> None:
         """Wait until the running batch is empty."""
@@ -89,6 +104,6 @@ class LocalEngine:
             return 0
         if lead not in self._prefixes:  # what any two dialogues with these messages have in common
             ends = [Message(role="user", content=text) for text in ("a", "1")]
-            one, other = (encode_prompt(self.tokenizer, (*lead, end)) for end in ends)
+            one, other = (self._encode((*lead, end)) for end in ends)
             self._prefixes[lead] = one[: common_length(one, other)]
         return min(common_length(self._prefixes[lead], ids), len(ids) - 1)
