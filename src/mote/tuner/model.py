@@ -18,9 +18,9 @@ from mote.tuner.router import Router
 from mote.tuner.supported import check_base
 
 _NO_PAGED_CACHE = (
-    "mote: transformers' continuous batching (generate_batch, cache_implementation='paged', TRL's use_transformers_paged) "
-    "does not tell the experts which ids came before, so that steps would be unknown; use `generate`, or "
-    "`mote.load(...).answer`, which batches continuously"
+    "mote: transformers' continuous batching (`generate_batch`, cache_implementation='paged', TRL's "
+    "use_transformers_paged) does not tell the experts which ids came before, so that steps would be unknown; use "
+    "`generate`, or `mote.load(...).answer`, which batches continuously"
 )
 
 
