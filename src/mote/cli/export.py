@@ -10,8 +10,11 @@ from mote.core.errors import UserError
 
 _FORMAT_HELP = (
     "peft-steps: a plain PEFT LoRA per step; engine-steps: the same plus a base model with the marker rows; merged: a "
-    "transformers model for a one-step mode; vllm: a folder for vLLM."
+    "transformers model for a one-step mode; vllm: a folder for vLLM; gguf: one file with all steps for llama.cpp; "
+    "gguf-steps: the base model and a LoRA per step for llama.cpp."
 )
+_FORMATS = ("peft-steps", "engine-steps", "merged", "vllm", "gguf", "gguf-steps")
+_TYPES = ("q8_0", "f16", "f32")
 
 
 @mote.command()
@@ -19,17 +22,21 @@ _FORMAT_HELP = (
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["peft-steps", "engine-steps", "merged", "vllm"]),
+    type=click.Choice(_FORMATS),
     required=True,
     help=_FORMAT_HELP,
 )
 @click.option("--dtype", help="Dtype of an exported model; by default that of the stored base model.")
+@click.option("--quantise", type=click.Choice(_TYPES), help="Type of a GGUF file's base weights; by default q8_0.")
+@click.option("--experts", type=click.Choice(_TYPES), help="Type of a GGUF file's experts; by default f16.")
 def export(
     overrides: tuple[str, ...],
     adapter: str | None,
     out: Path | None,
     modes: tuple[str, ...],
     form: str,
+    quantise: Any,
+    experts: Any,
     **flags: Any,
 ) -> None:
     """Export a trained adapter for other programs: OUT/<step>/ or one model in OUT."""
@@ -41,6 +48,16 @@ def export(
         raise UserError(f"format: '{form}' writes every step as float32; leave out --mode and --dtype, or use merged")
     if form == "engine-steps" and modes:
         raise UserError(f"format: '{form}' writes every step; leave out --mode, or use merged")
+    if form in ("gguf", "gguf-steps"):
+        if modes or flags["dtype"]:
+            raise UserError(f"format: '{form}' writes every mode; leave out --mode, and give --quantise for --dtype")
+        from mote.serve.gguf_export import export_gguf, export_gguf_steps
+
+        write = export_gguf if form == "gguf" else export_gguf_steps
+        print(write(adapter, folder, model, quantise or "q8_0", experts, settings.revision))
+        return
+    if quantise or experts:
+        raise UserError(f"format: '{form}' is no GGUF file; leave out --quantise and --experts, or use --dtype")
     if len(modes) > 1:
         raise UserError(f"mode: {list(modes)}: an exported model has one default mode; give --mode once")
     from mote.serve.export import export_engine_steps, export_merged, export_steps

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mote.core.errors import UserError
 from mote.core.scheme import Scheme
 from mote.models.embeddings import fill_new_rows
-from mote.models.load import fingerprint_of, is_norm, load_config, weights_folder
+from mote.models.load import fingerprint_of, is_norm, load_config, load_generation_config, weights_folder
 from mote.tuner.config import MoteConfig
 from mote.tuner.expert_weights import expert_weight_table
 
@@ -68,6 +68,7 @@ class BaseWeights:
     Attributes:
         name: As given.
         config: The model's configuration.
+        generation: Its generation configuration.
         parameters: Name -> shape, in the order of the model's modules; a tied head is left out.
 
     Raises:
@@ -77,6 +78,7 @@ class BaseWeights:
     def __init__(self, name: str, revision: str | None = None) -> None:
         self.name = name
         self.config = load_config(name, revision)
+        self.generation = load_generation_config(name, revision)
         if getattr(self.config, "quantization_config", None):
             raise UserError(
                 f"model: '{name}' is quantised, and its weights cannot be written to a GGUF file; give the model it "

@@ -5,6 +5,7 @@ of type CONTROL and USER_DEFINED in every text of a chat: a user could type them
 """
 
 import json
+import re
 from typing import Any
 
 from gguf import TokenType
@@ -15,6 +16,7 @@ from mote.tuner.config import MoteConfig
 from mote.tuner.gguf.source import Experts
 
 MARKERS = "mote.markers"  # metadata: step -> ids of its start and end marker, as JSON
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,7 +47,11 @@ def check_vocabulary(tokenizer: Any, trained: Experts | None) -> None:
     Raises:
         UserError: llama.cpp has no name for how it splits text, or a step has a name that llama.cpp reserves.
     """
-    _pre_tokenizer(tokenizer)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    if _sentencepiece(content) is None:
+        _pre_tokenizer(tokenizer)
+    else:
+        _check_pieces(content["model"], trained)
     for step in trained.config.experts if trained else ():
         if step in _RESERVED:
             raise UserError(
@@ -64,28 +70,46 @@ def add_vocabulary(writer: Any, tokenizer: Any, rows: int, trained: Experts | No
         trained: The adapter, for its markers and the end of its turns.
     """
     config = trained.config if trained else None
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
     texts = {id_: text for text, id_ in tokenizer.get_vocab().items()}
-    added = tokenizer.added_tokens_decoder
-    markers = {id_ for pair in config.markers.values() for id_ in pair} if config else set()
-    types = []
-    for id_ in range(rows):
-        if id_ not in texts:
-            types.append(TokenType.UNUSED)
-        elif id_ in markers or id_ not in added:
-            types.append(TokenType.NORMAL)
-        else:
-            types.append(TokenType.CONTROL if added[id_].special else TokenType.USER_DEFINED)
     writer.add_token_list([texts.get(id_, f"[unused{id_}]") for id_ in range(rows)])
-    writer.add_token_types(types)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_token_types(_token_types(tokenizer, texts, rows, config))
+    if (space := _sentencepiece(content)) is not None:
+        ranks = merge_ranks(content["model"])
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(space)
+        # A piece of no merge is never the result of one, so its score does not matter.
+        writer.add_token_scores([-float(ranks.get(texts.get(id_, ""), len(ranks))) for id_ in range(rows)])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
+        writer.add_token_merges([" ".join(pair) for pair in merge_pairs(content["model"])])
     _add_special_ids(writer, tokenizer, config)
     template = tokenizer.get_chat_template()
     writer.add_chat_template(answers_only(template, trained.answer) if trained else template)
     if config:
         writer.add_string(MARKERS, json.dumps(config.markers))
+
+
+def _token_types(tokenizer: Any, texts: dict[int, str], rows: int, config: MoteConfig | None) -> list[TokenType]:
+    """The type of each token; a marker is an ordinary one, which llama.cpp does not look for in texts."""
+    added = tokenizer.added_tokens_decoder
+    markers = {id_ for pair in config.markers.values() for id_ in pair} if config else set()
+    types = []
+    for id_ in range(rows):
+        text = texts.get(id_)
+        if text is None:
+            types.append(TokenType.UNUSED)
+        elif id_ in markers:
+            types.append(TokenType.NORMAL)
+        elif id_ == tokenizer.unk_token_id:
+            types.append(TokenType.UNKNOWN)
+        elif id_ in added:
+            types.append(TokenType.CONTROL if added[id_].special else TokenType.USER_DEFINED)
+        else:
+            types.append(TokenType.BYTE if _BYTE.fullmatch(text) else TokenType.NORMAL)
+    return types
 
 
 def _add_special_ids(writer: Any, tokenizer: Any, config: MoteConfig | None) -> None:
@@ -120,6 +144,58 @@ _ANSWERS_ONLY = """\
 {{%- endfor -%}}
 {{%- set messages = answers.messages -%}}
 """
+
+
+def _sentencepiece(content: dict[str, Any]) -> bool | None:
+    """Whether a sentencepiece tokenizer puts a space before each text; None if it is none.
+
+    A space before the first text only (`first`) counts as none: chats begin with a special token.
+    """
+    if content["model"]["type"] != "BPE" or not content["model"].get("byte_fallback"):
+        return None
+    normalizer, pre = content["normalizer"] or {}, content["pre_tokenizer"] or {}
+    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
+    kinds = [step.get("type") for step in steps]
+    if pre.get("type") == "Metaspace" and not pre.get("split", True) and kinds == [None]:
+        return bool(pre["prepend_scheme"] == "always")
+    if kinds == ["Prepend", "Replace"] and not pre:
+        return True
+    return False if kinds == ["Replace"] and pre.get("type") in (None, "Split") else None
+
+
+def merge_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a BPE model, the first one first."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(left, right) for left, right in pairs]
+
+
+def merge_ranks(model: dict[str, Any]) -> dict[str, int]:
+    """Piece -> how many pieces are merged before it."""
+    return {piece: rank for rank, piece in enumerate(dict.fromkeys(a + b for a, b in merge_pairs(model)))}
+
+
+def _check_pieces(model: dict[str, Any], trained: Experts | None) -> None:
+    """Check that merging by the piece, as sentencepiece and llama.cpp do, gives what merging by pairs does.
+
+    Raises:
+        UserError: It does not, or a marker is a piece that can be merged.
+    """
+    pairs = merge_pairs(model)
+    ranks = merge_ranks(model)
+    order = [ranks[a + b] for a, b in pairs]
+    known, given = model["vocab"].keys(), set(pairs)
+    splits = ((piece[:i], piece[i:]) for piece in ranks for i in range(1, len(piece)))
+    if order != sorted(order) or any(a in known and b in known and (a, b) not in given for a, b in splits):
+        raise UserError(
+            "adapter: its tokenizer merges pieces in an order that llama.cpp cannot follow; use `mote answer` or "
+            "--format merged"
+        )
+    names = [name(step) for step in (trained.config.experts if trained else ()) for name in (start_marker, end_marker)]
+    for text in names:
+        if any(text[:i] in known and text[i:] in known for i in range(1, len(text))):
+            raise UserError(
+                f"adapter: llama.cpp would make the marker {text} of its parts in a text; give the step another name"
+            )
 
 
 def _pre_tokenizer(tokenizer: Any) -> str:

@@ -1,0 +1,122 @@
+"""A GGUF file computes in llama.cpp what the adapter computes in PEFT, without a cache."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.exports import make_adapter
+from support.llamacpp import LlamaServer, llama_server
+from support.vllm import make_base
+from torch import Tensor
+
+import mote
+from mote.core.records import Message
+from mote.inference.load import read_adapter
+from mote.inference.model import Model
+from mote.tokens.encode import encode_prompt, encode_text
+from mote.tuner.gguf.source import BaseWeights
+from mote.tuner.gguf.switch import write_switch
+
+QUESTION = Message(role="user", content="how do I kill a process on my computer")
+TURNS = (QUESTION, Message(role="assistant", content="safe answer"), Message(role="user", content="and unsafe?"))
+CHAINS = {"direct": ("response",), "analysis": ("analysis", "response"), "full": ("analysis", "guidance", "response")}
+# Kind of base model, what is not usual of it, and of the adapter.
+SWITCH: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("Llama", {}, {}),
+    "untied": ("Llama", {"tie_word_embeddings": False}, {"mix": 0.3, "question_expert": "response"}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 64}, {"mix": 1.0}),
+    "granite": (
+        "Granite",
+        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}, "use_rslora": True},
+    ),
+    "some-layers": ("Llama", {}, {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
+}
+
+
+class Pair:
+    """A reference and the server with the file."""
+
+    def __init__(self, model: Model, server: LlamaServer, base_id: int) -> None:
+        assert model.config is not None
+        self.model, self.server, self.base_id, self.markers = model, server, base_id, model.config.markers
+        self.rows = model.model.get_input_embeddings().weight.shape[0]
+
+    def sequence(self, messages: tuple[Message, ...], mode: str) -> tuple[list[int], int]:
+        """Ids of a dialogue and a chain, and the length of the dialogue."""
+        ids = encode_prompt(self.model.tokenizer, messages)
+        length = len(ids)
+        for step in CHAINS.get(mode, ()):
+            start, end = self.markers[step]
+            ids += [start, *encode_text(self.model.tokenizer, f"safe {step} on my computer"), end]
+        return ids, length
+
+    @torch.no_grad()
+    def expected(self, ids: list[int], base: bool = False) -> Tensor:
+        """Log-probabilities (T, V) by PEFT."""
+        if base:
+            with self.model.model.disable_adapter():
+                return self.model.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return self.model.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    def found(self, ids: list[int], base: bool = False) -> Tensor:
+        """Log-probabilities (V) of the token after these ids, by llama.cpp."""
+        ids = [self.base_id, *ids[1:]] if base else ids
+        return self.server.log_probs(ids, self.rows + 1)[: self.rows].log_softmax(-1)
+
+
+@pytest.fixture(scope="module", params=SWITCH)
+def switch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    kind, base_changes, changes = SWITCH[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    base = make_base(folder / "base", kind, **base_changes)
+    adapter = make_adapter(base, folder / "adapter", **changes)
+    path = folder / "model.gguf"
+    write_switch(path, read_adapter(adapter), BaseWeights(str(base)), "f32", "f32")
+    with llama_server(path, slots=3) as server:
+        model = mote.load(str(base), adapter, device="cpu", dtype="float32")
+        yield Pair(model, server, model.model.get_input_embeddings().weight.shape[0])
+
+
+@pytest.mark.parametrize("messages", [(QUESTION,), TURNS], ids=["one-turn", "turns"])
+@pytest.mark.parametrize("mode", ["question", *CHAINS])
+def test_log_probs_of_every_token_equal_peft(switch: Pair, mode: str, messages: tuple[Message, ...]) -> None:
+    ids, length = switch.sequence(messages, mode)
+    expected = switch.expected(ids)
+    for end in range(length - 2, len(ids)):
+        torch.testing.assert_close(switch.found(ids[: end + 1]), expected[end], atol=1e-3, rtol=0)
+
+
+def test_base_mode_equals_the_base_model(switch: Pair) -> None:
+    ids, _ = switch.sequence((QUESTION,), "question")
+    for end in (1, len(ids) // 2, len(ids) - 1):
+        found, expected = switch.found(ids[: end + 1], base=True), switch.expected(ids, base=True)[end]
+        words = torch.ones(switch.rows, dtype=torch.bool)
+        words[[id_ for pair in switch.markers.values() for id_ in pair]] = False
+        torch.testing.assert_close(found[words].log_softmax(-1), expected[words].log_softmax(-1), atol=1e-3, rtol=0)
+
+
+def test_concurrent_greedy_tokens_equal_peft(switch: Pair) -> None:
+    """Three requests at once, then again with their prompts in the cache."""
+    banned = sorted({id_ for pair in switch.markers.values() for id_ in pair} | set(range(3)) | {switch.base_id})
+    starts = {mode: switch.sequence((QUESTION,), mode)[0][:-4] for mode in CHAINS}
+    expected = {}
+    for mode, ids in starts.items():
+        written: list[int] = []
+        for _ in range(8):
+            row = switch.expected([*ids, *written])[-1]
+            row[banned[:-1]] = float("-inf")
+            written.append(int(row.argmax()))
+        expected[mode] = written
+
+    def answer(mode: str) -> list[int]:
+        bias = [[id_, False] for id_ in banned]
+        tokens: list[int] = switch.server.complete(starts[mode], 8, logit_bias=bias)["tokens"]
+        return tokens
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):
+            assert dict(zip(starts, pool.map(answer, starts), strict=True)) == expected
