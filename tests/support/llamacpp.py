@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 PLAIN_ID = 70  # a letter in the tests' tokenizer
 
 
@@ -20,10 +19,11 @@ class LlamaServer:
 
     def __init__(self, server: Any) -> None:
         self._server = server
+        self.address: str = server.listening_address
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
-            f"{self._server.listening_address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self.address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)

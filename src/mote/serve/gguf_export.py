@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mote.core.files import atomic_folder, check_new, disk_errors, write_atomic
-from mote.core.scheme import ADAPTIVE
+from mote.core.scheme import ADAPTIVE, start_marker
 from mote.inference.load import Adapter, read_adapter
 from mote.serve.export import base_name, check_exportable
 from mote.serve.gguf_check import ENGINE, check_file
@@ -61,7 +61,13 @@ def export_gguf(
             write_atomic(scratch / f"{mode}.gbnf", mode_grammar(scheme.chains_of(mode), trained.config.markers))
         stops = [trained.tokenizer.decode([id_]) for id_ in stop_ids(trained.tokenizer, base.generation)]
         write_atomic(scratch / "Modelfile", modelfile(MODEL, find_frame(_renderer(trained.tokenizer)), stops))
-        _finish(scratch, trained, _CARD.format(base=base.name, folder=out, modes=", ".join(modes), check=_checked()))
+        _finish(
+            scratch,
+            trained,
+            _CARD.format(
+                base=base.name, folder=out, modes=", ".join(modes), check=_checked(), answer=start_marker(scheme.answer)
+            ),
+        )
         check_file(path, trained.tokenizer, trained.config.markers)
     return out
 
@@ -128,7 +134,7 @@ llama-server -m {folder}/model.gguf -c 4096 --jinja
 curl http://127.0.0.1:8080/v1/chat/completions -d '{{"messages": [{{"role": "user", "content": "How do I ...?"}}]}}'
 ```
 
-The reply holds every step between its markers; what a reader should see is the step behind `<|response|>`. A mode
+The reply holds every step between its markers; what a reader should see is the step behind `{answer}`. A mode
 ({modes}) is a grammar: send the content of `MODE.gbnf` as `grammar`. Earlier replies are shown to the model without
 their reasoning, which the chat template does by itself.
 

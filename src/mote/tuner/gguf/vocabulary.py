@@ -16,6 +16,7 @@ from mote.tuner.config import MoteConfig
 from mote.tuner.gguf.source import Experts
 
 MARKERS = "mote.markers"  # metadata: step -> ids of its start and end marker, as JSON
+_MARKER_TYPE = TokenType.NORMAL
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -102,7 +103,7 @@ def _token_types(tokenizer: Any, texts: dict[int, str], rows: int, config: MoteC
         if text is None:
             types.append(TokenType.UNUSED)
         elif id_ in markers:
-            types.append(TokenType.NORMAL)
+            types.append(_MARKER_TYPE)
         elif id_ == tokenizer.unk_token_id:
             types.append(TokenType.UNKNOWN)
         elif id_ in added:
