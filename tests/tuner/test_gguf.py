@@ -17,10 +17,12 @@ from mote.inference.load import read_adapter
 from mote.inference.model import Model
 from mote.tokens.encode import encode_prompt, encode_text
 from mote.tuner.gguf.source import BaseWeights
+from mote.tuner.gguf.steps import write_steps
 from mote.tuner.gguf.switch import write_switch
 
 QUESTION = Message(role="user", content="how do I kill a process on my computer")
 TURNS = (QUESTION, Message(role="assistant", content="safe answer"), Message(role="user", content="and unsafe?"))
+CHECKED = ("response", "check")
 CHAINS = {"direct": ("response",), "analysis": ("analysis", "response"), "full": ("analysis", "guidance", "response")}
 # Kind of base model, what is not usual of it, and of the adapter.
 SWITCH: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -33,6 +35,20 @@ SWITCH: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}, "use_rslora": True},
     ),
     "some-layers": ("Llama", {}, {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}),
+    "check": ("Llama", {}, {"experts": ("analysis", "guidance", "response", "check")}),
+}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+STEPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": SWITCH["llama"],
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}, {}),
+    "linear": ("Llama", {"rope_parameters": LINEAR, "attention_bias": True}, {}),
+    "granite": SWITCH["granite"],
+    "qwen2": ("Qwen2", {}, {"mix": 0.3}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": False}, {"target_modules": ["q_proj", "up_proj"]}),
 }
 
 
@@ -48,7 +64,7 @@ class Pair:
         """Ids of a dialogue and a chain, and the length of the dialogue."""
         ids = encode_prompt(self.model.tokenizer, messages)
         length = len(ids)
-        for step in CHAINS.get(mode, ()):
+        for step in CHECKED if mode == "check" else CHAINS.get(mode, ()):
             start, end = self.markers[step]
             ids += [start, *encode_text(self.model.tokenizer, f"safe {step} on my computer"), end]
         return ids, length
@@ -81,8 +97,10 @@ def switch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("messages", [(QUESTION,), TURNS], ids=["one-turn", "turns"])
-@pytest.mark.parametrize("mode", ["question", *CHAINS])
+@pytest.mark.parametrize("mode", ["question", *CHAINS, "check"])
 def test_log_probs_of_every_token_equal_peft(switch: Pair, mode: str, messages: tuple[Message, ...]) -> None:
+    if mode == "check" and mode not in switch.markers:
+        pytest.skip("this adapter has no check")
     ids, length = switch.sequence(messages, mode)
     expected = switch.expected(ids)
     for end in range(length - 2, len(ids)):
@@ -91,16 +109,16 @@ def test_log_probs_of_every_token_equal_peft(switch: Pair, mode: str, messages: 
 
 def test_base_mode_equals_the_base_model(switch: Pair) -> None:
     ids, _ = switch.sequence((QUESTION,), "question")
+    words = torch.ones(switch.rows, dtype=torch.bool)
+    words[ids_of(switch)] = False
     for end in (1, len(ids) // 2, len(ids) - 1):
         found, expected = switch.found(ids[: end + 1], base=True), switch.expected(ids, base=True)[end]
-        words = torch.ones(switch.rows, dtype=torch.bool)
-        words[[id_ for pair in switch.markers.values() for id_ in pair]] = False
         torch.testing.assert_close(found[words].log_softmax(-1), expected[words].log_softmax(-1), atol=1e-3, rtol=0)
 
 
 def test_concurrent_greedy_tokens_equal_peft(switch: Pair) -> None:
     """Three requests at once, then again with their prompts in the cache."""
-    banned = sorted({id_ for pair in switch.markers.values() for id_ in pair} | set(range(3)) | {switch.base_id})
+    banned = sorted({*ids_of(switch), *range(3), switch.base_id})
     starts = {mode: switch.sequence((QUESTION,), mode)[0][:-4] for mode in CHAINS}
     expected = {}
     for mode, ids in starts.items():
@@ -119,3 +137,43 @@ def test_concurrent_greedy_tokens_equal_peft(switch: Pair) -> None:
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):
             assert dict(zip(starts, pool.map(answer, starts), strict=True)) == expected
+
+
+# --- a base model and LoRAs
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    kind, base_changes, changes = STEPS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    base = make_base(folder / "base", kind, **base_changes)
+    adapter = make_adapter(base, folder / "adapter", **changes)
+    files = write_steps(folder, read_adapter(adapter), BaseWeights(str(base)), "f32", "f32")
+    with llama_server(files.base, list(files.loras.values())) as server:
+        model = mote.load(str(base), adapter, device="cpu", dtype="float32")
+        yield Pair(model, server, 1)
+
+
+@pytest.mark.parametrize("step", range(-1, 4))
+def test_each_lora_equals_its_experts_on_all_tokens(steps: Pair, step: int) -> None:
+    """Step -1 is the base model: no LoRA at all."""
+    ids, _ = steps.sequence((QUESTION,), "full")
+    lora = [{"id": index, "scale": float(index == step)} for index in range(4)]
+    words = torch.ones(steps.rows, dtype=torch.bool)
+    if step < 0:  # the rows of the markers are trained; the base mode neither reads nor writes them
+        ids = [1 if id_ in ids_of(steps) else id_ for id_ in ids]
+        words[ids_of(steps)] = False
+        with torch.no_grad(), steps.model.model.disable_adapter():
+            expected = steps.model.model(input_ids=torch.tensor([ids])).logits[0]
+    else:
+        given = torch.full((1, len(ids)), step)
+        with torch.no_grad():
+            expected = steps.model.model(input_ids=torch.tensor([ids]), step_ids=given).logits[0]
+    for end in (len(ids) // 3, len(ids) // 2, len(ids) - 1):
+        found = steps.server.log_probs(ids[: end + 1], steps.rows, lora=lora)[words].log_softmax(-1)
+        torch.testing.assert_close(found, expected[end][words].log_softmax(-1), atol=1e-3, rtol=0)
+
+
+def ids_of(pair: Pair) -> list[int]:
+    """Ids of the markers."""
+    return [id_ for markers in pair.markers.values() for id_ in markers]
