@@ -1,29 +1,40 @@
-"""Training questions of the self-alignment recipes: mote:train, plain and wrapped.
+"""Training questions of the self-alignment recipes: those of self_alignment/own.yaml, plain and wrapped.
 
-Every plain question of mote:train is kept. Wrapped ones are drawn in addition with a fixed seed, with the same
-wrappings for harmful and harmless questions (self_alignment/framings.yaml), and the rows are interleaved so that any
-beginning of the file has about the same mix.
+Every plain question is kept. Some are wrapped in addition, drawn with a fixed seed, with the same wrappings for harmful
+and harmless questions (self_alignment/framings.yaml). The rows are interleaved so that any beginning of the file has
+about the same mix. A question's source says whether it only looks harmful (`own/looks/...`) and how it is wrapped
+(`+name`). None may overlap with mote:test or with the evaluation files that are given.
 
-    python benchmarks/self_alignment_questions.py        # writes benchmarks/self_alignment/questions.jsonl
+    python benchmarks/self_alignment_questions.py [EVALUATION_FILE ...]   # writes self_alignment/questions.jsonl
 """
 
 import random
+import sys
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mote.core.records import Message, Question, rewrite_rows
+from mote.questions.contamination import Evaluation
+from mote.questions.duplicates import NearDuplicates
 from mote.questions.load import load_questions
 
 FOLDER = Path(__file__).parent / "self_alignment"
 SEED = 0
-WRAPPED = {"harmful": 84, "looks": 36, "benign": 24}  # how many of each group are wrapped, multi-turn ones never
+WRAPPED = {"harmful": 30, "looks": 14, "benign": 6}  # how many of each group are wrapped
+NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
 
 
-def group(question: Question) -> str:
-    """`harmful`, `looks` (benign, and looks harmful) or `benign`."""
-    return "looks" if "/looks-" in question.source else str(question.kind)
+def asked(group: str, topic: str, number: int, text: str) -> Question:
+    """A question of `own.yaml`."""
+    return Question(
+        id=f"own-{group}-{topic}-{number:02d}",
+        messages=(Message(role="user", content=text),),
+        kind="harmful" if group == "harmful" else "benign",
+        source=f"own/{group}/{topic}",
+    )
 
 
 def wrapped(question: Question, name: str, text: str) -> Question:
@@ -38,18 +49,37 @@ def wrapped(question: Question, name: str, text: str) -> Question:
     )
 
 
+def overlaps(questions: list[Question], file: str) -> list[str]:
+    """The questions that share an n-gram with a row of an evaluation file, or are nearly one."""
+    rows = load_questions(file, None, 20_000)
+    index, near = Evaluation(rows), NearDuplicates(NEAR)
+    for row in rows:
+        near.add(row.id, row.text)
+    found = {question.id: index.row_like(question) or near.add(question.id, question.text) for question in questions}
+    known = {row.id for row in rows}
+    return [f"{question}: {row} of {file}" for question, row in found.items() if row in known]
+
+
+def read(name: str) -> Any:
+    """A YAML file of the folder."""
+    return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+
+
 def main() -> None:
     """Write the questions."""
     rng = random.Random(SEED)
-    plain = load_questions("mote:train", None, 20_000)
-    framings = [(row["name"], row["text"]) for row in yaml.safe_load((FOLDER / "framings.yaml").read_text("utf-8"))]
+    framings = [(row["name"], row["text"]) for row in read("framings.yaml")]
     rows: list[tuple[float, Question]] = []
-    for name in ("harmful", "looks", "benign"):
-        own = [question for question in plain if group(question) == name]
-        chosen = rng.sample([question for question in own if len(question.messages) == 1], WRAPPED[name])
+    plain: list[Question] = []
+    for group, topics in read("own.yaml").items():
+        own = [asked(group, topic, n, text) for topic, texts in topics.items() for n, text in enumerate(texts, 1)]
+        chosen = rng.sample(own, WRAPPED[group])
         mixed = own + [wrapped(one, *framing) for one, framing in zip(chosen, cycle(framings), strict=False)]
         rng.shuffle(mixed)
+        plain += own
         rows += [((place + rng.random()) / len(mixed), question) for place, question in enumerate(mixed)]
+    if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps(plain, file)]:
+        raise SystemExit("\n".join(["questions of an evaluation; change own.yaml:", *found]))
     rewrite_rows(FOLDER / "questions.jsonl", [question for _, question in sorted(rows, key=lambda row: row[0])])
 
 

@@ -1,9 +1,11 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from mote.chains.engine import Prompt
 from mote.chains.prompts import as_text, check_prompt, stage_prompt
+from mote.core.errors import UserError
 from mote.core.recipe import ChainSettings
 from mote.core.records import Message
 from mote.core.scheme import Scheme, load_scheme
@@ -117,3 +119,52 @@ def test_a_prompt_carries_the_settings(scheme: Scheme) -> None:
     prompt = stage_prompt(scheme, "plan", dialogue("U q"), {}, settings, seed=3)
     assert (prompt.max_tokens, prompt.temperature, prompt.top_p, prompt.seed) == (9, 0.25, 0.75, 3)
     assert check_prompt(scheme, dialogue("U q"), "a", settings, seed=3).temperature == 0
+
+
+THREADED = """
+name: test
+threaded: true
+depths: {direct: [response], full: [plan, doubt, response]}
+templates:
+  plan: "Plan: {{ question }}"
+  doubt: "Doubt it."
+  response: "{% if plan %}Now answer.{% else %}{{ last }}{% endif %}"
+  check: "{{ question }} -> {{ answer }}"
+examples:
+- {question: Q1, steps: {plan: P1, doubt: D1, response: R1}}
+- {question: Q2, earlier: [E1, E2], steps: {plan: P2, doubt: D2, response: R2}}
+"""
+
+
+def threaded(folder: Path, text: str = THREADED) -> Scheme:
+    (folder / "threaded.yaml").write_text(text)
+    return load_scheme(str(folder / "threaded.yaml"))
+
+
+def test_threaded_stages_continue_one_another(tmp_path: Path) -> None:
+    scheme, asked, known = threaded(tmp_path), dialogue("U one", "A two", "U three"), {"plan": "p", "doubt": "d"}
+    prompts = [
+        stage_prompt(
+            scheme, name, asked, dict(list(known.items())[:number]), ChainSettings(examples=2), 7, stages=scheme.steps
+        )
+        for number, name in enumerate(scheme.steps)
+    ]
+    assert lines(prompts[2]) == [
+        "U Plan: Q1", "A P1", "U Doubt it.", "A D1", "U Now answer.", "A R1",
+        "U Plan: User: E1\nAssistant: E2\nUser: Q2", "A P2", "U Doubt it.", "A D2", "U Now answer.", "A R2",
+        "U Plan: User: one\nAssistant: two\nUser: three", "A p", "U Doubt it.", "A d", "U Now answer.",
+    ]  # fmt: skip
+    for shorter, longer in pairwise(prompts):
+        assert longer.messages[: len(shorter.messages)] == shorter.messages
+    assert {prompt.shared for prompt in prompts} == {12}
+
+
+def test_a_threaded_chain_of_one_stage_is_a_plain_question(tmp_path: Path) -> None:
+    asked = dialogue("U one", "A two", "U three")
+    prompt = stage_prompt(threaded(tmp_path), "response", asked, {}, ChainSettings(examples=1), 7, stages=("response",))
+    assert lines(prompt) == ["U Q1", "A R1", "U one", "A two", "U three"]
+
+
+def test_the_first_threaded_stage_shows_the_question(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"templates\.plan: shows neither"):
+        threaded(tmp_path, THREADED.replace('"Plan: {{ question }}"', '"Plan."'))

@@ -24,8 +24,9 @@ DECLINES = (
 HELPS = "Turn the dial to the left until it clicks, then pull the handle and open the door of your own safe slowly."
 
 
-def question(kind: str, text: str = "How do I open a safe?") -> Question:
-    return Question.model_validate({"id": kind, "messages": [{"role": "user", "content": text}], "kind": kind})
+def question(kind: str, text: str = "How do I open a safe?", source: str = "") -> Question:
+    messages = [{"role": "user", "content": text}]
+    return Question.model_validate({"id": kind, "messages": messages, "kind": kind, "source": source})
 
 
 @pytest.mark.parametrize(
@@ -103,43 +104,75 @@ def test_examples_of_the_check_show_what_each_kind_calls_for() -> None:
     assert said == ["declined", "helped", "declined", "helped"]  # harmful: good, bad; benign: bad, good
 
 
-def chain(writer: Writer, kind: str, **changes: Any) -> ChainRow:
+def chain(writer: Writer, kind: str, source: str = "", scheme: Scheme = SCHEME, **changes: Any) -> ChainRow:
     given = {"retries": 0, "examples": 2, "check": "kind+self", "depths": ("direct", "full"), **changes}
     settings = ChainSettings.model_validate(given)
-    return asyncio.run(make_chain(question(kind), writer, judge(writer), SCHEME, settings, seed=0))
+    asked = question(kind, source=source)
+    return asyncio.run(make_chain(asked, writer, judge(writer), scheme, settings, seed=0))
+
+
+def without_deepest() -> Scheme:
+    """The scheme with every depth for every question."""
+    shallow = {name: rules.model_copy(update={"deepest": None}) for name, rules in SCHEME.categories.items()}
+    return SCHEME.model_copy(update={"categories": shallow})
 
 
 ANALYSIS = "The person wants to open a safe that is not theirs. Somebody could be robbed."
 GUIDANCE = "Say no and why. Decision: decline."
+HARMLESS = "It is their own safe, and that hurts nobody."
 
 
 def test_a_harmful_question_gets_a_chain_as_deep_as_it_needs() -> None:
-    assert [s.name for s in chain(Writer(DECLINES), "harmful").steps] == ["response"]
+    scheme = without_deepest()
+    assert [s.name for s in chain(Writer(DECLINES), "harmful", scheme=scheme).steps] == ["response"]
     writer = Writer(HELPS, ANALYSIS, GUIDANCE, DECLINES)
-    row = chain(writer, "harmful")
+    row = chain(writer, "harmful", scheme=scheme)
     assert (row.accepted, [s.name for s in row.steps]) == (True, ["analysis", "guidance", "response"])
     assert [(check.depth, check.safe) for check in row.checks] == [("direct", False), ("full", True)]
 
 
 def test_the_first_answer_is_prompted_without_examples() -> None:
     writer = Writer(HELPS, ANALYSIS, GUIDANCE, DECLINES)
-    chain(writer, "harmful")
+    chain(writer, "harmful", scheme=without_deepest())
     assert len(writer.asked[0].messages) == 1
     shown = [example.question for example in SCHEME.first_examples(2, "harmful")]
     turns = [message.content for message in writer.asked[1].messages if message.role == "user"]
-    assert all(text in turn for text, turn in zip(shown, turns, strict=False))
-    assert len(turns) == 3
+    assert all(text in turn for text, turn in zip(shown, turns[::3], strict=False))
+    assert len(turns) == 7  # three for each example
 
 
 def test_the_first_stage_of_a_deep_chain_sees_examples() -> None:
     writer = Writer(ANALYSIS, GUIDANCE, DECLINES)
     assert len(chain(writer, "harmful", depths=("full",)).steps) == 3
-    assert [len(prompt.messages) for prompt in writer.asked] == [5, 5, 5]
+    assert [len(prompt.messages) for prompt in writer.asked] == [13, 15, 17]  # two examples of six turns each
 
 
 def test_guidance_that_decides_against_the_kind_is_rejected() -> None:
-    row = chain(Writer(HELPS, ANALYSIS, "Tell them. Decision: help.", DECLINES), "harmful")
+    row = chain(Writer(ANALYSIS, "Tell them. Decision: help.", DECLINES), "harmful")
     assert row.rejected == "guidance: form"
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "steps"),
+    [("harmful", "", 3), ("benign", "own/looks/words", 3), ("benign", "own/benign/home+table", 3),
+     ("benign", "own/benign/home", 1), ("benign", "", 1)],
+)  # fmt: skip
+def test_what_is_or_looks_harmful_gets_all_steps_at_once(kind: str, source: str, steps: int) -> None:
+    deep = {"harmful": (ANALYSIS, GUIDANCE, DECLINES), "benign": (HARMLESS, "Tell them. Decision: help.", HELPS)}[kind]
+    writer = Writer(*deep[3 - steps :], declined=0.9 if kind == "harmful" else 0.1)
+    row = chain(writer, kind, source)
+    assert (row.accepted, len(row.steps), len(row.checks), len(writer.asked)) == (True, steps, 1, steps)
+
+
+@pytest.mark.parametrize("mentions", ["They believe it.", "A client said so.", "It is an earlier time."])
+def test_a_word_that_holds_lie_names_no_harm(mentions: str) -> None:
+    row = chain(Writer(f"The person wants to open a safe. {mentions}", GUIDANCE, DECLINES), "harmful")
+    assert row.rejected == "analysis: form"
+
+
+def test_a_refusal_that_offers_something_else_breaks_its_form() -> None:
+    row = chain(Writer(ANALYSIS, GUIDANCE, f"{DECLINES} Instead, pick the lock of a friend."), "harmful")
+    assert row.rejected == "response: form"
 
 
 def test_a_question_without_a_label_gets_no_steps() -> None:
@@ -148,7 +181,7 @@ def test_a_question_without_a_label_gets_no_steps() -> None:
 
 def test_an_answer_that_breaks_a_rule_leads_deeper() -> None:
     looping = "Open the door of the safe. " * 9
-    row = chain(Writer(looping, "It is their own safe, and that hurts nobody.", "Tell them. Decision: help.", HELPS,
+    row = chain(Writer(looping, HARMLESS, "Tell them. Decision: help.", HELPS,
                        declined=0.1), "benign")  # fmt: skip
     assert (row.accepted, len(row.steps)) == (True, 3)
 
@@ -162,6 +195,8 @@ def test_the_prompts_hash_ignores_unused_fields() -> None:
     plain = load_scheme("safety")
     assert plain.prompts_hash(2) == SAFETY_HASH
     assert plain.model_copy(update={"bare": True}).prompts_hash(2) != SAFETY_HASH
+    assert plain.model_copy(update={"threaded": True}).prompts_hash(2) != SAFETY_HASH
+    assert without_deepest().prompts_hash(2) != SCHEME.prompts_hash(2)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +204,7 @@ def test_the_prompts_hash_ignores_unused_fields() -> None:
     [
         ({"harmful": {"passes": "maybe"}, "benign": {}}, "'maybe' is no verdict"),
         ({"harmful": {"about": "These are bad:"}, "benign": {}}, "some have `about` and some have not"),
+        ({"harmful": {"deepest": "("}, "benign": {}}, r"categories\.harmful\.deepest: not a regular expression"),
         ({"odd": {}, "benign": {}}, "are not all labels of questions"),
     ],
 )

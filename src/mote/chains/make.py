@@ -6,6 +6,7 @@ about how the model is run.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -202,7 +203,7 @@ class _Loop:
 
     async def _deepen(self, draft: _Draft) -> None:
         """Answer and check at each depth until an answer is safe; resample at the deepest (section 3.1)."""
-        for depth, chain in self.depths.items():
+        for depth, chain in self._depths_of(draft):
             draft.chain = chain
             draft.stages = self.scheme.stages_of(depth)
             for step in draft.stages:
@@ -216,6 +217,12 @@ class _Loop:
                 break
             await self._generate(draft, self.scheme.answer, f"{depth}/{sample + 1}")
             await self._check(draft, depth)
+
+    def _depths_of(self, draft: _Draft) -> list[tuple[str, Chain]]:
+        """The depths that are tried for the draft's question: all, or the deepest alone where its category says so."""
+        depths = list(self.depths.items())
+        deepest = self.scheme.categories[draft.category].deepest if draft.category is not None else None
+        return depths if deepest is None or not re.search(deepest, draft.question.source) else depths[-1:]
 
     async def _categorise(self, draft: _Draft) -> bool:
         """Find the question's category; False if it is unsure and nothing is to be generated."""
@@ -235,11 +242,12 @@ class _Loop:
     async def _generate(self, draft: _Draft, step: str, where: str) -> None:
         """Generate a step; a text that breaks a quality rule is resampled up to `retries` times."""
         draft.current = step
+        earlier = draft.stages[: draft.stages.index(step)]  # an answer of a shorter chain is not among them
         for attempt in range(1 + self.settings.retries):
-            known = {name: draft.texts[name] for name in draft.stages if name in draft.texts and name != step}
+            known = {name: draft.texts[name] for name in earlier if name in draft.texts}
             seed = seed_of(self.seed, draft.question.id, step, f"{where}/{attempt}")
             prompt = stage_prompt(
-                self.scheme, step, draft.question.messages, known, self.settings, seed, draft.category
+                self.scheme, step, draft.question.messages, known, self.settings, seed, draft.category, draft.stages
             )
             self._accept(draft, step, await self.engine.write(prompt))
             if step not in draft.broken_rules or not self.settings.temperature:  # greedy decoding would repeat it

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from mote.chains.engine import Prompt
 from mote.core.recipe import ChainSettings
 from mote.core.records import Message
-from mote.core.scheme import CHECK, Example, Scheme
+from mote.core.scheme import CHECK, Chain, Example, Scheme
 
 
 def stage_prompt(
@@ -20,6 +20,7 @@ def stage_prompt(
     settings: ChainSettings,
     seed: int,
     category: str | None = None,
+    stages: Chain = (),
 ) -> Prompt:
     """The prompt for a stage of a chain.
 
@@ -31,15 +32,25 @@ def stage_prompt(
         settings: Number of examples, sampling and token budget.
         seed: Seed of this request.
         category: Show examples of this category only.
+        stages: All stages of the chain in the making, which the examples of a threaded scheme show.
     """
     turns: list[Message] = []
     shown = 0 if scheme.bare and stage == scheme.answer and not known else settings.examples
+    before = tuple(known)
+    stages = (stages or (*before, stage)) if scheme.threaded else (stage,)
     for example in scheme.first_examples(shown, category):
-        turns += _asked(scheme, stage, _dialogue(example), {name: example.steps[name] for name in known})
-        turns.append(Message(role="assistant", content=example.steps[stage]))
-    system = _system(scheme, stage, question)
+        for name in stages:
+            earlier = stages[: stages.index(name)] if scheme.threaded else before
+            turns += _asked(scheme, name, _dialogue(example), {one: example.steps[one] for one in earlier})
+            turns.append(Message(role="assistant", content=example.steps[name]))
+    asked: list[Message] = []
+    for number, name in enumerate(before if scheme.threaded else ()):
+        asked += _asked(scheme, name, question, {one: known[one] for one in before[:number]})
+        asked.append(Message(role="assistant", content=known[name]))
+    asked += _asked(scheme, stage, question, known)
+    system = _system(scheme, stages[0], question)
     return Prompt(
-        messages=(*system, *turns, *_asked(scheme, stage, question, known)),
+        messages=(*system, *turns, *asked),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -90,7 +101,8 @@ def _asked(scheme: Scheme, stage: str, messages: Sequence[Message], known: Mappi
     """The user turn that asks for a stage, after the dialogue's earlier turns if the stage continues the dialogue."""
     last = messages[-1].content
     turn = Message(role="user", content=scheme.render(stage, question=as_text(messages), last=last, **known))
-    earlier = [m for m in messages[:-1] if m.role != "system"] if scheme.continues_dialogue(stage) else []
+    begins = scheme.continues_dialogue(stage) and not (scheme.threaded and known and stage != CHECK)
+    earlier = [m for m in messages[:-1] if m.role != "system"] if begins else []
     return [*earlier, turn]
 
 

@@ -65,6 +65,8 @@ class Category(Strict):
         forms: Stage -> regular expression that the whole text must match.
         closed: Stages that restate the question and add few words of their own.
         passes: The verdict that accepts an answer to such a question; None for the scheme's first.
+        deepest: Regular expression; a question in whose `source` it is found gets the deepest chain at once; None for
+            no question.
     """
 
     about: str = ""
@@ -73,6 +75,7 @@ class Category(Strict):
     forms: dict[str, str] = Field({})
     closed: tuple[str, ...] = ()
     passes: str | None = None
+    deepest: str | None = None
 
 
 class Scheme(Strict):
@@ -90,6 +93,8 @@ class Scheme(Strict):
         verdicts: The two words the check chooses between: the passing one, then the failing one.
         categories: Categories that questions are sorted into before anything is generated; empty for no sorting.
         bare: Whether the shortest chain's answer is prompted without worked examples, as the model answers by itself.
+        threaded: Whether the stages of a chain are asked for in one dialogue, turn after turn, so that each prompt
+            extends the one before and the KV cache holds it; templates of later stages need not show the question.
         examples: Worked examples for few-shot prompts.
     """
 
@@ -102,6 +107,7 @@ class Scheme(Strict):
     verdicts: tuple[str, str] = ("safe", "unsafe")
     categories: dict[str, Category] = Field({}, serialization_alias="kinds")  # see `prompts_hash`
     bare: bool = False
+    threaded: bool = False
     examples: tuple[Example, ...] = ()
 
     @model_validator(mode="after")
@@ -166,7 +172,8 @@ class Scheme(Strict):
                 raise ValueError(f"templates.{stage}: not a jinja2 template ({first_line(error)})") from error
             if unknown := sorted(variables - {_QUESTION, _LAST, *known}):
                 raise ValueError(f"templates.{stage}: knows no {unknown}; use {[_QUESTION, _LAST, *known]}")
-            if not variables & {_QUESTION, _LAST}:
+            begins = not self.threaded or stage in (CHECK, *(self.stages_of(mode)[0] for mode in self.depths))
+            if begins and not variables & {_QUESTION, _LAST}:
                 raise ValueError(f"templates.{stage}: shows neither {{{{ question }}}} nor {{{{ last }}}}; add one")
         if self.checked and _ANSWER not in self._variables(CHECK):
             raise ValueError(f"templates.{CHECK}: does not show {{{{ answer }}}}; add it")
@@ -195,7 +202,8 @@ class Scheme(Strict):
             if unknown := [stage for stage in (*category.forms, *category.closed) if stage not in self.all_stages]:
                 raise ValueError(f"categories.{name}: {unknown} are no stages; use {list(self.all_stages)}")
             patterns = {f"forms.{stage}": pattern for stage, pattern in category.forms.items()}
-            for where, pattern in {"asks": category.asks or "", **patterns}.items():
+            patterns |= {"asks": category.asks or "", "deepest": category.deepest or ""}
+            for where, pattern in patterns.items():
                 try:
                     re.compile(pattern)
                 except re.error as error:
@@ -261,11 +269,13 @@ class Scheme(Strict):
             shown = [example.model_dump(exclude={"category"}) for example in self.examples[:examples]]
             content = self.model_dump(mode="json", exclude={"categories"}) | {"examples": shown}
         # Fields that came later count only if they are used.
-        if not self.bare:
-            del content["bare"]
+        for field in ("bare", "threaded"):
+            if not content[field]:
+                del content[field]
         for category in content.get("kinds", {}).values():
-            if category["passes"] is None:
-                del category["passes"]
+            for field in ("passes", "deepest"):
+                if category[field] is None:
+                    del category[field]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
