@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from support.disk import largest_file
 from support.exports import command, make_adapter
 from support.llamacpp import LlamaServer, llama_server
+from support.sentencepiece import save_sentencepiece
 from support.vllm import make_base
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mote.core.errors import MoteError, UserError
 from mote.inference.load import read_adapter
@@ -266,3 +268,46 @@ def test_templates_without_a_simple_form_are_left_out(template: str, adapter: Pa
     tokenizer.chat_template = template
     assert find_frame(render(tokenizer)) is None
     assert "TEMPLATE" not in modelfile("model.gguf", None, [])
+
+
+# --- tokenizers
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_splits_chats_as_the_tokenizer_does(legacy: bool, tmp_path: Path, capfd: Any) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    base = make_base(tmp_path / "base")
+    tokenizer = save_sentencepiece(base, legacy)
+    resize(base, len(tokenizer))
+    adapter = make_adapter(base, tmp_path / "adapter")
+    card = export_gguf(str(adapter), tmp_path / "out") / "README.md"
+    assert "splits chats into tokens as the tokenizer does" in card.read_text(), capfd.readouterr().err
+
+
+def test_chats_that_are_split_otherwise_are_named(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    monkeypatch.setattr(vocabulary, "merge_pairs", lambda model: [])
+    card = export_gguf(str(adapter), tmp_path / "out") / "README.md"
+    assert "splits some chats into other tokens" in card.read_text()
+    assert "send ids" in capfd.readouterr().err
+
+
+def test_a_tokenizer_without_a_name_is_refused(adapter: Path, tmp_path: Path) -> None:
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    other = shutil.copytree(adapter, tmp_path / "adapter")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, content["pre_tokenizer"]]}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no known name in llama"):
+        export_gguf(str(other), tmp_path / "out", model=base)
+    assert not (tmp_path / "out").exists()
+
+
+def resize(folder: Path, rows: int) -> None:
+    """Give a saved model this many embedding rows."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(rows)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)

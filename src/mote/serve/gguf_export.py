@@ -4,7 +4,6 @@ What the files hold is `mote.tuner.gguf`; here they get a folder with tokenizer,
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mote.core.files import atomic_folder, check_new, disk_errors, write_atomic
 from mote.core.scheme import ADAPTIVE, start_marker
 from mote.inference.load import Adapter, read_adapter
 from mote.serve.export import base_name, check_exportable
-from mote.serve.gguf_check import ENGINE, check_file
+from mote.serve.gguf_check import check_file
 from mote.serve.modelfile import find_frame, modelfile
 from mote.tokens.encode import stop_ids
 from mote.tuner.gguf.file import Type
@@ -61,14 +60,11 @@ def export_gguf(
             write_atomic(scratch / f"{mode}.gbnf", mode_grammar(scheme.chains_of(mode), trained.config.markers))
         stops = [trained.tokenizer.decode([id_]) for id_ in stop_ids(trained.tokenizer, base.generation)]
         write_atomic(scratch / "Modelfile", modelfile(MODEL, find_frame(_renderer(trained.tokenizer)), stops))
-        _finish(
-            scratch,
-            trained,
-            _CARD.format(
-                base=base.name, folder=out, modes=", ".join(modes), check=_checked(), answer=start_marker(scheme.answer)
-            ),
+        check = check_file(path, trained.tokenizer, trained.config.markers)
+        card = _CARD.format(
+            base=base.name, folder=out, modes=", ".join(modes), check=check, answer=start_marker(scheme.answer)
         )
-        check_file(path, trained.tokenizer, trained.config.markers)
+        _finish(scratch, trained, card)
     return out
 
 
@@ -84,9 +80,8 @@ def export_gguf_steps(
     trained, base = _opened(adapter, out, model, revision)
     with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         files = write_steps(scratch, trained, base, quantise, experts or _usual(quantise))
-        card = _STEPS_CARD.format(base=base.name, folder=out, adapter=adapter, check=_checked())
-        _finish(scratch, trained, card)
-        check_file(files.base, trained.tokenizer, trained.config.markers, list(files.loras.values()))
+        check = check_file(files.base, trained.tokenizer, trained.config.markers, list(files.loras.values()))
+        _finish(scratch, trained, _STEPS_CARD.format(base=base.name, folder=out, adapter=adapter, check=check))
     return out
 
 
@@ -106,10 +101,6 @@ def _finish(scratch: Path, trained: Adapter, card: str) -> None:
     write_atomic(scratch / "README.md", card)
 
 
-def _checked() -> str:
-    return "loaded once after it was written" if find_spec(ENGINE) else "not loaded after it was written"
-
-
 def _renderer(tokenizer: Any) -> Any:
     def render(dialogue: Any, generate: bool) -> str:
         rows: list[Mapping[str, str]] = [{"role": role, "content": text} for role, text in dialogue]
@@ -127,7 +118,7 @@ tags: [mote, safety, llama.cpp]
 # `{base}` with step experts, in one GGUF file
 
 All steps of a MoTE adapter (Mixture of insighTful Experts, arXiv 2405.00557) in llama.cpp's architecture
-`graniteswitch` (b10603 or later): the markers before a token choose the experts that read it. This file was {check}.
+`graniteswitch` (b10603 or later): the markers before a token choose the experts that read it. {check}
 
 ```bash
 llama-server -m {folder}/model.gguf -c 4096 --jinja
@@ -153,7 +144,7 @@ tags: [mote, safety, llama.cpp]
 `base.gguf` is the base model with the trained rows of the markers; `question.gguf` and the other files are LoRAs: the
 experts of a MoTE adapter (Mixture of insighTful Experts, arXiv 2405.00557) for the tokens of the question and of each
 step. A program that computes what the adapter does applies one of them to each token: `question.gguf` up to the first
-start marker, then that of the step. The file was {check}.
+start marker, then that of the step. {check}
 
 ```bash
 mote answer --adapter {adapter} --engine llamacpp --questions questions.jsonl --out answers

@@ -11,7 +11,9 @@ from typing import Any
 from gguf import TokenType
 
 from mote.core.errors import UserError
+from mote.core.records import Message
 from mote.core.scheme import end_marker, start_marker
+from mote.tokens.encode import encode_prompt, special_ids
 from mote.tuner.config import MoteConfig
 from mote.tuner.gguf.source import Experts
 
@@ -75,7 +77,8 @@ def add_vocabulary(writer: Any, tokenizer: Any, rows: int, trained: Experts | No
     texts = {id_: text for text, id_ in tokenizer.get_vocab().items()}
     writer.add_token_list([texts.get(id_, f"[unused{id_}]") for id_ in range(rows)])
     writer.add_token_types(_token_types(tokenizer, texts, rows, config))
-    if (space := _sentencepiece(content)) is not None:
+    opening = encode_prompt(tokenizer, (Message(role="user", content="?"),))[0]
+    if (space := _sentencepiece(content, opening in special_ids(tokenizer))) is not None:
         ranks = merge_ranks(content["model"])
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -147,10 +150,15 @@ _ANSWERS_ONLY = """\
 """
 
 
-def _sentencepiece(content: dict[str, Any]) -> bool | None:
+def _sentencepiece(content: dict[str, Any], opens_special: bool = False) -> bool | None:
     """Whether a sentencepiece tokenizer puts a space before each text; None if it is none.
 
-    A space before the first text only (`first`) counts as none: chats begin with a special token.
+    llama.cpp can put one before every text between special tokens, or before none.
+
+    Args:
+        content: The tokenizer's file.
+        opens_special: Whether chats begin with a special token, so that a space before the first text only is never
+            seen.
     """
     if content["model"]["type"] != "BPE" or not content["model"].get("byte_fallback"):
         return None
@@ -158,7 +166,7 @@ def _sentencepiece(content: dict[str, Any]) -> bool | None:
     steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
     kinds = [step.get("type") for step in steps]
     if pre.get("type") == "Metaspace" and not pre.get("split", True) and kinds == [None]:
-        return bool(pre["prepend_scheme"] == "always")
+        return bool(pre["prepend_scheme"] == "always" or (pre["prepend_scheme"] == "first" and not opens_special))
     if kinds == ["Prepend", "Replace"] and not pre:
         return True
     return False if kinds == ["Replace"] and pre.get("type") in (None, "Split") else None
