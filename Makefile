@@ -49,8 +49,8 @@ docs: install  ## the tables of docs/ from the code, and the drawing of the meth
 test: check  ## all of the above and the tests
 	$(BIN)/python -m pytest
 
-test-fast: install  ## tests without processes, servers, browsers or the embedded model
-	$(BIN)/python -m pytest -m 'not slow'
+test-fast: install  ## tests without training, processes, servers, browsers or the embedded model, on two cores
+	$(BIN)/python -m pytest -m 'not slow' -n 2
 
 .venv-vllm/.installed: pyproject.toml
 	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm

@@ -20,16 +20,22 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# Test files that train, measure or draw whole reports: two thirds of the time of all tests without processes.
+SLOW_FILES = {
+    *("test_ablations", "test_bench", "test_bench_training", "test_paper"),
+    *("test_arguments", "test_methods", "test_train", "test_report", "test_report_compare"),
+}
 SLOW_MODULES = {f"support.{name}" for name in ("processes", "cli_runs", "servers", "fake_server", "hub_server", "vllm")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark as slow whatever uses processes, servers, a browser, vLLM or the embedded model (see `make test-fast`)."""
+    """Mark as slow what `make test-fast` leaves out: `SLOW_FILES`, processes, servers, browsers, embedded model."""
     for item in items:
         names = vars(item.module).values()
         imported = {getattr(name, "__module__", None) or getattr(name, "__name__", None) for name in names}
         if (
             item.path.parent.name == "end_to_end"
+            or item.path.stem in SLOW_FILES
             or {"browser", "hub"} & set(item.fixturenames)
             or any(item.get_closest_marker(name) for name in ("model", "vllm"))
             or imported.intersection(SLOW_MODULES)

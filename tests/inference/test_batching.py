@@ -238,7 +238,8 @@ def test_idle_batch_has_no_thread_and_restores_attention(model: Any) -> None:
     running = Batcher(model, 2)
     futures = [running.submit(request) for request in requests(3)]
     running.wait()
-    assert all(future.done() for future in futures) and running._thread is None
+    assert all(future.done() for future in futures)
+    assert running._thread is not None and not running._thread.is_alive()
     assert model.config._attn_implementation == before
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
+from support.adapters import save_random_adapter
 from support.checked_chains import checked
 from support.training import SCHEME, chains, recipe, rows_of, trained
 from transformers import AutoModelForCausalLM
@@ -240,6 +241,16 @@ def test_separate_models_have_no_adaptive_mode(tiny: Path, tmp_path: Path) -> No
     model = mote.load(str(tiny), folder / "adapter", device="cpu")
     with pytest.raises(UserError, match=r"use one of \['direct', 'analysis', 'full'\]"):
         model.answer("how", "adaptive")
+
+
+@pytest.mark.parametrize("mode", FORCED)
+def test_separate_models_keep_small_budgets(tiny: Path, tmp_path: Path, mode: str) -> None:
+    model = mote.load(
+        str(tiny), save_random_adapter(tiny, tmp_path / "adapter", whole_rows=True, mix=1.0), device="cpu"
+    )
+    for budget in range(1, 12):
+        answer = model.answer("how", mode, max_step_tokens=6, max_tokens=budget)
+        assert answer.tokens.total <= budget and (answer.finish == "length" or answer.answer)
 
 
 def test_response_only_cuts_chains_to_their_answer(tiny: Path, tmp_path: Path) -> None:
