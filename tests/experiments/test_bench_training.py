@@ -32,7 +32,7 @@ from mote.experiments.bench.training import (
 )
 from mote.experiments.bench.workload import Workload, facts, prepare, random_rows
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import document_mask
+from mote.tokens.masks import document_mask, masks_for
 from mote.tokens.routing import Markers
 
 CHAIN = Tokens(
@@ -92,7 +92,7 @@ def test_masked_pass_needs_at_most_30_percent_of_the_flops(workload: Workload) -
     whole = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)]
     built = [form for row in whole for form in seven(row)]
     masked, all_forms = (
-        Pass(model, batches(rows, skip_p, 512, 1, 0, "cpu"), document_mask).flops()
+        Pass(model, batches(rows, skip_p, 512, 1, 0, "cpu"), masks_for(model.config, document_mask)).flops()
         for rows, skip_p in ((whole, 0.2), (built, 0.0))
     )
     assert 1 / 7 < masked / all_forms < 0.30

@@ -59,7 +59,7 @@ class Batcher:
         self._model = model
         self._markers = markers
         self._cache_tokens = cache_tokens
-        self._cache = SlotCache(slots)
+        self._cache = SlotCache(slots, model.config)
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._decoding: list[RunningSequence] = []  # sequence i is in slot i ...
         self._prefilling: list[RunningSequence] = []  # ... and these are in the slots after them
@@ -130,7 +130,7 @@ class Batcher:
         tolerance = 1e-3 if self._model.dtype == torch.float32 else 0.25  # of the largest logit; wrong ones are far off
         if not (found - expected).abs().max() <= tolerance * expected.abs().max():
             raise UserError(_UNSUPPORTED.format(name, "its attention is more than softmax over the tokens so far"))
-        self._cache = SlotCache(self._cache.slots)
+        self._cache = SlotCache(self._cache.slots, self._model.config)
         self.tokens_computed = 0
 
     def _run(self) -> None:
@@ -360,6 +360,7 @@ class Batcher:
             len(decoding),
             torch.tensor(slots, device=device),
             torch.tensor(offsets, device=device),
+            torch.tensor(positions, device=device),
             torch.tensor(lengths, device=device, dtype=torch.long),
             max(lengths, default=0),
             by_prefix(decoding, device),
@@ -372,7 +373,7 @@ class Batcher:
         with executing(plan), _attention_of(self._model.config, SLOTS):
             logits: Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
+                position_ids=plan.positions[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1 if keep is None else keep.to(device),

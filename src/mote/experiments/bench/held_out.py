@@ -13,7 +13,7 @@ from mote.experiments.bench.timing import say
 from mote.experiments.bench.trainers import with_experts
 from mote.experiments.bench.workload import STEPS, Workload
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import document_mask, skip_probabilities
+from mote.tokens.masks import document_mask, masks_for, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 
 LEARNING_RATE = 5e-4  # the quickstart's, with its linear decay to 0
@@ -96,7 +96,7 @@ def _train(
         indices[chain] = range(len(rows), len(rows) + len(own))
         rows += own
     data = ChainDataset(rows, skip_probabilities(skip_p, {}, STEPS), seed, draws=number)
-    step = Pass(model, [], document_mask)
+    step = Pass(model, [], masks_for(model.config, document_mask))
     [group] = step.optimizer.param_groups
     updates = [
         (epoch, chains[i : i + CHAINS]) for epoch, chains in enumerate(epochs) for i in range(0, len(chains), CHAINS)
@@ -120,7 +120,7 @@ def _held_out(model: Any, workload: Workload, rows: Sequence[Tokens]) -> list[fl
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in drawn:
             batch.pop("question_experts")
-            losses: Tensor = Pass(model, [], document_mask).losses(batch)
+            losses: Tensor = Pass(model, [], masks_for(model.config, document_mask)).losses(batch)
             labels = batch["labels"][:, 1:]
             counted = (labels != IGNORED) & ~torch.isin(labels, starts)
             sums += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()

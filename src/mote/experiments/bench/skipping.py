@@ -7,7 +7,7 @@ The seven data sets of the paper's appendix B, for a chain (x, a, g, y): (x, y),
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mote.experiments.bench.measurements import synchronize
 from mote.experiments.bench.workload import STEPS
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import skip_probabilities
+from mote.tokens.masks import MakeMask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import QUESTION
 from mote.train.loss import plain_head, tiled_losses, token_losses
 
 UNSEEN = ("labels", "visibility", "segment_ids", "weights")  # batch entries that the model does not take
 aten = torch.ops.aten
-MakeMask = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 def seven(row: Tokens) -> list[Tokens]:
@@ -53,7 +52,7 @@ class Pass:
     Attributes:
         model: With experts.
         batches: Output of `collate`.
-        make_mask: Mask builder; None for causal attention with consecutive positions.
+        make_mask: Makes the masks; None for causal attention with consecutive positions.
     """
 
     model: Any
@@ -71,7 +70,9 @@ class Pass:
         if self.make_mask is None:
             del inputs["position_ids"]
         else:
-            inputs["attention_mask"] = self.make_mask(batch["segment_ids"], batch["visibility"], batch["document_ids"])
+            inputs["attention_mask"] = self.make_mask(
+                batch["segment_ids"], batch["visibility"], batch["document_ids"], batch["position_ids"]
+            )
         head = plain_head(self.model)
         if head is None:
             return token_losses(self.model(**inputs, use_cache=False).logits, batch["labels"])

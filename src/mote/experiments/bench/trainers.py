@@ -25,7 +25,7 @@ from mote.experiments.bench.variants import share
 from mote.experiments.bench.workload import STEPS, Workload, prepare
 from mote.models.linear import speed_up
 from mote.tokens.encode import IGNORED
-from mote.tokens.masks import block_mask, document_mask, skip_probabilities
+from mote.tokens.masks import mask_form, masks_for, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.train import MoteTrainer, training_arguments
 from mote.tuner import MoteConfig
@@ -131,8 +131,9 @@ def _mote(workload: Workload, given: TrainerSettings, packed: bool) -> MoteTrain
     settings = given.settings(folder, given.rows_per_batch(workload, packed))
     arguments = training_arguments(Recipe.model_validate({"train": settings}), Path(folder), False, given.device)
     assert workload.config.routing is not None
+    model = with_experts(workload, workload.config, flex)
     return MoteTrainer(
-        model=with_experts(workload, workload.config, flex),
+        model=model,
         args=arguments,
         train_dataset=ChainDataset(
             workload.rows, skip_probabilities(given.skip_p, {}, STEPS), 0, given.length if packed else None
@@ -140,7 +141,7 @@ def _mote(workload: Workload, given: TrainerSettings, packed: bool) -> MoteTrain
         data_collator=lambda batch: collate(batch, workload.tokenizer.pad_token_id),
         markers=workload.config.routing,
         expert_names=STEPS,
-        make_mask=block_mask if flex else document_mask,
+        make_mask=masks_for(model.config, mask_form(model.config._attn_implementation)),
     )
 
 

@@ -13,7 +13,7 @@ from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.experiments.bench.held_out import compare_held_out
 from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
-from mote.experiments.bench.skipping import MakeMask, Pass, batches, seven, step_occurrences
+from mote.experiments.bench.skipping import Pass, batches, seven, step_occurrences
 from mote.experiments.bench.timing import compare, interleave, paired, say
 from mote.experiments.bench.trainers import (
     ARMS,
@@ -30,7 +30,7 @@ from mote.experiments.bench.workload import Workload, facts, prepare
 from mote.models.embedded import EMBEDDED
 from mote.models.load import default_device, default_dtype
 from mote.tokens.encode import Tokens
-from mote.tokens.masks import block_mask, document_mask
+from mote.tokens.masks import MakeMask, mask_form, masks_for
 
 MEASURES = ("memory", "skipping", "masks", "trainers", "held-out")
 SEVEN = "seven data sets"
@@ -215,7 +215,7 @@ def _passes(
     given = settings.training
     on_gpu = settings.device.startswith("cuda")
     model = with_experts(workload, workload.config, on_gpu)
-    make_mask = block_mask if on_gpu else document_mask
+    make_mask = masks_for(model.config, mask_form(model.config._attn_implementation))
     whole = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)][: settings.whole]
     if not whole:
         raise UserError("chains: none has analysis, guidance and response; give a file with some, or a larger --count")
