@@ -71,7 +71,7 @@ class ChainSettings(_Settings):
         0,
         ge=0,
         description="Worked examples of the scheme in each prompt (`safety` has eight, `safety-small` 16 per category, "
-        "`safety-decision` five, the others three); small models need three, a 7B model none. Cost: their tokens are "
+        "`safety-decision` nine, the others three); small models need three, a 7B model none. Cost: their tokens are "
         "prefilled once per batch.",
     )
     check: str = Field(
