@@ -227,7 +227,7 @@ def test_the_next_sequence_in_a_cache_sees_changed_weights(how: str, mode: Any) 
             if turn == 1:
                 before = copy.deepcopy(cache)
             else:
-                cache.crop(len(ids[0]))
+                cache.crop(len(ids[0]) - cache.get_seq_length())
             found.append(model(past_key_values=cache, **call).logits)
     expected = model(past_key_values=before, **call).logits
     torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-5)
@@ -257,7 +257,7 @@ def test_a_model_made_under_inference_mode_decodes() -> None:
         cache = DynamicCache(config=model.get_base_model().config)
         expected = model(input_ids=ids, step_ids=steps).logits[:, -1:]
         for read_before in (0, 1):
-            cache.crop(read_before)
+            cache.crop(read_before - cache.get_seq_length())
             prompt = slice(read_before, 3)
             model(input_ids=ids[:, prompt], step_ids=steps[:, prompt], past_key_values=cache)
             found = model(input_ids=ids[:, -1:], step_ids=steps[:, -1:], past_key_values=cache).logits

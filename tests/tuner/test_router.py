@@ -204,7 +204,7 @@ def test_checkpointed_gradients_are_the_plain_ones(form: str) -> None:
     enable(model, form)
     runs: list[int] = []
     block = next(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))
-    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    block.mlp.register_forward_pre_hook(lambda *_: runs.append(1))  # since 5.24 the block's own hooks do not run again
     torch.testing.assert_close(gradients(model, ids), plain, atol=1e-6, rtol=0)
     assert len(runs) == 4  # each ran again
     torch.testing.assert_close(gradients(model, ids), plain, atol=1e-6, rtol=0)

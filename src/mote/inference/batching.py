@@ -25,6 +25,7 @@ from mote.inference.rope import LengthDependentRope
 from mote.inference.sampling import draw
 from mote.inference.sequence import RunningSequence, by_prefix, common_length
 from mote.inference.threads import release_pool
+from mote.models.kv_cache import cache_argument
 from mote.tokens.routing import NO_STEP, QUESTION, Markers, next_step, step_ids
 
 _CHUNK_TOKENS = 512  # prefill chunk size: larger raises throughput but delays decoding sequences
@@ -60,6 +61,7 @@ class Batcher:
         self._markers = markers
         self._cache_tokens = cache_tokens
         self._cache = SlotCache(slots, model.config)
+        self._cache_argument = cache_argument(model)
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._decoding: list[RunningSequence] = []  # sequence i is in slot i ...
         self._prefilling: list[RunningSequence] = []  # ... and these are in the slots after them
@@ -367,17 +369,16 @@ class Batcher:
             max((sequence.prefix.length for sequence in decoding), default=0),
             [chunk for _, chunk in chunks],
         )
-        routing = {}
+        given: dict[str, Any] = {self._cache_argument: self._cache}
         if self._markers is not None:
-            routing = {"step_ids": torch.tensor([steps], device=device), "document_ids": plan.slots[None]}
+            given |= {"step_ids": torch.tensor([steps], device=device), "document_ids": plan.slots[None]}
         with executing(plan), _attention_of(self._model.config, SLOTS):
             logits: Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=plan.positions[None],
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1 if keep is None else keep.to(device),
-                **routing,
+                **given,
             ).logits[0]
         self.tokens_computed += len(ids)
         return logits

@@ -123,6 +123,7 @@ class SlotCache(Cache):
     """
 
     def __init__(self, slots: int, config: Any) -> None:
+        super().__init__(layers=[])  # since 5.23 transformers asks every cache for its layers
         self.slots = slots
         self.layers_seen = layers_of(config)
         self.kv_layers = kv_layers(config)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from mote.models.kv_cache import given_cache
 from mote.models.linear import bind, is_plain
 from mote.tokens.routing import NO_STEP, QUESTION
 from mote.tuner.expert_weights import Routes
@@ -77,7 +78,7 @@ class CpuDecoder:
             training: Whether the model is in training mode.
         """
         ids = call.get("input_ids")
-        cache = call.get("past_key_values")
+        cache = given_cache(call)
         if ids is None or not isinstance(cache, Cache):
             return None
         if ids.shape[1] > 1 and (documents is None or bool((documents.diff(dim=1) == 0).any())):

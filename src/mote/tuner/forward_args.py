@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from mote.models.kv_cache import given_cache
 from mote.models.layers import indexed_scaling, masked_kinds
 from mote.tokens.masks import mask_form, masks_for
 
@@ -24,7 +25,7 @@ def packed_documents(call: Mapping[str, Any]) -> Tensor | None:
     documents = call.get("seq_idx")
     if isinstance(documents, Tensor):
         return documents.long()
-    if call.get("attention_mask") is not None or call.get("past_key_values") is not None:
+    if call.get("attention_mask") is not None or given_cache(call) is not None:
         return None
     ids = call.get("input_ids")
     positions = call.get("position_ids")
@@ -56,7 +57,7 @@ def separate_documents(
             so long that the base model scales tokens by their index in it.
     """
     mask = call.get("attention_mask")
-    if call.get("past_key_values") is not None or torch.compiler.is_compiling() or "attention_mask" not in names:
+    if given_cache(call) is not None or torch.compiler.is_compiling() or "attention_mask" not in names:
         return {}
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         return {}
@@ -100,15 +101,26 @@ def separate_documents(
 
 def has_past(call: Mapping[str, Any]) -> bool:
     """Whether a KV cache of any kind holds tokens before those of this forward pass."""
-    if any(call.get(name) is not None for name in ("cache_params", "state", "cache")):
-        return True  # the caches of Mamba, of RWKV and of continuous batching
-    length = cache_length(call.get("past_key_values"))
+    cache = given_cache(call)
+    if not isinstance(cache, Cache):
+        return cache is not None or call.get("state") is not None  # the caches of continuous batching and of RWKV
+    length = cache_length(cache)
+    if length is None:
+        return bool(cache.has_previous_state())
     if isinstance(length, Tensor) and torch.compiler.is_compiling():
         return True  # the value is unknown while compiling
     return bool(length > 0)
 
 
-def cache_length(cache: Any) -> int | Tensor:
-    """Number of tokens in a cache; for a static cache possibly a tensor on its device."""
-    length: int | Tensor = cache.get_seq_length() if isinstance(cache, Cache) else 0
+def cache_length(cache: Any) -> int | Tensor | None:
+    """Number of tokens in a cache.
+
+    Returns:
+        For a static cache possibly a tensor on its device; None for recurrent layers alone, which do not count them.
+    """
+    if not isinstance(cache, Cache):
+        return 0
+    if cache.layers and all(cache.is_linear):
+        return None
+    length: int | Tensor = cache.get_seq_length()
     return length

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
+from mote.models.kv_cache import given_cache, returned_cache
 from mote.tokens.routing import QUESTION, document_starts, step_ids
 from mote.tuner.cached_steps import CachedSteps
 from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
@@ -214,7 +215,7 @@ class Router:
         forward = in_progress.forwards[-1] if in_progress.forwards else None
         in_progress.forwards = in_progress.forwards[:-1]
         if forward is not None and not torch.compiler.is_compiling():
-            self._cached_steps.remember(getattr(output, "past_key_values", None), forward.last_steps)
+            self._cached_steps.remember(returned_cache(output), forward.last_steps)
 
     def steps(self, ids_B_T: Tensor, last: int, documents_B_T: Tensor | None = None) -> dict[str, Tensor]:
         """Step ids (B, last) of the last tokens of each row, for every active adapter that has markers."""
@@ -232,7 +233,7 @@ class Router:
         if ids is None:
             return {}
         if context is None and has_past(call):
-            known = self._cached_steps.recall(call.get("past_key_values"), len(ids))
+            known = self._cached_steps.recall(given_cache(call), len(ids))
             return {
                 adapter: step_ids(ids, markers, None, known[adapter].to(ids.device))
                 for adapter, config in self._active().items()
@@ -263,7 +264,7 @@ class Router:
         tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         if tokens is None:
             return inputs
-        cache = inputs.get("past_key_values")
+        cache = given_cache(inputs)
         new = tokens.shape[1]
         begins = bool(kwargs.get("is_first_iteration"))
         if begins and isinstance(cache, Cache):
@@ -271,8 +272,8 @@ class Router:
         length = cache_length(cache)
         if isinstance(cache, Cache) and isinstance(length, int):
             whole = length + new == input_ids.shape[1]
-        else:  # a static cache's length is on the device: it is not read for every token
-            whole = (new == 1 and not begins) or bool(length + new == input_ids.shape[1])
+        else:  # a static cache's length is on the device, so it is not read for every token; recurrent layers have none
+            whole = (new == 1 and not begins) or bool((0 if length is None else length) + new == input_ids.shape[1])
         if whole:
             inputs["step_ids"] = {name: steps.to(tokens.device) for name, steps in self.steps(input_ids, new).items()}
         return inputs

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from mote.experiments.bench.variants import Variant
+from mote.models.kv_cache import cache_argument
 from mote.tokens.routing import QUESTION
 
 SHARES = (0.40, 0.20, 0.15, 0.25)  # of a row's tokens: question, analysis, guidance, response
@@ -92,6 +93,7 @@ class DecodingStep:
 
     def __init__(self, variant: Variant, steps: Tensor, vocab: int) -> None:
         self.variant = variant
+        self.cache_argument = cache_argument(variant.causal)
         self.cache = StaticCache(config=variant.causal.config, max_cache_len=PREFILL + TOKENS)
         shape = (len(steps), PREFILL + TOKENS)
         self.ids = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0)).to(steps.device)
@@ -120,9 +122,8 @@ class DecodingStep:
     def _forward(self, tokens: int) -> None:
         part = slice(self.offset, self.offset + tokens)
         steps = {"step_ids": self.steps[:, part]} if self.variant.takes_steps else {}
-        self.variant.model(
-            input_ids=self.ids[:, part], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **steps
-        )
+        cache = {self.cache_argument: self.cache}
+        self.variant.model(input_ids=self.ids[:, part], use_cache=True, logits_to_keep=1, **cache, **steps)
         self.offset += tokens
 
 
