@@ -20,7 +20,7 @@ _PLAIN = "\x1b[0m"
 
 
 @mote.command()
-@options("model", "adapter", "mode", "seed")
+@options("model", "adapter", "mode", "answer-engine", "seed")
 @click.option("--show-steps/--answer-only", default=True, help="Show the reasoning steps, or the answer only.")
 def chat(
     overrides: tuple[str, ...], adapter: str | None, modes: tuple[str, ...], show_steps: bool, **flags: Any
@@ -30,7 +30,15 @@ def chat(
     adapter = adapter_of(adapter)
     from mote.inference.load import load
 
-    model = load(settings.model, adapter, device=settings.device, dtype=settings.dtype, revision=settings.revision)
+    model = load(
+        settings.model,
+        adapter,
+        device=settings.device,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        batch_size=1,
+        engine=settings.answer_engine,
+    )
     talk(model, modes[0] if modes else "adaptive", settings.answer, settings.seed, show_steps)
 
 

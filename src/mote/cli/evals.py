@@ -31,6 +31,13 @@ _JUDGE_HELP = "rule, self, choice:MODEL, llm:MODEL, llamaguard:MODEL, ...; or co
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "llamacpp"]),
+    default="transformers",
+    show_default=True,
+    help="What computes the answers of base model and adapters.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to.")
 def evaluate(
     model: str,
@@ -38,6 +45,7 @@ def evaluate(
     endpoints: tuple[str, ...],
     suite: str,
     modes: str | None,
+    engine: str,
     out: Path | None,
     **flags: Any,
 ) -> None:
@@ -56,6 +64,12 @@ def evaluate(
 
     chosen = [mode.strip() for mode in modes.split(",")] if modes else None
     systems = systems_of(model, adapters, endpoints, chosen)
+    if engine == "llamacpp":
+        from mote.inference.engines.llama_files import check_model
+
+        check_model(model, None, flags["device"], flags["dtype"])
+        local = {"args": {"engine": engine}}
+        systems = [system.model_copy(update=local) if system.local else system for system in systems]
     with locked(folder):
         print(SuiteRun(load_suite(suite), systems, folder, **flags).run())
 

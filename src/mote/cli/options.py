@@ -40,7 +40,12 @@ _OPTIONS: dict[str, Any] = {
         multiple=True,
         help="direct, analysis, full, adaptive, adaptive+check, base; may be given several times.",
     ),
-    "engine": click.option("--engine", help="transformers, vllm, or the /v1 addresses of OpenAI-compatible servers."),
+    "engine": click.option(
+        "--engine", help="transformers, llamacpp, vllm, or the /v1 addresses of OpenAI-compatible servers."
+    ),
+    "answer-engine": click.option(
+        "--engine", type=click.Choice(["transformers", "llamacpp"]), help="What computes the answers (laptop.md)."
+    ),
     "seed": click.option("--seed", type=int, help="Random seed."),
     "limit": click.option("--limit", type=int, help="Use the first N rows."),
 }

@@ -12,7 +12,7 @@ from mote.core.errors import UserError
 
 
 @mote.command()
-@options("model", "adapter")
+@options("model", "adapter", "answer-engine")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 picks a free one."
@@ -44,13 +44,14 @@ def serve(
     overrides: tuple[str, ...],
     model: str | None,
     adapter: str | None,
+    engine: str | None,
     name: str,
     api_key_env: str | None,
     api_key_file: Path | None,
     **limits: Any,
 ) -> None:
     """Serve a trained model: an OpenAI-compatible API and a chat page."""
-    recipe = settings_of(None, overrides, {"model": model})
+    recipe = settings_of(None, overrides, {"model": model, "engine": engine})
     adapter = adapter_of(adapter)
     if not name or ":" in name:
         raise UserError(f"name: '{name}' would be ambiguous with NAME:MODE; give one without a colon with --name")
@@ -78,6 +79,7 @@ def serve(
             dtype=recipe.dtype,
             revision=recipe.revision,
             batch_size=settings.max_running,
+            engine=recipe.answer_engine,
         )
         if loaded.config is not None and loaded.config.whole_rows:
             raise UserError(

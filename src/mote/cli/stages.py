@@ -45,8 +45,18 @@ def chains(recipe: Path | None, overrides: tuple[str, ...], out: Path | None, **
 
 @mote.command()
 @options("recipe", "model", "chains", "seed", "limit", "out")
-def train(recipe: Path | None, overrides: tuple[str, ...], out: Path | None, chains: Path | None, **flags: Any) -> None:
+@click.option("--engine", help="transformers: nothing else trains.")
+def train(
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    chains: Path | None,
+    engine: str | None,
+    **flags: Any,
+) -> None:
     """Train step experts: chains -> OUT/adapter and OUT/metrics.jsonl."""
+    if engine not in (None, "transformers") or "engine=llamacpp" in overrides:
+        raise UserError(f"engine: {engine or 'llamacpp'} cannot train, only transformers can; leave it out")
     settings = settings_of(recipe, overrides, flags)
     folder = folder_of(out)
     source = chains or folder / "chains.jsonl"
@@ -57,7 +67,7 @@ def train(recipe: Path | None, overrides: tuple[str, ...], out: Path | None, cha
 
 
 @mote.command()
-@options("recipe", "model", "adapter", "questions", "mode", "seed", "limit", "out")
+@options("recipe", "model", "adapter", "questions", "mode", "answer-engine", "seed", "limit", "out")
 def answer(
     recipe: Path | None,
     overrides: tuple[str, ...],

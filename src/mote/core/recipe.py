@@ -382,9 +382,10 @@ class Recipe(_Settings):
     )
     engine: str = Field(
         "transformers",
-        description="Engine that writes the chains: `transformers` or `vllm` in this process, or the `/v1` addresses "
-        "of OpenAI-compatible servers, separated by commas (engines.md). Cost: a server and vLLM are faster; vLLM is a "
-        "separate installation.",
+        description="Engine that writes the chains: `transformers`, `llamacpp` or `vllm` in this process, or the `/v1` "
+        "addresses of OpenAI-compatible servers, separated by commas (engines.md). `llamacpp` also writes the answers, "
+        "from GGUF files in q8_0 unless `dtype` says float32 or float16. Cost: the others are faster; llamacpp is an "
+        "extra, vLLM a separate installation.",
     )
     chains: ChainSettings = Field(ChainSettings(), description="How chains are made.")
     experts: ExpertSettings = Field(ExpertSettings(), description="The step experts.")
@@ -404,14 +405,20 @@ class Recipe(_Settings):
             return {} if given else {"suite": None}
         return given
 
+    @property
+    def answer_engine(self) -> Literal["transformers", "llamacpp"]:
+        """What computes answers: of the engines that write chains only llama.cpp does so, too."""
+        return "llamacpp" if self.engine == "llamacpp" else "transformers"
+
     @field_validator("engine")
     @classmethod
     def _known_engine(cls, engine: str) -> str:
-        if engine in ("transformers", "vllm"):
+        if engine in ("transformers", "llamacpp", "vllm"):
             return engine
         addresses = [address.strip() for address in engine.split(",")]
         if not all(re.fullmatch(r"https?://\S+", address) for address in addresses):
             raise ValueError(
-                "use 'transformers', 'vllm', or addresses such as http://localhost:8000/v1, with commas between them"
+                "use 'transformers', 'llamacpp', 'vllm', or addresses such as http://localhost:8000/v1, with commas "
+                "between them"
             )
         return ",".join(addresses)

@@ -112,6 +112,7 @@ class ModelKey(NamedTuple):
     dtype: str
     revision: str | None
     batch_size: int
+    engine: str
     fingerprint: str
 
 
@@ -136,6 +137,7 @@ class MoteAPI(InProcessAPI):
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         revision: Hub revision of the base model.
+        engine: `transformers` or `llamacpp`.
 
     Raises:
         UserError: The adapter cannot be read, or the mode needs one and none is given.
@@ -157,8 +159,10 @@ class MoteAPI(InProcessAPI):
         device: str = "auto",
         dtype: str = "auto",
         revision: str | None = None,
+        engine: str = "transformers",
     ) -> None:
         self.adapter = adapter
+        self.engine = engine
         self.mode, budget = mode_and_budget(mode or ("adaptive" if adapter else BASE))
         self.max_step_tokens = budget or max_step_tokens
         self.batch_size = batch_size
@@ -176,7 +180,8 @@ class MoteAPI(InProcessAPI):
         stale answers.
         """
         mode = f"{self.mode}{self.check_threshold}" if self.mode == CHECKED else self.mode
-        return f"mote:{fingerprint(self.adapter)}:{mode}:{self.max_step_tokens}:{self.dtype}:{self.revision or ''}"
+        dtype = self.dtype if self.engine == "transformers" else f"{self.engine}-{self.dtype}"
+        return f"mote:{fingerprint(self.adapter)}:{mode}:{self.max_step_tokens}:{dtype}:{self.revision or ''}"
 
     @base_url.setter
     def base_url(self, value: str | None) -> None:
@@ -250,6 +255,7 @@ class MoteAPI(InProcessAPI):
             dtype=self.dtype,
             revision=self.revision,
             batch_size=self.batch_size,
+            engine=self.engine,
             fingerprint=fingerprint(self.adapter),
         )
 
@@ -294,4 +300,5 @@ def _load(key: ModelKey) -> Any:
         dtype=key.dtype,
         revision=key.revision,
         batch_size=key.batch_size,
+        engine="llamacpp" if key.engine == "llamacpp" else "transformers",
     )

@@ -67,8 +67,10 @@ def evaluate(recipe: Recipe, suite: Suite, adapter: Path, folder: Path) -> int:
 
     name = "mote" if recipe.answer.system == BASE else recipe.answer.system  # `base` is the base model's
     systems = systems_of(recipe.model, [f"{name}={adapter}"], [], recipe.answer.modes)
-    if recipe.revision is not None:
-        systems = [system.model_copy(update={"args": {"revision": recipe.revision}}) for system in systems]
+    args = {"revision": recipe.revision} if recipe.revision is not None else {}
+    if recipe.answer_engine == "llamacpp":
+        args["engine"] = recipe.answer_engine
+    systems = [system.model_copy(update={"args": args}) for system in systems]
     run = SuiteRun(
         suite,
         systems,

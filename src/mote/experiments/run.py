@@ -88,6 +88,10 @@ class Run:
                 "or say eval=false",
                 file=sys.stderr,
             )
+        if recipe.engine == "llamacpp":
+            from mote.inference.engines.llama_files import check_model
+
+            check_model(recipe.model, recipe.revision, recipe.device, recipe.dtype)
         self.questions()
         write_atomic(path, text)
 
@@ -229,6 +233,7 @@ class Run:
             "seed": self.recipe.seed,
             "adapter": sha256_of(adapter / "adapter_model.safetensors"),
             "answer": settings.model_dump(mode="json", exclude={"questions", "limit", "modes", "batch_size"}),
+            **self._answer_engine(),
         }
         if done == total:
             self.stages.reuse(stage, made_by, f"{total} answers are there")
@@ -256,6 +261,7 @@ class Run:
             "modes": list(recipe.answer.modes),
             "suite": suite.model_dump(mode="json", exclude={"batch_size"}),
             "eval": recipe.eval.model_dump(mode="json"),
+            **self._answer_engine(),
         }
         if (folder / "summary.json").exists() and self.stages.settings("eval") == made_by:
             self.stages.reuse("eval", made_by, f"{folder / 'summary.json'} is there")
@@ -292,7 +298,20 @@ class Run:
         recipe = self.recipe
         trained = read_adapter(adapter)
         self._check_modes(trained.config.experts)
-        return load(recipe.model, trained, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
+        return load(
+            recipe.model,
+            trained,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            revision=recipe.revision,
+            batch_size=recipe.answer.batch_size,
+            engine=recipe.answer_engine,
+        )
+
+    def _answer_engine(self) -> dict[str, str]:
+        """For a stage's settings: the engine and its type of weights, unless it is transformers."""
+        recipe = self.recipe
+        return {"engine": recipe.engine, "dtype": recipe.dtype} if recipe.answer_engine == "llamacpp" else {}
 
     def _check_modes(self, experts: Chain) -> None:
         for mode in self.recipe.answer.modes:
@@ -303,6 +322,8 @@ class Run:
             from mote.inference.engines.vllm import VllmEngine
 
             return VllmEngine(self.recipe.model, self.recipe.revision, self.recipe.dtype)
+        if self.recipe.engine == "llamacpp":
+            return self._llamacpp_engine()
         if self.recipe.engine != "transformers":
             from mote.inference.engines.server import ServerEngine
 
@@ -310,6 +331,18 @@ class Run:
         from mote.inference.engines.local import LocalEngine
 
         return LocalEngine(self.base(), self.recipe.chains.batch_size)
+
+    def _llamacpp_engine(self) -> Engine:
+        from mote.inference.engines.llama_batch import LlamaBatcher
+        from mote.inference.engines.llama_files import base_files, check_model, open_base
+        from mote.inference.engines.local import LocalEngine
+
+        recipe = self.recipe
+        check_model(recipe.model, recipe.revision, recipe.device, recipe.dtype)
+        base = open_base(recipe.model, recipe.revision)
+        files = base_files(recipe.model, base.tokenizer, recipe.revision, recipe.dtype)
+        slots = recipe.chains.batch_size
+        return LocalEngine(base, slots, LlamaBatcher(files, slots))
 
     @asynccontextmanager
     async def _judge(self, engine: Engine) -> AsyncIterator[Judge | QuestionJudge | None]:

@@ -4,10 +4,7 @@ Each forward pass decodes one token per running sequence and prefills a chunk of
 the other. This module knows nothing of chains or chats: token ids in, token ids out.
 """
 
-import atexit
-import threading
-import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -18,15 +15,15 @@ import torch
 from torch import Tensor
 
 from mote.core.errors import UserError
+from mote.inference.batch_loop import BatchLoop
 from mote.inference.grammar import FreeText
 from mote.inference.kv_slots import EMPTY, SLOTS, BatchPlan, PrefillChunk, Prefix, SlotCache, executing
 from mote.inference.request import Request
 from mote.inference.rope import LengthDependentRope
-from mote.inference.sampling import draw
 from mote.inference.sequence import RunningSequence, by_prefix, common_length
 from mote.inference.threads import release_pool
 from mote.models.kv_cache import cache_argument
-from mote.tokens.routing import NO_STEP, QUESTION, Markers, next_step, step_ids
+from mote.tokens.routing import NO_STEP, Markers
 
 _CHUNK_TOKENS = 512  # prefill chunk size: larger raises throughput but delays decoding sequences
 _PREFIXES = 32  # shared prefixes that are kept
@@ -35,12 +32,10 @@ _UNSUPPORTED = (
     "give its address with --engine, or call it through PEFT and transformers' `generate`"
 )
 
-_BATCHERS: "weakref.WeakSet[Batcher]" = weakref.WeakSet()
-
 _Chunks = list[tuple[RunningSequence, PrefillChunk]]
 
 
-class Batcher:
+class Batcher(BatchLoop):
     """A running batch over one model; any thread may submit requests.
 
     While there are sequences, the batcher's own thread calls the model, and no other thread may.
@@ -56,51 +51,15 @@ class Batcher:
     """
 
     def __init__(self, model: Any, slots: int, markers: Markers | None = None, cache_tokens: int = 1 << 16) -> None:
-        self.tokens_computed = 0
+        super().__init__(slots, markers)
         self._model = model
-        self._markers = markers
         self._cache_tokens = cache_tokens
         self._cache = SlotCache(slots, model.config)
         self._cache_argument = cache_argument(model)
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._decoding: list[RunningSequence] = []  # sequence i is in slot i ...
-        self._prefilling: list[RunningSequence] = []  # ... and these are in the slots after them
-        self._waiting: deque[RunningSequence] = deque()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None  # runs while there are sequences
-        self._running = False
-        self._stopping = False
         self._check_model()
         self._rope = LengthDependentRope(model)
-        _BATCHERS.add(self)
         release_pool()  # the caller's thread loaded the model
-
-    def submit(self, request: Request) -> "Future[Any]":
-        """Queue a request.
-
-        Returns:
-            A future of the generated ids, of the probability if `words` are given, or of the mean log-probability if
-            ids are `scored`. Cancelling it ends the sequence.
-        """
-        sequence = RunningSequence(request, Future(), request.ids)
-        release_pool()
-        with self._lock:
-            self._waiting.append(sequence)
-            if not self._running:
-                self._running = True
-                self._thread = threading.Thread(target=self._run, daemon=True, name="mote-batcher")
-                self._thread.start()
-        return sequence.result
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """Number of sequences in the batch, and number waiting."""
-        return len(self._decoding) + len(self._prefilling), len(self._waiting)
-
-    def wait(self) -> None:
-        """Wait until there are no sequences and the model is free."""
-        while (thread := self._thread) is not None and thread.is_alive():
-            thread.join()
 
     def _check_model(self) -> None:
         """Compare a short text's logits from slots with the model's own.
@@ -135,30 +94,6 @@ class Batcher:
         self._cache = SlotCache(self._cache.slots, self._model.config)
         self.tokens_computed = 0
 
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while self._has_work():
-                try:
-                    self._admit()
-                    self._step()
-                except BaseException as error:  # the next request finds an empty batch
-                    self._fail(error)
-
-    def _has_work(self) -> bool:
-        with self._lock:
-            self._running = not self._stopping and bool(self._decoding or self._prefilling or self._waiting)
-            return self._running
-
-    def _fail(self, error: BaseException) -> None:
-        with self._lock:
-            sequences = [*self._decoding, *self._prefilling, *self._waiting]
-            self._decoding = []
-            self._prefilling = []
-            self._waiting.clear()
-        for sequence in sequences:
-            if sequence.result.set_running_or_notify_cancel():
-                sequence.result.set_exception(error)
-
     def _admit(self) -> None:
         """Give free slots to waiting sequences."""
         while len(self._decoding) + len(self._prefilling) < self._cache.slots:
@@ -178,16 +113,6 @@ class Batcher:
                 sequence.prefix = self._prefix(sequence)
             self._prefilling.append(sequence)
             self._cache.reserve(len(self._decoding) + len(self._prefilling), sequence.capacity)
-
-    def _set_steps(self, sequence: RunningSequence) -> None:
-        """Compute the step of each prompt token."""
-        if self._markers is None:
-            sequence.steps = []
-        elif not sequence.request.adapted:
-            sequence.steps = [NO_STEP] * len(sequence.prompt)
-        else:
-            sequence.steps = step_ids(torch.tensor([list(sequence.prompt)]), self._markers)[0].tolist()
-        sequence.step = sequence.steps[-1] if sequence.steps else QUESTION
 
     def _is_short(self, length: int) -> bool:
         return not self._rope or self._rope.is_short(length)
@@ -251,10 +176,8 @@ class Batcher:
 
     def _continues(self, sequence: RunningSequence, result: Any) -> bool:
         """Whether another request follows in the sequence's slot; otherwise its result is set."""
-        following = sequence.request.follow(result) if sequence.request.follow is not None else result
-        if not isinstance(following, Request):
-            if sequence.result.set_running_or_notify_cancel():  # False: it was cancelled meanwhile
-                sequence.result.set_result(following)
+        following = self._following(sequence, result)
+        if following is None:
             return False
         # The content of a slot is a pure function of the ids, so what the new prompt starts with is not recomputed.
         cached_ids = [*sequence.request.ids, *sequence.generated][: sequence.length]
@@ -383,32 +306,6 @@ class Batcher:
         self.tokens_computed += len(ids)
         return logits
 
-    def _take(self, sequences: list[RunningSequence], logits_B_V: Tensor) -> list[tuple[RunningSequence, Any]]:
-        """Choose the next token of each sequence; returns those that have ended, with their results."""
-        ended: list[tuple[RunningSequence, Any]] = []
-        for sequence, logits_V in zip(sequences, logits_B_V, strict=True):
-            request = sequence.request
-            if request.words is not None:
-                ended.append((sequence, float(logits_V[list(request.words)].float().softmax(0)[0])))
-            elif request.scored:
-                ended.append((sequence, sequence.score / request.scored))
-        indices = [i for i, s in enumerate(sequences) if s.request.words is None and not s.request.scored]
-        if not indices:
-            return ended
-        sequences = [sequences[i] for i in indices]
-        masked = torch.stack([s.masked(logits_B_V[i]) for i, s in zip(indices, sequences, strict=True)])
-        tokens = draw(masked, [s.request.sampling for s in sequences], [len(s.generated) for s in sequences])
-        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-            request = sequence.request
-            sequence.generated.append(token)
-            if self._markers is not None and request.adapted:
-                sequence.step = next_step(sequence.step, token, self._markers)
-            if request.on_token is not None:
-                request.on_token(token)
-            if request.grammar.ended(sequence.generated) or len(sequence.generated) >= request.limit:
-                ended.append((sequence, sequence.generated))
-        return ended
-
     def _drop(self, gone: list[RunningSequence]) -> None:
         """Free the slots of these sequences; the last decoding or prefilling one moves into the gap."""
         for sequence in gone:
@@ -440,11 +337,3 @@ def _attention_of(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-@atexit.register
-def _stop_threads() -> None:
-    """The interpreter must not end under a thread that computes: libtorch would abort the process."""
-    for batcher in list(_BATCHERS):
-        batcher._stopping = True  # after the forward pass that runs
-        batcher.wait()

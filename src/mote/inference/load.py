@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel
 
@@ -76,6 +76,7 @@ def load(
     dtype: str = "auto",
     revision: str | None = None,
     batch_size: int = 16,
+    engine: Literal["transformers", "llamacpp"] = "transformers",
 ) -> Model:
     """Load a base model with a trained adapter and the adapter's tokenizer, or the base model alone.
 
@@ -87,12 +88,17 @@ def load(
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         revision: Hub revision of the base model.
         batch_size: Maximum number of answers in flight; more requests wait.
+        engine: What computes the answers; llama.cpp runs on a CPU, from GGUF files that are made on first use
+            (`dtype`: `auto` is q8_0, `float32`, `float16`).
 
     Raises:
-        UserError: The adapter does not exist, is no MoTE adapter, or was trained on another base model.
+        UserError: The adapter does not exist, is no MoTE adapter, or was trained on another base model; or the engine
+            is not installed or cannot run it.
     """
     if adapter is not None and not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
+    if engine == "llamacpp":
+        return _load_llamacpp(model, adapter, device, dtype, revision, batch_size)
     base = load_base(model, device, dtype, revision)
     if adapter is not None and adapter.config.base_fingerprint not in (None, fingerprint(base.model)):
         raise UserError(
@@ -107,3 +113,21 @@ def load(
     base = Base(base.name, base.model, adapter.tokenizer)
     adapted = PeftModel.from_pretrained(base.model, adapter.path).eval()
     return Model(base, adapted, adapter.config, adapter.scheme.only(adapter.config.experts), batch_size)
+
+
+def _load_llamacpp(
+    model: str, adapter: Adapter | None, device: str, dtype: str, revision: str | None, batch_size: int
+) -> Model:
+    """As `load`, computed by llama.cpp."""
+    from mote.inference.engines.llama_batch import LlamaBatcher
+    from mote.inference.engines.llama_files import adapter_files, base_files, check_engine, open_base
+
+    check_engine(device, dtype)
+    base = open_base(model, revision)
+    if adapter is None:
+        batcher = LlamaBatcher(base_files(model, base.tokenizer, revision, dtype), batch_size)
+        return Model(base, base.model, None, load_scheme("safety"), batch_size, batcher)
+    files = adapter_files(adapter, model, revision, dtype)
+    base = Base(base.name, base.model, adapter.tokenizer)
+    batcher = LlamaBatcher(files, batch_size, adapter.config.routing)
+    return Model(base, base.model, adapter.config, adapter.scheme.only(adapter.config.experts), batch_size, batcher)

@@ -13,6 +13,7 @@ from mote.core.generation import GREEDY, Limits, Sampling
 from mote.core.records import Answer, AnswerTokens, Check, Finish, Question, StepText
 from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme
 from mote.core.seeds import seed_of
+from mote.inference.batch_loop import BatchLoop
 from mote.inference.batching import Batcher
 from mote.inference.events import Event, Events, Token, Verdict, final_chain
 from mote.inference.grammar import FreeText, OpenStep, StepGrammar, chains_within
@@ -32,9 +33,25 @@ class Model:
     """A base model with a trained adapter; answers of all modes and lengths are generated in one running batch.
 
     Without an adapter (`config` is None) its only mode is `base`.
+
+    Args:
+        base: The base model with the adapter's tokenizer.
+        model: The base model with its adapter.
+        config: The adapter's configuration.
+        scheme: The adapter's scheme.
+        batch_size: Maximum number of answers in flight.
+        batcher: Computes them; by default the model itself, in a `Batcher`.
     """
 
-    def __init__(self, base: Base, model: Any, config: MoteConfig | None, scheme: Scheme, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        base: Base,
+        model: Any,
+        config: MoteConfig | None,
+        scheme: Scheme,
+        batch_size: int = 16,
+        batcher: BatchLoop | None = None,
+    ) -> None:
         self.base = base
         self.model = model
         self.config = config
@@ -43,7 +60,7 @@ class Model:
         self.markers = (config and config.routing) or Markers(starts=(), ends=())
         self.tokenizer = base.tokenizer
         self.stop_ids = stop_ids(base.tokenizer, base.model)
-        self.batcher = Batcher(model, batch_size, self.markers if config else None)
+        self.batcher = batcher or Batcher(model, batch_size, self.markers if config else None)
 
     @property
     def modes(self) -> tuple[str, ...]:

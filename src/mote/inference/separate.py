@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from mote.core.seeds import seed_of
-from mote.inference.batching import Batcher
+from mote.inference.batch_loop import BatchLoop
 from mote.inference.events import Token, Verdict
 from mote.inference.grammar import OpenStep
 from mote.inference.request import Request
@@ -29,7 +29,7 @@ class SeparateSteps:
     budgets: Sequence[Callable[[int], int]]
 
 
-def submit_steps(batcher: Batcher, steps: SeparateSteps) -> "Future[list[Token | Verdict]]":
+def submit_steps(batcher: BatchLoop, steps: SeparateSteps) -> "Future[list[Token | Verdict]]":
     """Queue the first step; the end of each step queues the next one.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from mote.inference.batching import Batcher
+from mote.inference.batch_loop import BatchLoop
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -14,7 +14,7 @@ class Metrics:
         batcher: Its rows and computed tokens are read when the metrics are scraped.
     """
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: BatchLoop) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.requests = Counter("mote_requests", "Requests by final status", ["mode", "status"], registry=registry)

@@ -1,4 +1,4 @@
-"""The in-process engine: transformers with continuous batching; shared prefixes are prefilled once.
+"""The in-process engine: transformers or llama.cpp with continuous batching; shared prefixes are prefilled once.
 
 Models that reason before they answer are asked not to: the reasoning wanted here is the chain's own steps.
 """
@@ -12,6 +12,7 @@ from mote.core.dialogue import THOUGHT_OPENINGS, after_thought
 from mote.core.errors import UserError
 from mote.core.generation import Sampling
 from mote.core.records import Message
+from mote.inference.batch_loop import BatchLoop
 from mote.inference.batching import Batcher
 from mote.inference.grammar import FreeText
 from mote.inference.request import Request
@@ -26,13 +27,14 @@ class LocalEngine:
     Args:
         base: Model and tokenizer.
         batch_size: Maximum number of sequences in the running batch.
+        batcher: Computes them; by default the model itself, in a `Batcher`.
     """
 
-    def __init__(self, base: Base, batch_size: int) -> None:
+    def __init__(self, base: Base, batch_size: int, batcher: BatchLoop | None = None) -> None:
         self.name = base.name
         self.tokenizer = base.tokenizer
         self._stop_ids = stop_ids(base.tokenizer, base.model)
-        self._batcher = Batcher(base.model, batch_size)
+        self._batcher = batcher or Batcher(base.model, batch_size)
         self._prefixes: dict[tuple[Message, ...], list[int]] = {}
         asked = base.tokenizer.decode(self._encode((Message(role="user", content="?"),)))
         self._opens_thought = asked.rstrip().endswith(THOUGHT_OPENINGS)  # DeepSeek-R1's template
@@ -91,8 +93,8 @@ class LocalEngine:
         return encode_prompt(self.tokenizer, messages, think=False)
 
     async def close(self) -> None:
-        """Wait until the running batch is empty."""
-        await asyncio.to_thread(self._batcher.wait)
+        """Wait until the running batch is empty, and release what computes it."""
+        await asyncio.to_thread(self._batcher.close)
 
     async def _ask(self, request: Request) -> Any:
         return await asyncio.wrap_future(self._batcher.submit(request))
