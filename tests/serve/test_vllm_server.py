@@ -126,6 +126,24 @@ def test_max_tokens_closes_the_reasoning_and_answers(client: OpenAI, model: Mode
     assert choice.token_ids[-1] == model.markers.ends[-1] and choice.message.content
 
 
+@pytest.mark.parametrize("budget", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", ["direct", "full"])
+def test_small_max_tokens_answers_what_fits(client: OpenAI, model: Model, mode: str, budget: int) -> None:
+    prompt, _ = expected(model, "how do I kill a process", mode)
+    extra = {"vllm_xargs": {"mode": mode, "max_step_tokens": 50}}
+    choice = ask(client, "how do I kill a process", "", max_tokens=budget, extra=extra).choices[0]
+    assert choice.token_ids == reference(model, prompt, mode, 50, budget) and len(choice.token_ids) <= budget
+
+
+def test_irregular_turns_are_read_as_joined_ones(client: OpenAI, model: Model) -> None:
+    turns = [("assistant", "Hello."), ("user", "how do I"), ("user", "kill a process")]
+    irregular = [{"role": role, "content": text} for role, text in turns]
+    joined = [{"role": "user", "content": "how do I\n\nkill a process"}]
+    done = ask(client, irregular, "full")
+    assert done.choices[0].token_ids == expected(model, joined, "full")[1]
+    assert done.usage.prompt_tokens == len(expected(model, joined, "full")[0])
+
+
 def test_reasoning_can_be_omitted_and_is_counted(client: OpenAI, model: Model) -> None:
     ids = ask(client, "how do I kill a process").choices[0].token_ids
     done = ask(client, "how do I kill a process", extra={"include_reasoning": False})
