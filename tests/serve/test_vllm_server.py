@@ -18,8 +18,10 @@ from openai import BadRequestError, OpenAI
 from support.paths import ROOT
 from support.vllm import load_served, make_served, reference, vllm_server
 
+from mote.core.generation import Limits
 from mote.core.records import Message
 from mote.core.scheme import BASE
+from mote.inference.inputs import as_question
 from mote.inference.model import Model
 from mote.tokens.encode import decode_steps, encode_prompt
 
@@ -129,10 +131,11 @@ def test_max_tokens_closes_the_reasoning_and_answers(client: OpenAI, model: Mode
 @pytest.mark.parametrize("budget", [1, 2, 3, 4])
 @pytest.mark.parametrize("mode", ["direct", "full"])
 def test_small_max_tokens_answers_what_fits(client: OpenAI, model: Model, mode: str, budget: int) -> None:
-    prompt, _ = expected(model, "how do I kill a process", mode)
+    question = as_question("how do I kill a process")
     extra = {"vllm_xargs": {"mode": mode, "max_step_tokens": 50}}
     choice = ask(client, "how do I kill a process", "", max_tokens=budget, extra=extra).choices[0]
-    assert choice.token_ids == reference(model, prompt, mode, 50, budget) and len(choice.token_ids) <= budget
+    assert choice.token_ids == model.submit(question, mode, Limits(50, budget)).result(60)
+    assert len(choice.token_ids) <= budget
 
 
 def test_irregular_turns_are_read_as_joined_ones(client: OpenAI, model: Model) -> None:
