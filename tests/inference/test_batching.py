@@ -246,6 +246,7 @@ def test_idle_batch_has_no_thread_and_restores_attention(model: Any) -> None:
 def test_model_with_its_own_attention_is_refused() -> None:
     class Own(torch.nn.Module):
         _supports_attention_backend = False
+        config = Qwen3Config()
 
     with pytest.raises(UserError, match=r"Own cannot run .* its own attention .* --engine"):
         Batcher(Own(), 2)

@@ -98,6 +98,6 @@ def save_base(name: str, tokenizer_folder: Path, folder: Path, **changes: Any) -
     """Write a tiny base model with a tokenizer that is already in a folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    tiny_base(name, vocab_size=len(tokenizer), **ids, **changes).save_pretrained(folder)
+    tiny_base.__wrapped__(name, vocab_size=len(tokenizer), **ids, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -19,10 +19,10 @@ from mote.inference.batch_loop import BatchLoop
 from mote.inference.grammar import FreeText
 from mote.inference.kv_slots import EMPTY, SLOTS, BatchPlan, PrefillChunk, Prefix, SlotCache, executing
 from mote.inference.request import Request
-from mote.inference.rope import LengthDependentRope
 from mote.inference.sequence import RunningSequence, by_prefix, common_length
 from mote.inference.threads import release_pool
 from mote.models.kv_cache import cache_argument
+from mote.models.rope import LengthDependentRope
 from mote.tokens.routing import NO_STEP, Markers
 
 _CHUNK_TOKENS = 512  # prefill chunk size: larger raises throughput but delays decoding sequences

@@ -27,6 +27,7 @@ from mote.models.layers import indexed_scaling, takes_block_mask
 from mote.models.linear import speed_up
 from mote.models.load import Base, default_device, fingerprint
 from mote.models.memory_estimate import advice, device_memory, training_bytes
+from mote.models.rope import original_length
 from mote.models.shapes import LLAMA_LIKE, shape_of
 from mote.tokens.encode import add_markers
 from mote.tokens.masks import MakeMask, mask_form, masks_for, skip_probabilities
@@ -79,6 +80,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     step_weights_S = step_weights(recipe.train, config.experts, scheme.answer)
     data = _datasets(base.tokenizer, chains, scheme, recipe, config, step_weights_S)
     _check_row_length(base, recipe, data.row_length)
+    _check_rope(base, recipe, data)
     model = _add_experts(base, config, recipe, data.row_length)
     parameters = model.get_nb_trainable_parameters()  # before FSDP shards them
     trainer = _trainer(base, model, data, config, recipe, step_weights_S, folder)
@@ -151,6 +153,23 @@ def _check_row_length(base: Base, recipe: Recipe, row_length: int) -> None:
             f"recipe: train.max_length={settings.max_length}: {base.name} scales attention by a token's index in its "
             f"row from {limit} tokens on, which packing and skipping change; use at most {limit - 1}, or "
             "train.packing=false train.skip_p=0"
+        )
+
+
+def _check_rope(base: Base, recipe: Recipe, data: _Datasets) -> None:
+    """Refuse chains that the base model would rotate by the length of others in their forward pass.
+
+    Raises:
+        UserError: A chain is longer than the length from which the rotary frequencies depend on it.
+    """
+    original = original_length(base.model.config)
+    held_out = data.held_out.chains if data.held_out else ()
+    longest = max(len(chain.ids) for chain in (*data.train.chains, *held_out))
+    if original is not None and longest > original:
+        raise UserError(
+            f"recipe: train.max_length={recipe.train.max_length}: {base.name} chooses its rotary frequencies by the "
+            f"longest chain of a forward pass, and a chain has {longest} tokens; train.max_length={original} leaves "
+            "chains out that are longer than the original frequencies allow"
         )
 
 

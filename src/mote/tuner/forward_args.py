@@ -13,6 +13,7 @@ from transformers import Cache
 
 from mote.models.kv_cache import given_cache
 from mote.models.layers import indexed_scaling, masked_kinds
+from mote.models.rope import original_length
 from mote.tokens.masks import mask_form, masks_for
 
 
@@ -54,7 +55,8 @@ def separate_documents(
 
     Raises:
         ValueError: The model takes no positions, or `position_ids` run on from one document to the next, or the row is
-            so long that the base model scales tokens by their index in it.
+            so long that the base model scales tokens by their index in it, or a document is so long that the base model
+            rotates all documents by its length.
     """
     mask = call.get("attention_mask")
     if given_cache(call) is not None or torch.compiler.is_compiling() or "attention_mask" not in names:
@@ -84,13 +86,18 @@ def separate_documents(
             "position_ids: they run on from one document of `document_ids` to the next, which would then attend to it; "
             "let them begin at 0 in each document, or leave them out"
         )
+    used: Any = changed.get("position_ids", positions)
+    if (original := None if config is None else original_length(config)) is not None and int(used.max()) >= original:
+        raise ValueError(
+            f"document_ids: a document is longer than {original} tokens, and this base model chooses the rotary "
+            "frequencies of all documents by the longest one; give each document a forward pass of its own"
+        )
     if config is not None and any(layer.kind == "chunked" for layer in masked_kinds(config)):
         if (longest := indexed_scaling(config)) is not None and documents_B_T.shape[1] >= longest:
             raise ValueError(
                 f"document_ids: this base model scales attention by a token's index in its row from {longest} tokens "
                 "on; pack shorter rows, or give each document a row of its own"
             )
-        used: Any = changed.get("position_ids", positions)
         own_B_T = used.to(starts_B_T.device).expand(len(starts_B_T), -1)
         alike = torch.zeros_like(documents_B_T)  # one segment, which every token sees
         visible = torch.ones_like(starts_B_T)[..., None]

@@ -9,6 +9,19 @@ from typing import Any
 from torch import nn
 
 
+def original_length(config: Any) -> int | None:
+    """Longest sequence with the original frequencies, by a model's configuration; None if all lengths have them."""
+    config = config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    lengths = []
+    for rope in (parameters, *(nested for nested in parameters.values() if isinstance(nested, dict))):
+        if rope.get("rope_type") == "longrope":
+            lengths.append(rope["original_max_position_embeddings"])
+        elif "dynamic" in (rope.get("rope_type") or ""):
+            lengths.append(config.max_position_embeddings)
+    return min(lengths, default=None)
+
+
 class LengthDependentRope:
     """The rotary embeddings of a model that change with the length.
 
