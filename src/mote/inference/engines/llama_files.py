@@ -17,7 +17,7 @@ from peft.utils import load_peft_weights
 
 from mote.core.errors import UserError, first_line
 from mote.core.files import atomic_folder, disk_errors, write_json
-from mote.core.machine import cache_folder
+from mote.core.machine import gguf_folder
 from mote.core.records import Message
 from mote.inference.engines.llama_batch import GgufFiles
 from mote.inference.engines.llama_library import CacheType, load_library
@@ -114,7 +114,7 @@ def base_files(model: str, tokenizer: Any, revision: str | None = None, dtype: s
         MoteError: The file cannot be written.
     """
     if is_gguf(model):
-        return GgufFiles(Path(model).absolute())
+        return GgufFiles(Path(model).absolute(), cache=_cache(type_of(dtype)))
     kind = type_of(dtype)
     base = BaseWeights(model, revision)
     folder = _folder(Path(model).name, kind, base.fingerprint())
@@ -155,6 +155,8 @@ def open_base(model: str, revision: str | None = None) -> Base:
         ) from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return Base(model, Configurations(config, config), tokenizer)
 
 
@@ -171,7 +173,7 @@ def _cache(kind: Type) -> CacheType:
 def _folder(name: str, *parts: str) -> Path:
     digest = hashlib.sha256("/".join((str(_VERSION), *parts)).encode()).hexdigest()[:12]
     safe = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in name)
-    return cache_folder() / "gguf" / f"{safe}-{parts[0]}-{digest}"
+    return gguf_folder() / f"{safe}-{parts[0]}-{digest}"
 
 
 @contextmanager

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from mote.core.errors import MoteError, UserError
+from mote.core.machine import LLAMACPP, LLAMACPP_VERSION
 
-DISTRIBUTION = "xllamacpp"
-VERSION = "2026.10.11549"  # llama.cpp b11549
 CacheType = Literal["f32", "f16", "q8_0"]
 BATCH = 128  # most tokens of one call; more are not faster on a CPU and delay decoding sequences
 _TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
@@ -124,7 +123,7 @@ class LlamaModel:
             raise MoteError(f"engine: llama.cpp has no memory for {tokens} tokens; run fewer sequences at once")
         given = (lib.llama_n_ctx(self._context), lib.llama_n_batch(self._context), lib.llama_n_seq_max(self._context))
         if given[0] < tokens or given[1:] != (BATCH, sequences):
-            raise MoteError(f"engine: the library {DISTRIBUTION} understands its settings otherwise; {_remedy()}")
+            raise MoteError(f"engine: the library {LLAMACPP} understands its settings otherwise; {_remedy()}")
         self._memory = lib.llama_get_memory(self._context)
 
     def decode(
@@ -199,11 +198,11 @@ def load_library() -> Any:
         MoteError: Its structures have another layout.
     """
     try:
-        found = metadata.version(DISTRIBUTION)
+        found = metadata.version(LLAMACPP)
     except metadata.PackageNotFoundError as error:
         raise UserError(f"engine: llama.cpp is not installed; {_remedy()}") from error
-    if found != VERSION:
-        raise UserError(f"engine: {DISTRIBUTION} {found} is not the release that `mote` was tested with; {_remedy()}")
+    if found != LLAMACPP_VERSION:
+        raise UserError(f"engine: {LLAMACPP} {found} is not the release that `mote` was tested with; {_remedy()}")
     import xllamacpp
 
     lib = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))))
@@ -215,14 +214,16 @@ def load_library() -> Any:
     known = (context.n_ctx, context.n_batch, context.n_ubatch, context.n_seq_max, context.type_k, context.type_v)
     flags = (context.offload_kqv, context.embeddings, model.use_extra_bufts, model.vocab_only)
     if known != (512, 2048, 512, 1, 1, 1) or flags != (True, False, True, False) or context.flash_attn_type != -1:
-        raise MoteError(f"engine: the library {DISTRIBUTION} has other structures than expected; {_remedy()}")
+        raise MoteError(f"engine: the library {LLAMACPP} has other structures than expected; {_remedy()}")
     lib.llama_log_set(_QUIET, None)
     lib.llama_backend_init()
     return lib
 
 
 def _remedy() -> str:
-    return f"pip install 'mote-align[llamacpp]' (which takes {DISTRIBUTION}=={VERSION}), or use engine=transformers"
+    return (
+        f"pip install 'mote-align[llamacpp]' (which takes {LLAMACPP}=={LLAMACPP_VERSION}), or use engine=transformers"
+    )
 
 
 def _log(level: int, text: bytes, _: Any) -> None:
