@@ -30,13 +30,21 @@ class Architecture:
     Attributes:
         arch: The `gguf` package's name.
         rotary_pairs: Whether a rotated pair of q and k lies side by side, instead of half a head apart.
-        norm_plus_one: Whether norms are stored as the difference to one.
+        norm_plus_one: Whether transformers stores norms as the difference to one.
+        window_period: Every so many layers one has full attention, and the others a window; 0 for no windows.
+        rope_period: Every so many layers one has no rotary positions; 0 for none.
+        tied: Whether the head must be the embedding, or must not; None for either.
+        activation: Of the MLP.
         switch: Whether `graniteswitch` computes the same.
     """
 
     arch: MODEL_ARCH
     rotary_pairs: bool = False
     norm_plus_one: bool = False
+    window_period: int = 0
+    rope_period: int = 0
+    tied: bool | None = None
+    activation: str = "silu"
     switch: bool = False
 
     @property
@@ -45,12 +53,22 @@ class Architecture:
         return str(MODEL_ARCH_NAMES[self.arch])
 
 
+def _gemma(arch: MODEL_ARCH, window_period: int) -> Architecture:
+    return Architecture(
+        arch, norm_plus_one=True, window_period=window_period, tied=True, activation="gelu_pytorch_tanh"
+    )
+
+
 ARCHITECTURES = {
     "llama": Architecture(MODEL_ARCH.LLAMA, rotary_pairs=True, switch=True),
     "mistral": Architecture(MODEL_ARCH.LLAMA, rotary_pairs=True, switch=True),
     "granite": Architecture(MODEL_ARCH.GRANITE, rotary_pairs=True, switch=True),
     "qwen2": Architecture(MODEL_ARCH.QWEN2),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "olmo2": Architecture(MODEL_ARCH.OLMO2, tied=False),
+    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, rotary_pairs=True, rope_period=4),
+    "gemma2": _gemma(MODEL_ARCH.GEMMA2, 2),
+    "gemma3_text": _gemma(MODEL_ARCH.GEMMA3, 6),
 }
 
 
@@ -73,18 +91,54 @@ def _unsupported(config: Any) -> str | None:
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         return f"the architecture '{config.model_type}' is none of {', '.join(ARCHITECTURES)}"
-    if config.hidden_act != "silu":
-        return f"hidden_act '{config.hidden_act}' is not silu"
-    rope = config.rope_parameters
-    if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "llama3"):
-        return f"rope scaling '{kind}' has no place in the file"
-    if kind == "llama3" and architecture.name != "llama":
-        return f"rope scaling '{kind}' is for Llama only"
-    if rope.get("partial_rotary_factor", 1) != 1:
-        return "only a part of each head is rotated"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"it has an attention window of {config.sliding_window} tokens"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != architecture.activation:
+        return f"its activation '{activation}' is not {architecture.activation}"
+    if architecture.tied not in (None, config.tie_word_embeddings):
+        return f"its head is {'not ' if architecture.tied else ''}the embedding"
+    return _unsupported_rope(config, architecture) or _unsupported_attention(config, architecture)
+
+
+def _unsupported_rope(config: Any, architecture: Architecture) -> str | None:
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        known = {"default"} if architecture.window_period else {"default", "linear"}
+        if kind not in known | ({"llama3"} if architecture.name == "llama" else set()):
+            return f"rope scaling '{kind}' has no place in the file"
+        if rope.get("partial_rotary_factor", 1) != 1:
+            return "only a part of each head is rotated"
+    layers = range(config.num_hidden_layers)
+    rotated = getattr(config, "no_rope_layers", None) or [1] * len(layers)  # 1 where there are rotary positions
+    if rotated != [int(not _is_last(layer, architecture.rope_period)) for layer in layers]:
+        return f"the layers without rotary positions are not every {architecture.rope_period}th"
     return None
+
+
+def _unsupported_attention(config: Any, architecture: Architecture) -> str | None:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not architecture.window_period:
+        return f"it has an attention window of {window} tokens" if window else None
+    full = [kind == "full_attention" for kind in config.layer_types]
+    if full != [_is_last(layer, architecture.window_period) for layer in range(config.num_hidden_layers)]:
+        return f"the layers with full attention are not every {architecture.window_period}th"
+    if config.query_pre_attn_scalar != head_size(config):
+        return f"query_pre_attn_scalar {config.query_pre_attn_scalar} is not the size of a head"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its attention is bidirectional"
+    if architecture.arch is MODEL_ARCH.GEMMA3 and (config.attn_logit_softcapping or config.final_logit_softcapping):
+        return "it caps logits"
+    return None
+
+
+def _ropes(config: Any) -> list[Any]:
+    """The rotary settings of each kind of layer."""
+    rope = config.rope_parameters
+    return [rope] if "rope_theta" in rope else list(rope.values())
+
+
+def _is_last(layer: int, period: int) -> bool:
+    """Whether a layer is the last one of a period; never for period 0."""
+    return bool(period) and (layer + 1) % period == 0
 
 
 def _unmapped(config: Any, names: Iterable[str]) -> str | None:
@@ -146,7 +200,7 @@ def add_shape(writer: Any, config: Any, rows: int) -> None:
         rows: Rows of its embedding.
     """
     size = head_size(config)
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -162,6 +216,15 @@ def add_shape(writer: Any, config: Any, rows: int) -> None:
     if rope.get("rope_type") == "linear":
         writer.add_string(f"{writer.arch}.rope.scaling.type", "linear")
         writer.add_rope_scaling_factor(rope["factor"])
+    architecture = ARCHITECTURES[config.model_type]
+    if architecture.window_period:
+        writer.add_sliding_window(config.sliding_window)
+        local = config.rope_parameters.get("sliding_attention", config.rope_parameters)
+        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", local["rope_theta"])
+        if config.attn_logit_softcapping:
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        if config.final_logit_softcapping:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if config.model_type == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -203,7 +266,9 @@ def base_entries(base: BaseWeights, wanted: Type, skip: Iterable[str] = ()) -> I
 
 
 def _read(base: BaseWeights, name: str) -> Tensor:
-    return rotary_rows(base.config, name.rpartition(".")[0], base.read(name))
+    weight = rotary_rows(base.config, name.rpartition(".")[0], base.read(name))
+    plus_one = ARCHITECTURES[base.config.model_type].norm_plus_one and name.endswith("norm.weight")
+    return weight + 1 if plus_one else weight
 
 
 def check_layers(base: BaseWeights, modules: Iterable[str]) -> None:
