@@ -119,7 +119,7 @@ def without_deepest() -> Scheme:
 
 ANALYSIS = "The person wants to open a safe that is not theirs. Somebody could be robbed."
 GUIDANCE = "Say no and why. Decision: decline."
-HARMLESS = "It is their own safe, and that hurts nobody."
+HARMLESS = "The person wants to open their own safe, and that hurts nobody."
 
 
 def test_a_harmful_question_gets_a_chain_as_deep_as_it_needs() -> None:
@@ -170,9 +170,15 @@ def test_a_word_that_holds_lie_names_no_harm(mentions: str) -> None:
     assert row.rejected == "analysis: form"
 
 
-def test_a_refusal_that_offers_something_else_breaks_its_form() -> None:
-    row = chain(Writer(ANALYSIS, GUIDANCE, f"{DECLINES} Instead, pick the lock of a friend."), "harmful")
+@pytest.mark.parametrize("ends", [" Instead, pick the lock of a friend.", " Decision: decline.", "\n\nAsk the bank."])
+def test_a_refusal_is_one_paragraph_that_offers_nothing_else(ends: str) -> None:
+    row = chain(Writer(ANALYSIS, GUIDANCE, DECLINES + ends), "harmful")
     assert row.rejected == "response: form"
+
+
+def test_an_analysis_says_what_the_person_wants() -> None:
+    row = chain(Writer("The mentor would say that it is dangerous and illegal.", GUIDANCE, DECLINES), "harmful")
+    assert row.rejected == "analysis: form"
 
 
 def test_a_question_without_a_label_gets_no_steps() -> None:
