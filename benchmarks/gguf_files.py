@@ -23,7 +23,7 @@ import mote
 from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.core.records import Message
-from mote.inference.engines.llama_library import BATCH, LlamaModel
+from mote.inference.engines.llama_library import BATCH, VERSION, LlamaModel
 from mote.inference.load import read_adapter
 from mote.inference.model import Model
 from mote.models.embedded import EMBEDDED
@@ -170,7 +170,8 @@ def main() -> None:
             llama.close()
             for file in place.iterdir():
                 file.unlink()
-    result = {"what": __doc__.splitlines()[0], "model": given.model, "files": results, **environment()}
+    about = {"what": __doc__.splitlines()[0], "model": given.model, "xllamacpp": VERSION}
+    result = {**about, "files": results, **environment()}
     write_json(given.out, result)
 
 

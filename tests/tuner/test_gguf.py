@@ -13,11 +13,13 @@ from torch import Tensor
 
 import mote
 from mote.core.records import Message
+from mote.inference.engines.llama_library import LlamaModel
 from mote.inference.load import read_adapter
 from mote.inference.model import Model
 from mote.tokens.encode import encode_prompt, encode_text
+from mote.tokens.routing import step_ids
 from mote.tuner.gguf.source import BaseWeights
-from mote.tuner.gguf.steps import write_steps
+from mote.tuner.gguf.steps import StepFiles, write_steps
 from mote.tuner.gguf.switch import write_switch
 
 QUESTION = Message(role="user", content="how do I kill a process on my computer")
@@ -147,19 +149,36 @@ def test_concurrent_greedy_tokens_equal_peft(switch: Pair) -> None:
 
 
 @pytest.fixture(scope="module", params=STEPS)
-def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, StepFiles]:
+    """The reference, and the files."""
     kind, base_changes, changes = STEPS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     base = make_base(folder / "base", kind, **base_changes)
     adapter = make_adapter(base, folder / "adapter", **changes)
-    files = write_steps(folder, read_adapter(adapter), BaseWeights(str(base)), "f32", "f32")
-    with llama_server(files.base, list(files.loras.values())) as server:
-        model = mote.load(str(base), adapter, device="cpu", dtype="float32")
-        model.base.model.set_attn_implementation("eager")  # SDPA has no cap on scores, which Gemma 2 needs
-        for module in model.model.modules():
-            if kind.startswith("Gemma") and hasattr(module, "act_fn"):
-                module.act_fn = Tabulated()
+    written = write_steps(folder, read_adapter(adapter), BaseWeights(str(base)), "f32", "f32")
+    model = mote.load(str(base), adapter, device="cpu", dtype="float32")
+    model.base.model.set_attn_implementation("eager")  # SDPA has no cap on scores, which Gemma 2 needs
+    for module in model.model.modules():
+        if kind.startswith("Gemma") and hasattr(module, "act_fn"):
+            module.act_fn = Tabulated()
+    return model, written
+
+
+@pytest.fixture(scope="module")
+def steps(files: tuple[Model, StepFiles]) -> Iterator[Pair]:
+    model, written = files
+    with llama_server(written.base, list(written.loras.values())) as server:
         yield Pair(model, server, 1)
+
+
+@pytest.fixture(scope="module")
+def llama(files: tuple[Model, StepFiles]) -> Iterator[LlamaModel]:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    written = files[1]
+    model = LlamaModel(written.base, 1, list(written.loras.values()))
+    model.open(1, 256, "f32")
+    yield model
+    model.close()
 
 
 class Tabulated(torch.nn.Module):
@@ -187,9 +206,31 @@ def test_each_lora_equals_its_experts_on_all_tokens(steps: Pair, step: int) -> N
             expected = steps.model.model(input_ids=torch.tensor([ids]), step_ids=given).logits[0]
     for end in (len(ids) // 3, len(ids) // 2, len(ids) - 1):
         found = steps.server.log_probs(ids[: end + 1], steps.rows, lora=lora)[words].log_softmax(-1)
-        torch.testing.assert_close(found, expected[end][words].log_softmax(-1), atol=1e-3, rtol=0)
+        torch.testing.assert_close(found, expected[end][words].log_softmax(-1), atol=tolerance(steps), rtol=0)
+
+
+def tolerance(pair: Pair) -> float:
+    """0.001, and more for Gemma, where an input of `Tabulated` may be rounded the other way."""
+    return 1e-2 if pair.model.base.model.config.model_type.startswith("gemma") else 1e-3
 
 
 def ids_of(pair: Pair) -> list[int]:
     """Ids of the markers."""
     return [id_ for markers in pair.markers.values() for id_ in markers]
+
+
+@pytest.mark.parametrize("messages", [(QUESTION,), TURNS], ids=["one-turn", "turns"])
+@pytest.mark.parametrize("mode", CHAINS)
+def test_loras_switched_at_markers_equal_peft(
+    steps: Pair, llama: LlamaModel, mode: str, messages: tuple[Message, ...]
+) -> None:
+    """Every token of a chain, with the LoRA of its step and one KV cache."""
+    ids, _ = steps.sequence(messages, mode)
+    assert steps.model.config is not None and steps.model.config.routing is not None
+    each = step_ids(torch.tensor([ids]), steps.model.config.routing)[0].tolist()
+    llama.remove(0)
+    rows = []
+    for place, (id_, step) in enumerate(zip(ids, each, strict=True)):
+        llama.use(step)
+        rows.append(llama.decode([id_], [place], [0], [0])[0])
+    torch.testing.assert_close(torch.stack(rows).log_softmax(-1), steps.expected(ids), atol=tolerance(steps), rtol=0)
