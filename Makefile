@@ -21,9 +21,12 @@ VLLM_NEEDS = cloudpickle psutil cbor2 pyzmq aiohttp 'requests>=2.33' oss-harmony
   'llguidance>=1.7,<1.8' einops compressed-tensors==0.17.0 setuptools==78.1.1 uvicorn watchfiles \
   'prometheus-fastapi-instrumentator>=8' 'model-hosting-container-standards<1' numba==0.65.0 pytest hypothesis
 
+# The newest release of every dependency, whatever pyproject.toml allows (docs/compatibility.md).
+NEWEST = .venv-newest/bin
+
 CODE = src tests benchmarks examples docs/*.py docs/img/*.py
 
-.PHONY: quickstart docs test test-fast test-vllm check format install clean
+.PHONY: quickstart docs test test-fast test-vllm test-newest check format install clean
 
 install: $(VENV)/.installed
 
@@ -62,6 +65,17 @@ test-fast: install  ## tests without training, processes, servers, browsers or t
 
 test-vllm: .venv-vllm/.installed  ## the vLLM plugin in vLLM's CPU build, against the uncached reference
 	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -m vllm $(wildcard tests/serve/test_vllm_*.py) tests/inference/test_engines_vllm.py
+
+.venv-newest/.installed: pyproject.toml
+	test -x $(NEWEST)/python || $(PYTHON) -m venv .venv-newest
+	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  $$($(NEWEST)/python docs/compatibility.py packages)
+	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-newest: .venv-newest/.installed  ## all tests that need no browser, with the newest release of everything (gigabytes)
+	-OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -m 'not browser and not vllm' --junit-xml runs/newest.xml
+	$(NEWEST)/python docs/compatibility.py results runs/newest.xml
 
 format: install
 	$(BIN)/ruff check --fix $(CODE)

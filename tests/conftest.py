@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             or "subprocess" in item.function.__code__.co_names
         ):
             item.add_marker(pytest.mark.slow)
+        if "browser" in item.fixturenames:
+            item.add_marker(pytest.mark.browser)
 
 
 @pytest.fixture(scope="session")
