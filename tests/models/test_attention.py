@@ -1,12 +1,14 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.windows import save_base
 from transformers import DogeConfig, DogeForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mote.models.attention import GROUPED_SDPA, DocumentMask, grouped_sdpa
-from mote.models.load import default_attention
+from mote.models.load import default_attention, load_base
 from mote.tokens.masks import document_mask
 
 
@@ -71,3 +73,10 @@ def test_a_model_that_combines_masks_separates_documents(keep_window: int) -> No
         packed = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         separate = torch.cat([model(input_ids=row).logits for row in rows], dim=1)
     torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("gemma2", "eager"), ("gemma3", GROUPED_SDPA)])
+def test_soft_capped_scores_are_computed_by_eager(name: str, attention: str, tiny: Path, tmp_path: Path) -> None:
+    """SDPA has no soft cap, and transformers up to 5.19 leaves it out without a word."""
+    model = load_base(str(save_base(name, tiny, tmp_path)), device="cpu").model
+    assert model.config._attn_implementation == attention

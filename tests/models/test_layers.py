@@ -22,11 +22,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[tuple[str, int | None]]]] = {
     ),
     "lfm2": ("Lfm2Config", {**PLAIN, "layer_types": ["conv", "full_attention"]}, [("recurrent", None), ("full", None)]),
     "bamba": ("BambaConfig", {**PLAIN, "attn_layer_indices": [1]}, [("recurrent", None), ("full", None)]),
-    "recurrent gemma": (
-        "RecurrentGemmaConfig",
-        {"num_hidden_layers": 3},
-        [("recurrent", None), ("recurrent", None), ("full", None)],
-    ),
+    "recurrent gemma": ("RecurrentGemmaConfig", PLAIN, [("recurrent", None)] * 2),
     "falcon-h1": ("FalconH1Config", PLAIN, [("recurrent", None)] * 2),
     "nested": (
         "Gemma3Config",

@@ -87,9 +87,9 @@ def drawn(visibility: Tensor, *steps: int, seed: int = 0) -> DrawnChain:
 
 
 @torch.no_grad()
-def plain_logits(model: Any, ids: list[int], attention: str = "eager") -> Tensor:
-    """Logits (T, V) of a sequence alone, uncached, by the model's own masks."""
-    model.set_attn_implementation(attention)
+def plain_logits(model: Any, ids: list[int]) -> Tensor:
+    """Logits (T, V) of a sequence alone, uncached, by the model's own masks and eager attention."""
+    model.set_attn_implementation("eager")
     logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     return logits
 

@@ -40,12 +40,9 @@ def grouped_sdpa(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`sdpa_attention_forward` of transformers without the repeated heads; falls back to it for other arguments.
-
-    Unlike it, it applies a soft cap (Gemma 2), as transformers' `eager` does.
 
     Args:
         module: The attention layer.
@@ -56,7 +53,6 @@ def grouped_sdpa(
         dropout: Dropout on the weights.
         scaling: Factor on the scores.
         is_causal: Overrides the layer's setting.
-        softcap: Soft cap on the scores.
         kwargs: Arguments of other attention functions.
 
     Returns:
@@ -67,49 +63,20 @@ def grouped_sdpa(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
         return out, None
-    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    if softcap is not None:
-        out = _softcapped(query, key, value, attention_mask, causal, dropout, scaling, softcap)
-    elif isinstance(attention_mask, DocumentMask):
-        out = _by_document(query, key, value, attention_mask, dropout, scaling)
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=causal,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+    if isinstance(attention_mask, DocumentMask):
+        return _by_document(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _softcapped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    dropout: float,
-    scaling: float | None,
-    softcap: float,
-) -> Tensor:
-    """Attention (B, H, T, D) with softcap * tanh(scores / softcap) in place of the scores, which no SDPA kernel has."""
-    groups = query.shape[1] // key.shape[1]
-    factor = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * factor
-    scores = torch.tanh(scores / softcap) * softcap
-    if causal:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    weights = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return weights @ value.repeat_interleave(groups, dim=1)
 
 
 def _by_document(

