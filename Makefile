@@ -24,9 +24,17 @@ VLLM_NEEDS = cloudpickle psutil cbor2 pyzmq aiohttp 'requests>=2.33' oss-harmony
 # The newest release of every dependency, whatever pyproject.toml allows (docs/compatibility.md).
 NEWEST = .venv-newest/bin
 
+# What benchmarks/gpu.py finds on a GPU machine without network, and the wheels that are taken along (docs/gpu.md).
+GPU = .venv-gpu/bin
+GPU_STACK = torch==2.11.0 transformers==5.17.0 peft==0.21.2 accelerate==1.15.0 safetensors==0.8.0 pytest hypothesis \
+  click jinja2 matplotlib psutil pyyaml sacrebleu sentencepiece tqdm
+GPU_WHEELS = annotated-types gguf py3langid pydantic pydantic-core rensa typing-extensions typing-inspection
+GPU_PYTHON ?= 3.12
+GPU_PLATFORMS = $(foreach n,17 24 27 28 31 34,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
+
 CODE = src tests benchmarks examples docs/*.py docs/img/*.py
 
-.PHONY: quickstart docs test test-fast test-vllm test-newest check format install clean
+.PHONY: quickstart docs test test-fast test-vllm test-newest test-gpu-stack wheels check format install clean
 
 install: $(VENV)/.installed
 
@@ -76,6 +84,22 @@ test-vllm: .venv-vllm/.installed  ## the vLLM plugin in vLLM's CPU build, agains
 test-newest: .venv-newest/.installed  ## all tests that need no browser, with the newest release of everything (gigabytes)
 	-OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -m 'not browser and not vllm' --junit-xml runs/newest.xml
 	$(NEWEST)/python docs/compatibility.py results runs/newest.xml
+
+.venv-gpu/.installed: Makefile constraints.txt
+	test -x $(GPU)/python || $(PYTHON) -m venv .venv-gpu
+	$(GPU)/python -m pip install --quiet --disable-pip-version-check $(GPU_STACK)
+	$(GPU)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt $(GPU_WHEELS)
+	touch $@
+
+test-gpu-stack: .venv-gpu/.installed  ## every part of benchmarks/gpu.py on the CPU, with a GPU machine's versions
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(GPU)/python benchmarks/gpu.py --dry-run --again --out .venv-gpu/dry-run \
+	  --work .venv-gpu/dry-run $(foreach part,1 2 3 4 5 6 7 8,--part $(part))
+
+wheels:  ## the wheels that a GPU machine lacks, at most 64 MiB, in .wheels
+	rm -rf .wheels
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+	  --python-version $(GPU_PYTHON) $(GPU_PLATFORMS) --constraint constraints.txt --dest .wheels $(GPU_WHEELS)
+	du -sm .wheels && test $$(du -sm .wheels | cut -f1) -le 64
 
 format: install
 	$(BIN)/ruff check --fix $(CODE)

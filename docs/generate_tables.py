@@ -1,14 +1,15 @@
 """Fill the tables of settings, fields and options in the pages from the code: `make docs`.
 
-A table stands between `<!-- settings: ... -->` (or `fields:`, `keys:`, `options:`) and `<!-- end -->`; the rest of a
-page is prose. Descriptions are those of `Field(description=...)`, of `Attributes:` in a docstring, and of the options'
-help.
+A table stands between `<!-- settings: ... -->` (or `fields:`, `keys:`, `options:`, `gpu:`) and `<!-- end -->`; the
+rest of a page is prose. Descriptions are those of `Field(description=...)`, of `Attributes:` in a docstring, and of the
+options' help.
 """
 
 import importlib
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from mote.cli import mote
 from mote.cli.options import WithCommands
 
 DOCS = Path(__file__).parent
-TABLE = re.compile(r"(<!-- (settings|fields|keys|options): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (settings|fields|keys|options|gpu): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def generated(page: str) -> str:
@@ -87,11 +88,39 @@ def options_table(*words: str) -> str:
     return table(["Option", "Meaning"], [option_row(option) for option in options])
 
 
+def gpu_table(script: str, folder: str) -> str:
+    """Every bar of benchmarks/gpu.py with what each card gave.
+
+    Args:
+        script: The script.
+        folder: Its JSON files, one of each part and card.
+    """
+    folder_of_scripts = str((DOCS.parent / script).parent)
+    if folder_of_scripts not in sys.path:
+        sys.path.append(folder_of_scripts)
+    parts = importlib.import_module(Path(script).stem)
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS.parent / folder).glob("*.json"))]
+    found = {(file["card"], bar["name"]): bar for file in files if not file["dry_run"] for bar in file["bars"]}
+    cards = sorted({card for card, _ in found}) or ["any GPU"]
+    bars = [bar for measures in parts.PARTS.values() for measure in measures for bar in measure.bars]
+    rows = [[bar.name, bar.text or "-", *(gpu_cell(found.get((card, bar.name))) for card in cards)] for bar in bars]
+    return table(["Measure", "Bar", *cards], rows)
+
+
+def gpu_cell(bar: Mapping[str, Any] | None) -> str:
+    """A measured bar as text."""
+    if bar is None:
+        return "not measured"
+    quartiles = " ({:.4g} to {:.4g})".format(*bar["quartiles"]) if "quartiles" in bar else ""
+    return f"{bar['value']:.4g}{quartiles}{' **not met**' if bar['met'] is False else ''}"
+
+
 TABLES: Mapping[str, Any] = {
     "settings": settings_table,
     "fields": fields_table,
     "keys": keys_table,
     "options": options_table,
+    "gpu": gpu_table,
 }
 
 

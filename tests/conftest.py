@@ -12,7 +12,7 @@ import pytest
 from support.hub_server import Hub
 from support.tiny import Write, make_tiny_model
 
-pytest_plugins = ("support.adapters", "support.commands", "support.judged_runs")
+pytest_plugins = ("support.adapters", "support.commands", "support.gpu", "support.judged_runs")
 
 # One thread: tiny models are faster so, and test processes side by side do not wait for each other's threads.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,7 +29,12 @@ SLOW_MODULES = {f"support.{name}" for name in ("processes", "cli_runs", "servers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark as slow what `make test-fast` leaves out: `SLOW_FILES`, processes, servers, browsers, embedded model."""
+    """Mark as slow what `make test-fast` leaves out: `SLOW_FILES`, processes, servers, browsers, embedded model.
+
+    Tests marked `gpu` are skipped without CUDA.
+    """
+    from support.gpu import WHY_NOT  # a plugin, which pytest has to import first
+
     for item in items:
         names = vars(item.module).values()
         imported = {getattr(name, "__module__", None) or getattr(name, "__name__", None) for name in names}
@@ -44,6 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             item.add_marker(pytest.mark.slow)
         if "browser" in item.fixturenames:
             item.add_marker(pytest.mark.browser)
+        if WHY_NOT and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=WHY_NOT))
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,10 @@ import sys
 from importlib import metadata
 
 import pytest
+import torch
 
 from mote.core import machine
-from mote.core.machine import INTEL, cpu_model, cpu_vendor, environment
+from mote.core.machine import INTEL, cpu_model, cpu_vendor, environment, peak_memory_mb
 
 
 def test_versions_and_hardware_are_recorded_without_names() -> None:
@@ -43,3 +44,13 @@ def test_the_processor_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(platform, "processor", lambda processor=processor: processor)
         monkeypatch.setattr(machine, "_cpu", lambda _, vendor=vendor: vendor)
         assert cpu_vendor() == wanted
+
+
+def test_peak_memory_is_that_of_the_gpus_if_one_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = {0: 0, 1: 3 * 2**20}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", allocated.__getitem__)
+    assert peak_memory_mb() == 3
+    allocated[1] = 0  # a run on the CPU of such a machine
+    assert peak_memory_mb() == int(machine.resident_peak_mb()) > 10

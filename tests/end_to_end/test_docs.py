@@ -71,7 +71,7 @@ def all_tables(page: Path) -> list[list[str]]:
 # --- docs/recipes.md
 
 
-@pytest.mark.parametrize("name", ["recipes.md", "files.md", "cli.md"])
+@pytest.mark.parametrize("name", ["recipes.md", "files.md", "cli.md", "gpu.md"])
 def test_generated_tables_are_those_of_the_code(name: str) -> None:
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert TABLE.search(page)

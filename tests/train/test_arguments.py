@@ -9,7 +9,7 @@ from support.training import SCHEME, recipe, rows_of, trained, weights_of
 
 from mote.core.errors import UserError
 from mote.train import check_settings, training_arguments
-from mote.train.arguments import step_weights
+from mote.train.arguments import check_gpu, step_weights
 
 
 def test_tensorboard_gets_the_losses(tiny: Path, tmp_path: Path) -> None:
@@ -83,3 +83,40 @@ def test_response_loss_equals_zero_weights_on_other_steps(tiny: Path, tmp_path: 
 def test_push_to_hub_needs_a_repository(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.push_to_hub=true: give the repository too"):
         training_arguments(recipe(tiny, push_to_hub=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "launched", "complaint"),
+    [
+        ("cuda", 1, False, None),
+        ("cuda:0", 1, False, None),
+        ("cuda", 4, True, None),
+        ("cpu", 4, False, None),
+        ("cuda", 4, False, "CUDA_VISIBLE_DEVICES=0 and device=cuda"),
+        ("cuda:1", 2, False, "'cuda:1' is one of 2 GPUs, .* CUDA_VISIBLE_DEVICES=1"),
+    ],
+)
+def test_gpus_that_the_trainer_would_not_keep_to_are_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, count: int, launched: bool, complaint: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launched:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    if complaint is None:
+        check_gpu(device)
+    else:
+        with pytest.raises(UserError, match=complaint):
+            check_gpu(device)
+
+
+def test_a_second_gpu_is_refused_before_work_begins(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    given = recipe(tiny).model_copy(update={"device": "cuda:1"})
+    with pytest.raises(UserError, match="accelerate launch"):
+        check_settings(given, SCHEME, tmp_path)

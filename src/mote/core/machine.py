@@ -10,9 +10,11 @@ from typing import Any
 
 
 def peak_memory_mb() -> int:
-    """Peak memory so far in MB: allocated on the GPU if one is used, else resident memory of the process."""
+    """Peak memory so far in MB: allocated on the GPUs if any is used, else resident memory of the process."""
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated() / 2**20)
+        allocated = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+        if allocated:
+            return int(allocated / 2**20)
     return int(resident_peak_mb())
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from mote.core.records import Frozen
 from mote.models.memory_estimate import device_memory
@@ -37,11 +38,11 @@ def measure(device: str, seconds: float = 0.5) -> Machine:
     on_gpu = device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     size = 8192 if on_gpu else 1024
-    left = torch.ones(size, size, dtype=dtype, device=device)
+    left = torch.randn(size, size, device=device).to(dtype)  # a GPU multiplies ones faster than random numbers
     out = torch.empty_like(left)
-    source = torch.ones((256 if on_gpu else 64) * 2**20, dtype=torch.uint8, device=device)
+    source = torch.ones((1024 if on_gpu else 64) * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    wait: Callable[[], object] = torch.cuda.synchronize if on_gpu else lambda: None
+    wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     matmuls = _rate(lambda: torch.mm(left, left, out=out), wait, seconds / 2)
     copies = _rate(lambda: target.copy_(source), wait, seconds / 2)
     return Machine(

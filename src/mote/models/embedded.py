@@ -28,7 +28,7 @@ def _embedded_folder() -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            ready = _convert(_fetch_gguf(Path(scratch)), Path(scratch) / "ready")
+            ready = convert_gguf(_fetch_gguf(Path(scratch)), Path(scratch) / "ready")
             shutil.rmtree(folder, ignore_errors=True)
             ready.rename(folder)
     except OSError as error:
@@ -58,8 +58,8 @@ def _fetch_gguf(scratch: Path) -> Path:
     return gguf
 
 
-def _convert(gguf: Path, folder: Path) -> Path:
-    """Dequantise the GGUF and write it as safetensors with its tokenizer."""
+def convert_gguf(gguf: Path, folder: Path) -> Path:
+    """Dequantise a GGUF and write it as safetensors with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -145,6 +146,25 @@ def step_weights(settings: TrainSettings, steps: tuple[str, ...], answer: str = 
         other = "step_weights" if settings.skip_views == 1 else f"skip_views={settings.skip_views}"
         raise UserError(f"recipe: train.label_smoothing_factor={smoothing}: does not go with train.{other}; remove one")
     return torch.tensor([0.0, *given])
+
+
+def check_gpu(device: str) -> None:
+    """Refuse a choice of GPUs that transformers' `Trainer` would not keep to.
+
+    One process trains on the first GPU that it sees, and by `nn.DataParallel` on all of them if it sees more.
+
+    Raises:
+        UserError: Another GPU is named, or several are seen without a launcher.
+    """
+    if not device.startswith("cuda") or not torch.cuda.is_available() or "LOCAL_RANK" in os.environ:
+        return
+    index = torch.device(device).index or 0
+    count = torch.cuda.device_count()
+    if index or count > 1:
+        raise UserError(
+            f"device: '{device}' is one of {count} GPUs, and training in a single process uses all that it sees; set "
+            f"CUDA_VISIBLE_DEVICES={index} and device=cuda, or start a process per GPU with `accelerate launch`"
+        )
 
 
 def uses_flex_attention(recipe: Recipe, device: str) -> bool:

@@ -32,7 +32,13 @@ from mote.models.shapes import LLAMA_LIKE, shape_of
 from mote.tokens.encode import add_markers
 from mote.tokens.masks import MakeMask, mask_form, masks_for, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate, unrolled_length
-from mote.train.arguments import pushes_adapter, step_weights, training_arguments, uses_flex_attention
+from mote.train.arguments import (
+    check_gpu,
+    pushes_adapter,
+    step_weights,
+    training_arguments,
+    uses_flex_attention,
+)
 from mote.train.card import GO_ON, Facts, model_card, push, save_adapter
 from mote.train.examples import groups_of, split_groups, usable
 from mote.train.log import Metrics, held_out_losses, last_whole_checkpoint
@@ -72,6 +78,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     Raises:
         UserError: No chain to train on, or a setting that `TrainingArguments` refuses.
     """
+    check_gpu(str(base.model.device))
     config = mote_config(recipe, scheme)
     recipe = apply_method(recipe, scheme)
     speed_up(base.model)
@@ -289,6 +296,7 @@ def check_settings(recipe: Recipe, scheme: Scheme, folder: Path) -> None:
         UserError: A value cannot work.
     """
     here = default_device()
+    check_gpu(here if recipe.device == "auto" else recipe.device)
     mote_config(recipe, scheme)
     training_arguments(recipe, folder, evaluates=recipe.train.held_out > 0, device=here)
     steps = steps_of(recipe, scheme)

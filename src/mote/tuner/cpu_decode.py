@@ -79,8 +79,8 @@ class CpuDecoder:
         """
         ids = call.get("input_ids")
         cache = given_cache(call)
-        if ids is None or not isinstance(cache, Cache):
-            return None
+        if ids is None or ids.device != _CPU or not isinstance(cache, Cache):
+            return None  # elsewhere reading the documents would wait for the device
         if ids.shape[1] > 1 and (documents is None or bool((documents.diff(dim=1) == 0).any())):
             self.begin_sequence(cache)
             return None

@@ -15,7 +15,15 @@ from mote.core.errors import UserError
 from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.experiments.bench.expert_settings import ExpertBenchSettings, load_model
-from mote.experiments.bench.measurements import TOKENS, DecodingStep, TrainingStep, make_batch, peak_mb_on_gpu, saved_mb
+from mote.experiments.bench.measurements import (
+    TOKENS,
+    DecodingStep,
+    TrainingStep,
+    make_batch,
+    make_current,
+    peak_mb_on_gpu,
+    saved_mb,
+)
 from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
 from mote.experiments.bench.targets import expert_targets
 from mote.experiments.bench.timing import compare, interleave, say
@@ -38,6 +46,7 @@ def compare_variants(settings: ExpertBenchSettings, out: Path | None = None) -> 
     if out is not None and out.is_dir():
         raise UserError(f"out: {out} is a folder; give the name of a JSON file")
     say(f"loading {settings.model or settings.shape} ({settings.dtype}, {settings.device})")
+    make_current(settings.device)
     bench = _Bench(settings)
     result: dict[str, Any] = {
         "what": f"each variant over {REFERENCE}, round by round in one process; {CONTROL} is the A/A control",
@@ -74,7 +83,7 @@ class _Bench:
 
     def measures(self) -> Iterator[Measure]:
         """Run the measurements one after the other."""
-        modes = (False, True) if self.settings.compiled else (False,)
+        modes = (False,) * self.settings.eager + (True,) * self.settings.compiled
         if {"training", "decoding", "saved"} & set(self.settings.measures):
             yield from self._side_by_side(modes)
         if "memory" in self.settings.measures:
@@ -95,10 +104,10 @@ class _Bench:
         for compiled in modes:
             variants = {name: v for name, v in everything.items() if not (compiled and name in UNCOMPILED)}
             if "training" in self.settings.measures:
-                with _compiled(variants.values(), compiled, whole=False):
+                with compiled_parts(variants.values(), compiled, whole=False):
                     yield self._training(variants, _named("training step", compiled))
             if "decoding" in self.settings.measures:
-                with _compiled(variants.values(), compiled, whole=True):
+                with compiled_parts(variants.values(), compiled, whole=True):
                     yield from self._decoding(variants, compiled)
 
     def _training(self, variants: Mapping[str, Variant], measure: str) -> Measure:
@@ -108,13 +117,7 @@ class _Bench:
         return measure, "s", interleave(steps, self.settings.rounds)
 
     def _decoding(self, variants: Mapping[str, Variant], compiled: bool) -> Iterator[Measure]:
-        last = len(STEPS)
-        cases = {
-            "one row": [last],
-            "eight rows": [last] * 8,
-            "eight rows in different steps": [1 + row % last for row in range(8)],
-        }
-        for case, steps in cases.items():
+        for case, steps in _decoding_cases(self.settings.decoding_rows).items():
             measure = _named(f"decoding {case}", compiled)
             decodings = {
                 name: DecodingStep(variant, torch.tensor(steps, device=self.settings.device), self.vocab)
@@ -151,7 +154,7 @@ class _Bench:
 
     def _peak_on_gpu(self, name: str, compiled: bool) -> float:
         variant = self._build(name)
-        with _compiled([variant], compiled, whole=False):
+        with compiled_parts([variant], compiled, whole=False):
             return peak_mb_on_gpu(variant, self.batch)
 
     def _once(self, measure: str, actions: dict[str, Any]) -> dict[str, list[float]]:
@@ -179,13 +182,25 @@ class _Bench:
         return values
 
 
+def _decoding_cases(rows: Iterable[int]) -> dict[str, list[int]]:
+    """The step of each row: all in the last one, and beyond one row also in different steps."""
+    last = len(STEPS)
+    cases = {}
+    for count in rows:
+        name = {1: "one row", 8: "eight rows"}.get(count, f"{count} rows")
+        cases[name] = [last] * count
+        if count > 1:
+            cases[f"{name} in different steps"] = [1 + row % last for row in range(count)]
+    return cases
+
+
 def _named(measure: str, compiled: bool) -> str:
     return f"{measure}, compiled" if compiled else measure
 
 
 @contextmanager
-def _compiled(variants: Iterable[Variant], compiled: bool, whole: bool) -> Iterator[None]:
-    """Compile each block (one graph for all of them), or for decoding the whole stack of blocks.
+def compiled_parts(variants: Iterable[Variant], compiled: bool, whole: bool) -> Iterator[None]:
+    """Compile each block of the variants (one graph for all of them), or for decoding the whole stack of blocks.
 
     When decoding, a block indexes the cache by its layer number, so that each block would be a separate graph.
     """

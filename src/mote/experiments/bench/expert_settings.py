@@ -45,6 +45,8 @@ class ExpertBenchSettings:
     threads: int
     variants: tuple[str, ...] = tuple(BUILDERS)
     measures: tuple[str, ...] = MEASURES
+    eager: bool = True
+    decoding_rows: tuple[int, ...] = (1, 8)
 
 
 def choose_settings(

@@ -157,6 +157,13 @@ def peak_mb_on_gpu(variant: Variant, batch: Batch) -> float:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
+    """Wait for the current GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def make_current(device: str) -> None:
+    """Make a GPU the current one: waiting and memory counters refer to that, not to where tensors are."""
+    index = torch.device(device).index
+    if device.startswith("cuda") and index is not None:
+        torch.cuda.set_device(index)

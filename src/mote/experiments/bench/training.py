@@ -12,6 +12,7 @@ from mote.core.errors import UserError
 from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.experiments.bench.held_out import compare_held_out
+from mote.experiments.bench.measurements import make_current
 from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
 from mote.experiments.bench.skipping import Pass, batches, seven, step_occurrences
 from mote.experiments.bench.timing import compare, interleave, paired, say
@@ -81,6 +82,7 @@ class TrainingBenchSettings:
         seeds: Seeds of the held-out comparison.
         trained_on: Chains that an arm of the held-out comparison trains on, at most.
         epochs: Epochs of an arm of the held-out comparison.
+        flex: Whether masked passes use FlexAttention.
     """
 
     model: str | None
@@ -98,6 +100,7 @@ class TrainingBenchSettings:
     seeds: int
     trained_on: int
     epochs: int
+    flex: bool = False
 
 
 def choose(
@@ -136,6 +139,7 @@ def choose(
         threads=torch.get_num_threads(),
         training=training,
         measures=names,
+        flex=on_gpu,
         **chosen,
     )
 
@@ -160,6 +164,7 @@ def measure_training(settings: TrainingBenchSettings, out: Path | None = None) -
     result["machine"]["threads"] = settings.threads
     if settings.model is not None and Path(settings.model).is_dir():
         result["settings"]["model"] = Path(settings.model).name
+    make_current(settings.device)
     for name, measure in _measures(settings, result):
         result["measures"][name] = measure
         result["targets"] = training_targets(result["measures"], settings.device.startswith("cuda"))
@@ -213,9 +218,10 @@ def _passes(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The measurements of single passes: on chains with all three steps, and FLOPs of an epoch over all chains."""
     given = settings.training
-    on_gpu = settings.device.startswith("cuda")
-    model = with_experts(workload, workload.config, on_gpu)
+    model = with_experts(workload, workload.config, settings.flex)
     make_mask = masks_for(model.config, mask_form(model.config._attn_implementation))
+    # FlexAttention is compared with causal SDPA, the fastest attention of a GPU.
+    with_sdpa = with_experts(workload, workload.config, False) if settings.flex else model
     whole = [row for row in workload.rows if {1, 2, 3} <= set(row.steps)][: settings.whole]
     if not whole:
         raise UserError("chains: none has analysis, guidance and response; give a file with some, or a larger --count")
@@ -223,14 +229,12 @@ def _passes(
     if "skipping" in settings.measures:
         expanded = [form for row in whole for form in seven(row)]
         result["chains"]["step occurrences, masked and built"] = [step_occurrences(whole), step_occurrences(expanded)]
-        yield from _skipping(settings, workload, model, make_mask, whole)
+        yield from _skipping(settings, workload, model, make_mask, with_sdpa, whole)
     if "masks" in settings.measures:
-        # On a GPU the reference is SDPA, the fastest causal attention; the masked model uses FlexAttention.
-        causal_model = with_experts(workload, workload.config, False) if on_gpu else model
         pad_id = workload.tokenizer.pad_token_id
         for case, length, per_batch in (("one chain a row", None, given.batch), ("packed rows", given.length, 1)):
             drawn = batches(whole, given.skip_p, length, per_batch, pad_id, settings.device)
-            causal = Pass(causal_model, drawn, None)
+            causal = Pass(with_sdpa, drawn, None)
             name = f"training step, {case}"
             steps = {CAUSAL: causal, CAUSAL_AGAIN: causal, MASKS: Pass(model, drawn, make_mask)}
             seconds = _interleaved(name, steps, settings.rounds)
@@ -238,26 +242,36 @@ def _passes(
 
 
 def _skipping(
-    settings: TrainingBenchSettings, workload: Workload, model: Any, make_mask: MakeMask, whole: list[Tokens]
+    settings: TrainingBenchSettings,
+    workload: Workload,
+    model: Any,
+    make_mask: MakeMask,
+    counted: Any,
+    whole: list[Tokens],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """FLOPs and time of masked passes against passes over the seven data sets."""
+    """Time of masked passes against passes over the seven data sets, and FLOPs of the model `counted`.
+
+    They are counted with SDPA, densely: a counter sees nothing inside a compiled FlexAttention.
+    """
     given = settings.training
 
-    def packed(rows: Sequence[Tokens], skip_p: float, draws: int = 1) -> Pass:
-        pad_id = workload.tokenizer.pad_token_id
-        return Pass(model, batches(rows, skip_p, given.length, 1, pad_id, settings.device, draws), make_mask)
+    def passes(model: Any, make_mask: MakeMask, rows: list[Tokens]) -> dict[str, Pass]:
+        def packed(rows: Sequence[Tokens], skip_p: float, draws: int = 1) -> Pass:
+            pad_id = workload.tokenizer.pad_token_id
+            return Pass(model, batches(rows, skip_p, given.length, 1, pad_id, settings.device, draws), make_mask)
 
-    def passes(rows: list[Tokens]) -> dict[str, Pass]:
         return {
             SEVEN: packed([form for row in rows for form in seven(row)], 0.0),
             MASKED: packed(rows, given.skip_p),
             TWO_DRAWS: packed(rows, given.skip_p, draws=2),
         }
 
-    three_steps = passes(whole)
-    for name, variants in ((FLOPS, three_steps), (f"{FLOPS}, all depths", passes(workload.rows))):
+    dense = masks_for(counted.config, mask_form(counted.config._attn_implementation))
+    for name, rows in ((FLOPS, whole), (f"{FLOPS}, all depths", workload.rows)):
+        variants = passes(counted, dense, rows)
         flops = {variant: [one.flops()] for variant, one in variants.items()}
         yield name, {"unit": "FLOP", **_compared(flops, SEVEN, None)}
+    three_steps = passes(model, make_mask, whole)
     seconds = _interleaved(TIME, {**three_steps, MASKED_AGAIN: three_steps[MASKED]}, settings.rounds)
     yield TIME, {"unit": "s", **_compared(seconds, SEVEN, (MASKED_AGAIN, MASKED))}
 
