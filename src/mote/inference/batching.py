@@ -300,7 +300,8 @@ class Batcher(BatchLoop):
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=plan.positions[None],
                 use_cache=True,
-                logits_to_keep=1 if keep is None else keep.to(device),
+                # A tensor: given a number, Gemma 4 leaves tokens out of the layers that share keys.
+                logits_to_keep=(torch.tensor([0]) if keep is None else keep).to(device),
                 **given,
             ).logits[0]
         self.tokens_computed += len(ids)
