@@ -114,9 +114,12 @@ def test_questions_that_differ_from_the_folders(fails: Fails, done: Path, recipe
         ("chains: {reject: [boring]}\n", "recipe: chains.reject.0='boring': input should be 'empty', 'truncated'"),
         (
             "engine: llama\n",
-            "recipe: engine='llama': use 'transformers', 'vllm', or addresses such as http://localhost",
+            "recipe: engine='llama': use 'transformers', 'llamacpp', 'vllm', or addresses",
         ),
-        ("engine: 'http://a/v1,b'\n", "recipe: engine='http://a/v1,b': use 'transformers', 'vllm', or addresses"),
+        (
+            "engine: 'http://a/v1,b'\n",
+            "recipe: engine='http://a/v1,b': use 'transformers', 'llamacpp', 'vllm', or addresses",
+        ),
         ("answer: {modes: []}\n", "recipe: answer.modes=[]: "),
         ("answer: {system: a/b}\n", "recipe: answer.system='a/b': string should match pattern"),
         ("a: b: c\n", "recipe: FILE line 1 is not valid YAML"),

@@ -337,5 +337,5 @@ def test_a_recipe_names_several_addresses() -> None:
     assert recipe.engine.split(",") == ["http://one:8000/v1", "https://two/v1"]
     assert load_recipe(None, ["engine=vllm"]).engine == "vllm"
     for wrong in ("http://one:8000/v1,", "http://one:8000/v1 http://two/v1", "one:8000/v1", "http://"):
-        with pytest.raises(UserError, match=r"recipe: engine=.*: use 'transformers', 'vllm', or addresses such as"):
+        with pytest.raises(UserError, match=r"recipe: engine=.*: use 'transformers', 'llamacpp', 'vllm', or addr"):
             load_recipe(None, [f"engine={wrong}"])
