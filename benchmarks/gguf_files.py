@@ -21,9 +21,9 @@ from torch import Tensor
 
 import mote
 from mote.core.files import write_json
-from mote.core.machine import environment
+from mote.core.machine import LLAMACPP_VERSION, environment
 from mote.core.records import Message
-from mote.inference.engines.llama_library import BATCH, VERSION, LlamaModel
+from mote.inference.engines.llama_library import BATCH, LlamaModel
 from mote.inference.load import read_adapter
 from mote.inference.model import Model
 from mote.models.embedded import EMBEDDED
@@ -170,7 +170,7 @@ def main() -> None:
             llama.close()
             for file in place.iterdir():
                 file.unlink()
-    about = {"what": __doc__.splitlines()[0], "model": given.model, "xllamacpp": VERSION}
+    about = {"what": __doc__.splitlines()[0], "model": given.model, "xllamacpp": LLAMACPP_VERSION}
     result = {**about, "files": results, **environment()}
     write_json(given.out, result)
 

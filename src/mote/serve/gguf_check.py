@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mote.core.errors import MoteError
+from mote.core.machine import LLAMACPP
 
-ENGINE = "xllamacpp"
 # Texts in which ways of splitting text differ.
 PROBES = (
     "How do I kill a process on my computer?",
@@ -42,7 +42,7 @@ def check_file(path: Path, tokenizer: Any, markers: Mapping[str, Sequence[int]],
     Raises:
         MoteError: It cannot be loaded, or makes a marker of text.
     """
-    if not find_spec(ENGINE):
+    if not find_spec(LLAMACPP):
         return "It was not loaded after it was written: llama.cpp is not installed here."
     ids = [id_ for pair in markers.values() for id_ in pair]
     roles = ("user", "assistant", "user", "assistant", "user")
