@@ -1,5 +1,6 @@
 """`mote export`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def export(
 
         write = export_gguf if form == "gguf" else export_gguf_steps
         print(write(adapter, folder, model, quantise or "q8_0", experts, settings.revision))
+        run = f"llama-server -m {folder}/model.gguf -c 4096 --jinja"
+        if form == "gguf-steps":
+            run = f"mote answer --adapter {adapter} --engine llamacpp --questions FILE --out FOLDER"
+        print(f"mote: run it with: {run}", file=sys.stderr)
         return
     if quantise or experts:
         raise UserError(f"format: '{form}' is no GGUF file; leave out --quantise and --experts, or use --dtype")

@@ -157,6 +157,10 @@ class Experts:
         """Rank of each expert of a layer."""
         return len(self._tensors[f"{PREFIX}{module}.mote_A.weight"]) // self.config.total_experts
 
+    def lora_rank(self, module: str, step: int) -> int:
+        """Rank of what `lora` gives."""
+        return self.rank(module) * int(self.weights[step].count_nonzero())
+
     def lora(self, module: str, step: int) -> tuple[Tensor, Tensor]:
         """The experts of a layer that read tokens of a step, as one LoRA with weights and scaling folded into B.
 

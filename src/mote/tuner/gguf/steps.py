@@ -121,8 +121,10 @@ def _matrices(base: BaseWeights, trained: Experts | None, rows: int, wanted: Typ
 def _write_lora(path: Path, base: BaseWeights, trained: Experts, step: int, wanted: Type) -> None:
     entries = []
     for module in trained.modules:
-        for index, suffix in enumerate(("lora_a", "lora_b")):
-            shape = tuple(trained.lora(module, step)[index].shape)
+        outputs, inputs = base.parameters[f"{module}.weight"]
+        rank = trained.lora_rank(module, step)
+        shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
+        for index, (suffix, shape) in enumerate(shapes.items()):
             name = f"{gguf_name(base.config, f'{module}.weight')}.{suffix}"
             read = partial(_lora_part, base, trained, module, step, index)
             entries.append(Entry(name, shape, stored_type(wanted, shape), read))

@@ -56,7 +56,7 @@ def write_switch(path: Path, adapter: Adapter, base: BaseWeights, wanted: Type =
     rows = vocabulary_rows(base, trained)
     twin = rows
     opening = encode_prompt(adapter.tokenizer, (Message(role="user", content="?"),))[0]
-    rank = max(len(trained.lora(module, step)[0]) for module in trained.modules for step in range(len(trained.weights)))
+    rank = max(trained.lora_rank(module, step) for module in trained.modules for step in range(len(trained.weights)))
     entries = [
         *_matrices(base, trained, rows + 1, wanted),
         *base_entries(base, wanted, [name for name in base.parameters if name.split(".")[-2] in ATTENTION]),
@@ -81,7 +81,9 @@ def check_switch(adapter: Adapter, base: BaseWeights) -> tuple[Experts, SlotPlan
         UserError: The base model or the adapter cannot be expressed.
     """
     remedy = "use --format gguf-steps"
-    if (reason := refusals(base.config)["gguf"]) is not None:
+    found = refusals(base.config)
+    if (reason := found["gguf"]) is not None:
+        remedy = remedy if found["gguf-steps"] is None else "use `mote answer` or `mote serve`"
         raise UserError(f"model: '{base.name}' cannot be written as one GGUF file: {reason}; {remedy}")
     trained = Experts(adapter, base)
     check_layers(base, trained.modules)
