@@ -1,7 +1,7 @@
 """Fill the tables of settings, fields and options in the pages from the code: `make docs`.
 
-A table stands between `<!-- settings: ... -->` (or `fields:`, `keys:`, `options:`, `gpu:`) and `<!-- end -->`; the
-rest of a page is prose. Descriptions are those of `Field(description=...)`, of `Attributes:` in a docstring, and of the
+A table stands between `<!-- settings: ... -->` (or `fields:`, `keys:`, `options:`, `gpu:`, `bases:`) and `<!-- end -->`;
+the rest of a page is prose. Descriptions are those of `Field(description=...)`, of `Attributes:` in a docstring, and of the
 options' help.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le, Lt
+from check_models import bases_table
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -25,7 +26,7 @@ from mote.cli import mote
 from mote.cli.options import WithCommands
 
 DOCS = Path(__file__).parent
-TABLE = re.compile(r"(<!-- (settings|fields|keys|options|gpu): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (settings|fields|keys|options|gpu|bases): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def generated(page: str) -> str:
@@ -33,7 +34,7 @@ def generated(page: str) -> str:
     return TABLE.sub(lambda m: f"{m[1]}\n{TABLES[m[2]](*m[3].split())}\n\n{m[4]}", page)
 
 
-# --- the four kinds of tables
+# --- the kinds of tables
 
 
 def settings_table(name: str, prefix: str = "") -> str:
@@ -121,6 +122,7 @@ TABLES: Mapping[str, Any] = {
     "keys": keys_table,
     "options": options_table,
     "gpu": gpu_table,
+    "bases": bases_table,
 }
 
 

@@ -4,12 +4,16 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from mote.cli import mote
 from mote.cli.doctor import COMMANDS, Finding, diagnose, table
+from mote.core.errors import UserError
+from mote.models.capabilities import ABILITIES, EXPORTS
 
 
 def found(findings: list[Finding], topic: str) -> Finding:
@@ -136,3 +140,17 @@ def test_table_has_a_line_per_finding_and_remedy() -> None:
         ]
     ).splitlines()
     assert lines == ["ok      a   fine", "missing bb  gone", "            -> get it"]
+
+
+def test_table_of_a_base_model_ends_the_output(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):
+        mote.main(["doctor", "--model", str(tiny)], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("base         llama: attention")
+    assert lines[at - 1] == str(tiny)
+    assert [line.split()[0] for line in lines[at + 1 :]] == [*ABILITIES, *EXPORTS]
+
+
+def test_unknown_model_of_the_doctor_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"model: there is no folder '\./nowhere'"):
+        mote.main(["doctor", "--model", "./nowhere"], standalone_mode=False)

@@ -15,6 +15,7 @@ from mote.core.scheme import load_scheme
 from mote.experiments.estimates import expected_steps, expected_texts
 from mote.experiments.plan import Plan, plan
 from mote.experiments.throughput import Machine, measure
+from mote.models.capabilities import ABILITIES, EXPORTS
 from mote.models.shapes import BUILT_IN, ModelShape, count_parameters, count_trainable, linear_shapes
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -141,6 +142,28 @@ def test_other_architectures_are_noted(tmp_path: Path) -> None:
     assert any(
         "model type 'mixtral'" in note for note in planned(model=config_folder(tmp_path, model_type="mixtral")).notes
     )
+
+
+def test_plan_ends_with_what_the_base_can_do(tmp_path: Path) -> None:
+    lines = planned(model=config_folder(tmp_path)).table().splitlines()
+    assert [line.split()[0] for line in lines[lines.index("base         llama: attention") + 1 :]] == [
+        *ABILITIES,
+        *EXPORTS,
+    ]
+
+
+def test_settings_that_the_base_cannot_do_are_refused(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path, model_type="jamba", attn_layer_period=2, attn_layer_offset=1)
+    with pytest.raises(UserError, match=r"recipe: train.skip_p=0.2: jamba has layers that keep a state"):
+        planned(model=folder)
+    base = planned(model=folder, train={"skip_p": 0}).base
+    assert base is not None and "skipping" in base.limits
+
+
+def test_unknown_base_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = planned(model="no-such/model", shape=TINY)
+    assert result.base is None and any("what 'no-such/model' can do" in note for note in result.notes)
 
 
 def test_unknown_model_shape_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

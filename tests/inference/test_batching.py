@@ -27,7 +27,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mote.core.errors import UserError
 from mote.core.generation import Sampling
 from mote.inference import batching
 from mote.inference.batching import Batcher
@@ -241,15 +240,6 @@ def test_idle_batch_has_no_thread_and_restores_attention(model: Any) -> None:
     assert all(future.done() for future in futures)
     assert running._thread is not None and not running._thread.is_alive()
     assert model.config._attn_implementation == before
-
-
-def test_model_with_its_own_attention_is_refused() -> None:
-    class Own(torch.nn.Module):
-        _supports_attention_backend = False
-        config = Qwen3Config()
-
-    with pytest.raises(UserError, match=r"Own cannot run .* its own attention .* --engine"):
-        Batcher(Own(), 2)
 
 
 def test_scores_of_chunked_prompts_beside_decoding_sequences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,9 +63,7 @@ def test_llama_4_scales_by_position_in_the_sequence(slots: int) -> None:
 
 
 def test_windows_that_differ_from_the_configuration_are_refused() -> None:
-    from mote.core.errors import UserError
-
     model = tiny_base("gemma3", use_cache=False)
     model.model.layers[0].self_attn.sliding_window = REACH + 1
-    with pytest.raises(UserError, match="cannot run in the continuous batch"):
-        Batcher(model, 1)
+    with pytest.raises(RuntimeError, match=f"layer 0 has the window {REACH + 1}, its configuration says"):
+        Batcher(model, 1).submit(Request([1, 2], FreeText(()), 2)).result(60)

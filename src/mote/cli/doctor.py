@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 import click
 
-from mote.cli.options import mote
+from mote.cli.options import MODEL_HELP, mote
 from mote.core.machine import LLAMACPP, LLAMACPP_VERSION, cache_folder, gguf_folder
 from mote.core.records import Frozen
 
 
 @mote.command()
+@click.option("--model", help=f"Show what a base model can do as well. {MODEL_HELP}")
+@click.option("--revision", help="Hub revision of the model.")
 @click.option("--remove-gguf", is_flag=True, help="Remove the cached GGUF files of --engine llamacpp, then exit.")
-def doctor(remove_gguf: bool) -> None:
+def doctor(model: str | None, revision: str | None, remove_gguf: bool) -> None:
     """Show versions, devices, defaults and what each command still needs."""
     if remove_gguf:
         folder = gguf_folder()
@@ -30,6 +32,11 @@ def doctor(remove_gguf: bool) -> None:
         return
     findings = diagnose()
     print(table(findings))
+    if model is not None:
+        from mote.inference.compare_base import described
+        from mote.models.load import load_config
+
+        print(f"\n{model}\n{described(load_config(model, revision)).table()}")
     if any(finding.level == "missing" for finding in findings):
         raise SystemExit(1)
 

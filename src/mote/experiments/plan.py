@@ -12,18 +12,23 @@ from mote.core.scheme import load_scheme
 from mote.experiments.estimates import QuestionStats, RunEstimate, Stage, question_stats
 from mote.experiments.eval_stage import inspect_is_installed, suite_of_run
 from mote.experiments.throughput import Machine, measure
+from mote.models.capabilities import Capabilities
 from mote.models.shapes import ModelShape, count_parameters, count_trainable, find_shape
 
 REPORT_SECONDS = 10.0
 
 
 class Plan(Frozen):
-    """The estimate of a run; `trainable` is exact for a Llama-like base, bytes and seconds are rough."""
+    """The estimate of a run; `trainable` is exact for a Llama-like base, bytes and seconds are rough.
+
+    `base` is what the base model can do; None if its configuration is not on this machine.
+    """
 
     name: str
     model: str
     shape: ModelShape
     shape_source: str
+    base: Capabilities | None
     dtype: str
     parameters: int
     trainable: int
@@ -60,6 +65,7 @@ class Plan(Frozen):
                 f"adapter  {self.trainable:,} trained parameters, {_size(self.adapter_bytes)} on disk",
                 f"memory   {_size(self.generation_bytes)} to generate, {_size(self.training_bytes)} to train (peaks)",
                 *(f"note     {note}" for note in self.notes),
+                *(["", self.base.table()] if self.base else []),
             ]
         )
 
@@ -83,6 +89,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     check_settings(recipe, scheme, Path("runs"))
     steps = len(steps_of(recipe, scheme))
     recipe = apply_method(recipe, scheme)
+    base = _base(recipe, notes)
     trainable = count_trainable(recipe, shape, steps)
     questions = question_stats(recipe.questions, recipe.limit, recipe, "questions", notes)
     answered = question_stats(recipe.answer.questions, recipe.answer.limit, recipe, "answer.questions", notes)
@@ -97,6 +104,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         model=recipe.model,
         shape=shape,
         shape_source=shape_source,
+        base=base,
         dtype=dtype,
         parameters=count_parameters(shape),
         trainable=trainable,
@@ -114,6 +122,25 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
         machine=estimate.machine,
         notes=tuple(notes),
     )
+
+
+def _base(recipe: Recipe, notes: list[str]) -> Capabilities | None:
+    """What the base model can do.
+
+    Raises:
+        UserError: It cannot be trained with the recipe's settings.
+    """
+    from mote.inference.compare_base import described
+    from mote.models.load import local_config
+    from mote.train import check_base
+
+    config = local_config(recipe.model, recipe.revision)
+    if config is None:
+        notes.append(f"what '{recipe.model}' can do is not known before its configuration is on this machine")
+        return None
+    base = described(config)
+    check_base(recipe, base)
+    return base
 
 
 def _warnings(estimate: RunEstimate, device: str, questions: QuestionStats, answered: QuestionStats) -> list[str]:

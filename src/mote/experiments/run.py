@@ -22,7 +22,7 @@ from mote.core.errors import UserError
 from mote.core.files import sha256_of, write_atomic
 from mote.core.generation import Limits, Sampling
 from mote.core.machine import is_first_process
-from mote.core.methods import steps_of
+from mote.core.methods import apply_method, steps_of
 from mote.core.progress import Progress
 from mote.core.recipe import Recipe
 from mote.core.recipe_file import dump_recipe, load_recipe
@@ -34,6 +34,7 @@ from mote.questions.load import load_questions, select_questions
 
 if TYPE_CHECKING:
     from mote.inference.model import Model
+    from mote.models.capabilities import Capabilities
     from mote.models.load import Base
 
 
@@ -82,6 +83,7 @@ class Run:
                 )
         load_questions(recipe.answer.questions, recipe.answer.limit, recipe.chains.max_question_chars)
         check_settings(recipe, self.scheme, self.folder)
+        self._check_base()
         if suite_of_run(recipe) is not None and not inspect_is_installed():
             print(
                 "eval: inspect-ai is not installed, so the run ends without an evaluation; install mote-align[eval], "
@@ -210,9 +212,10 @@ class Run:
             raise UserError(f"chains: {source} holds no chains; make some with `mote chains`")
         from mote.train import train
 
+        capabilities = self._check_base()
         quantization = self.recipe.train.quantization
         base = self.base() if quantization == "none" else self._load_base(quantization)
-        train(base, rows[: self.recipe.limit], self.scheme, self.recipe, self.folder)
+        train(base, rows[: self.recipe.limit], self.scheme, self.recipe, self.folder, capabilities)
         self._base = None  # the base model now carries the adapter; later stages reload from disk
 
     def answer(self, adapter: Path) -> None:
@@ -285,6 +288,20 @@ class Run:
         if self._base is None:
             self._base = self._load_base()
         return self._base
+
+    def _check_base(self) -> "Capabilities":
+        """What the base model can do.
+
+        Raises:
+            UserError: It cannot be trained with the recipe's settings.
+        """
+        from mote.inference.compare_base import checked
+        from mote.models.load import load_config
+        from mote.train import check_base
+
+        base = checked(load_config(self.recipe.model, self.recipe.revision))
+        check_base(apply_method(self.recipe, self.scheme), base)
+        return base
 
     def _load_base(self, quantization: Literal["none", "8bit", "4bit"] = "none") -> "Base":
         from mote.models.load import load_base

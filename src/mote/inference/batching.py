@@ -6,7 +6,6 @@ the other. This module knows nothing of chains or chats: token ids in, token ids
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,29 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mote.core.errors import UserError
 from mote.inference.batch_loop import BatchLoop
-from mote.inference.grammar import FreeText
 from mote.inference.kv_slots import EMPTY, SLOTS, BatchPlan, PrefillChunk, Prefix, SlotCache, executing
-from mote.inference.request import Request
 from mote.inference.sequence import RunningSequence, by_prefix, common_length
 from mote.inference.threads import release_pool
 from mote.models.kv_cache import cache_argument
 from mote.models.rope import LengthDependentRope
-from mote.tokens.routing import NO_STEP, Markers
+from mote.tokens.routing import Markers
 
 _CHUNK_TOKENS = 512  # prefill chunk size: larger raises throughput but delays decoding sequences
 _PREFIXES = 32  # shared prefixes that are kept
-_UNSUPPORTED = (
-    "model: {} cannot run in the continuous batch ({}); serve it with vLLM or another OpenAI-compatible server and "
-    "give its address with --engine, or call it through PEFT and transformers' `generate`"
-)
 
 _Chunks = list[tuple[RunningSequence, PrefillChunk]]
 
 
 class Batcher(BatchLoop):
-    """A running batch over one model; any thread may submit requests.
+    """A running batch over one model, whose architecture can run in it (`mote.inference.compare_base`).
 
     While there are sequences, the batcher's own thread calls the model, and no other thread may.
 
@@ -45,9 +37,6 @@ class Batcher(BatchLoop):
         slots: Maximum number of sequences in the batch.
         markers: Markers of an adapter with step experts, None without one.
         cache_tokens: Tokens that all slots may hold together; fewer sequences run at once if they are long.
-
-    Raises:
-        UserError: The model's attention or cache cannot be batched this way.
     """
 
     def __init__(self, model: Any, slots: int, markers: Markers | None = None, cache_tokens: int = 1 << 16) -> None:
@@ -57,42 +46,8 @@ class Batcher(BatchLoop):
         self._cache = SlotCache(slots, model.config)
         self._cache_argument = cache_argument(model)
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._check_model()
         self._rope = LengthDependentRope(model)
         release_pool()  # the caller's thread loaded the model
-
-    def _check_model(self) -> None:
-        """Compare a short text's logits from slots with the model's own.
-
-        Raises:
-            UserError: They differ, or the model cannot use the slots.
-        """
-        get_base = getattr(self._model, "get_base_model", None)
-        name = type(get_base() if get_base else self._model).__name__
-        if not getattr(self._model, "_supports_attention_backend", False):
-            raise UserError(_UNSUPPORTED.format(name, "it has its own attention implementation"))
-        ids = [0, 1, 2, 3, 4, 5]
-        probe = RunningSequence(Request(ids, FreeText(()), 1), Future(), ids[:-1], generated=ids[-1:])
-        probe.step = NO_STEP
-        probe.steps = [NO_STEP] * len(probe.prompt)
-        self._cache.reserve(1, len(ids))
-        try:
-            with torch.inference_mode():
-                prefilled = self._run_model([], [(probe, PrefillChunk(0, 5, 0, 0, EMPTY))], torch.tensor([4]))
-                probe.cached = len(probe.prompt)
-                found = torch.cat([prefilled, self._run_model([probe], [], torch.tensor([0]))]).float()
-                row = torch.tensor([ids], device=self._model.device)
-                off = {} if self._markers is None else {"step_ids": torch.full_like(row, NO_STEP)}
-                with _attention_of(self._model.config, "eager"):
-                    expected = self._model(input_ids=row, use_cache=False, **off).logits[0, -2:].float()
-        except Exception as error:
-            reason = f"{type(error).__name__} in its cache or attention"
-            raise UserError(_UNSUPPORTED.format(name, reason)) from error
-        tolerance = 1e-3 if self._model.dtype == torch.float32 else 0.25  # of the largest logit; wrong ones are far off
-        if not (found - expected).abs().max() <= tolerance * expected.abs().max():
-            raise UserError(_UNSUPPORTED.format(name, "its attention is more than softmax over the tokens so far"))
-        self._cache = SlotCache(self._cache.slots, self._model.config)
-        self.tokens_computed = 0
 
     def _admit(self) -> None:
         """Give free slots to waiting sequences."""

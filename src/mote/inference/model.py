@@ -14,10 +14,10 @@ from mote.core.records import Answer, AnswerTokens, Check, Finish, Question, Ste
 from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme
 from mote.core.seeds import seed_of
 from mote.inference.batch_loop import BatchLoop
-from mote.inference.batching import Batcher
 from mote.inference.events import Event, Events, Token, Verdict, final_chain
 from mote.inference.grammar import FreeText, OpenStep, StepGrammar, chains_within
 from mote.inference.inputs import Input, as_questions
+from mote.inference.open_batch import open_batch
 from mote.inference.request import Request
 from mote.inference.self_check import CheckWords, SelfCheck
 from mote.inference.separate import SeparateSteps, submit_steps
@@ -40,7 +40,7 @@ class Model:
         config: The adapter's configuration.
         scheme: The adapter's scheme.
         batch_size: Maximum number of answers in flight.
-        batcher: Computes them; by default the model itself, in a `Batcher`.
+        batcher: Computes them; by default the model itself, by `open_batch`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Model:
         self.markers = (config and config.routing) or Markers(starts=(), ends=())
         self.tokenizer = base.tokenizer
         self.stop_ids = stop_ids(base.tokenizer, base.model)
-        self.batcher = batcher or Batcher(model, batch_size, self.markers if config else None)
+        self.batcher = batcher or open_batch(model, batch_size, self.markers if config else None)
 
     @property
     def modes(self) -> tuple[str, ...]:

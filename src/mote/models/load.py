@@ -10,11 +10,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from mote.core.errors import UserError
 from mote.models.attention import GROUPED_SDPA
 from mote.models.embedded import EMBEDDED, _embedded_folder
+
+# Raised by transformers for files that it cannot make a model of; its checks of configurations have their own error.
+_FAULTS = (
+    ValueError,
+    ImportError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+)
 
 # Vicuna's format, for models without a chat template.
 PLAIN_CHAT_TEMPLATE = (
@@ -100,6 +113,18 @@ def load_config(name: str, revision: str | None = None) -> Any:
     return _from_pretrained(AutoConfig, name, revision=revision)
 
 
+def local_config(name: str, revision: str | None = None) -> Any:
+    """The configuration of a base model if it is on this machine, else None; nothing is fetched."""
+    from transformers import AutoConfig, LlamaConfig
+
+    if name == EMBEDDED:
+        return LlamaConfig()
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, local_files_only=True)
+    except (OSError, *_FAULTS):
+        return None
+
+
 def load_generation_config(name: str, revision: str | None = None) -> Any:
     """The generation configuration of a base model, for `stop_ids`; the model's configuration if it has none.
 
@@ -176,7 +201,7 @@ def load_base(
         model = (model if quantization != "none" else model.to(device)).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{device}' cannot hold the model ({str(error).splitlines()[0]}); use cpu") from error
-    _set_attention(model, device)
+    set_attention(model, device)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Sampling settings come from the recipe only; those that a model ships would silently change answers.
     for setting in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
@@ -185,7 +210,7 @@ def load_base(
     return Base(name=name, model=model, tokenizer=tokenizer)
 
 
-def _set_attention(model: Any, device: str) -> None:
+def set_attention(model: Any, device: str) -> None:
     """Choose the attention; transformers itself loads a model with its SDPA, or with `eager` where it has none."""
     if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # SDPA leaves the soft cap out (Gemma 2)
@@ -245,7 +270,7 @@ def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
             f"model: cannot load '{name}' ({_reason(error)}); check the name, the network and your access, or give a "
             f"local folder or {EMBEDDED}"
         ) from error
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError, NotImplementedError, RuntimeError) as error:
+    except _FAULTS as error:
         raise UserError(
             f"model: transformers cannot load '{name}' for `mote` ({_reason(error)}); use another base model, or serve "
             "this one and give its address with --engine"

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from mote.core.errors import UserError, first_line
 from mote.core.recipe import Recipe, TrainSettings
+from mote.models.capabilities import Ability, Capabilities
 
 # TrainingArguments that a run sets itself.
 _FIXED = {
@@ -165,6 +166,39 @@ def check_gpu(device: str) -> None:
             f"device: '{device}' is one of {count} GPUs, and training in a single process uses all that it sees; set "
             f"CUDA_VISIBLE_DEVICES={index} and device=cuda, or start a process per GPU with `accelerate launch`"
         )
+
+
+def check_base(recipe: Recipe, base: Capabilities) -> None:
+    """Check that the base model can be trained with these settings.
+
+    Args:
+        recipe: The recipe, with its method applied.
+        base: What the base model can do.
+
+    Raises:
+        UserError: It cannot; the message names the setting and the remedy.
+    """
+    settings = recipe.train
+    skips = settings.skip_p > 0 or any(
+        p > 0 for of_earlier in settings.skip_pairs.values() for p in of_earlier.values()
+    )
+    skipping = f"train.skip_p={settings.skip_p}" if settings.skip_p else f"train.skip_pairs={settings.skip_pairs}"
+    asked: dict[Ability, tuple[str, bool]] = {
+        "training": (f"model={recipe.model}", True),
+        "skipping": (skipping, skips),
+        "views": (f"train.skip_views={settings.skip_views}", skips and settings.skip_views > 1),
+        "packing": ("train.packing=true", settings.packing),
+    }
+    for ability, (setting, used) in asked.items():
+        if used and (limit := base.limits.get(ability)):
+            raise UserError(f"recipe: {setting}: {limit}")
+    if base.longest is not None and settings.max_length > base.longest and base.takes_masks:
+        raise UserError(
+            f"recipe: train.max_length={settings.max_length}: the attention of {recipe.model} chooses among the tokens "
+            f"of longer rows than {base.longest}; use at most that"
+        )
+    if settings.attention == "flex_attention" and not base.takes_masks:
+        raise UserError(f"recipe: train.attention=flex_attention: {recipe.model} is trained without masks; use sdpa")
 
 
 def uses_flex_attention(recipe: Recipe, device: str) -> bool:

@@ -23,6 +23,7 @@ from mote.core.methods import METHODS, apply_method, steps_of
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import Chain, Scheme
+from mote.models.capabilities import Capabilities, capabilities_of
 from mote.models.layers import indexed_scaling, takes_block_mask
 from mote.models.linear import speed_up
 from mote.models.load import Base, default_device, fingerprint
@@ -33,6 +34,7 @@ from mote.tokens.encode import add_markers
 from mote.tokens.masks import MakeMask, mask_form, masks_for, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate, unrolled_length
 from mote.train.arguments import (
+    check_base,
     check_gpu,
     pushes_adapter,
     step_weights,
@@ -60,7 +62,14 @@ class _Datasets:
         return self.train.row_length or max(len(chain.ids) for chain in self.train.chains)
 
 
-def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe, folder: Path) -> Path:
+def train(
+    base: Base,
+    chains: Sequence[ChainRow],
+    scheme: Scheme,
+    recipe: Recipe,
+    folder: Path,
+    capabilities: Capabilities | None = None,
+) -> Path:
     """Train the recipe's method on accepted chains and write `adapter/` and `metrics.jsonl` into the folder.
 
     Resumes from the last complete checkpoint. Each of several processes calls it; the first one writes.
@@ -71,16 +80,20 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
         scheme: The scheme the chains were made with.
         recipe: Its `experts` and `train` are used.
         folder: The run folder.
+        capabilities: What the base model can do; by default what is known of its architecture.
 
     Returns:
         The adapter folder.
 
     Raises:
-        UserError: No chain to train on, or a setting that `TrainingArguments` refuses.
+        UserError: The base model cannot be trained so, there is no chain to train on, or `TrainingArguments` refuses a
+            setting.
     """
     check_gpu(str(base.model.device))
     config = mote_config(recipe, scheme)
     recipe = apply_method(recipe, scheme)
+    capabilities = capabilities or capabilities_of(base.model.config)
+    check_base(recipe, capabilities)
     speed_up(base.model)
     add_markers(base.tokenizer, config, base.model)
     config.base_fingerprint = fingerprint(base.model)
@@ -90,7 +103,7 @@ def train(base: Base, chains: Sequence[ChainRow], scheme: Scheme, recipe: Recipe
     _check_rope(base, recipe, data)
     model = _add_experts(base, config, recipe, data.row_length)
     parameters = model.get_nb_trainable_parameters()  # before FSDP shards them
-    trainer = _trainer(base, model, data, config, recipe, step_weights_S, folder)
+    trainer = _trainer(base, model, data, config, recipe, step_weights_S, folder, capabilities.takes_masks)
     checkpoint = last_whole_checkpoint(folder / "checkpoints")
     with disk_errors("train", folder, GO_ON):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -208,6 +221,7 @@ def _trainer(
     recipe: Recipe,
     step_weights_S: Tensor | None,
     folder: Path,
+    masks: bool,
 ) -> MoteTrainer:
     arguments = training_arguments(recipe, folder, evaluates=data.held_out is not None, device=base.model.device.type)
     patience = recipe.train.early_stopping_patience
@@ -222,7 +236,7 @@ def _trainer(
         markers=config.routing,
         expert_names=config.experts,
         marker_learning_rate=recipe.train.marker_learning_rate,
-        make_mask=_mask_builder(base.model, recipe, arguments.torch_compile),
+        make_mask=_mask_builder(base.model, recipe, arguments.torch_compile) if masks else None,
         step_weights=step_weights_S,
         gated=isinstance(config, TokenGatedConfig),
     )

@@ -31,7 +31,7 @@ class MoteTrainer(Trainer):
         *,
         markers: Markers,
         expert_names: tuple[str, ...],
-        make_mask: MakeMask,
+        make_mask: MakeMask | None,
         marker_learning_rate: float | None = None,
         step_weights: Tensor | None = None,
         gated: bool = False,
@@ -42,7 +42,8 @@ class MoteTrainer(Trainer):
         Args:
             markers: Marker ids of the trained steps.
             expert_names: The steps, in the order of their ids.
-            make_mask: Makes the attention masks of a batch, `mote.tokens.masks.masks_for` of the base model.
+            make_mask: Makes the attention masks of a batch, `mote.tokens.masks.masks_for` of the base model;
+                None for rows of one chain, all of it visible.
             marker_learning_rate: Learning rate of the marker embeddings; None uses the common one.
             step_weights: Loss weight of each step (S), from `mote.train.arguments.step_weights`; None weights every
                 token alike.
@@ -90,13 +91,16 @@ class MoteTrainer(Trainer):
 
     @override
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # The mask is built on the device, so that no (T, T) matrix has to be copied there.
         batch: dict[str, Any] = super()._prepare_inputs(inputs)
+        if self.step_weights is None:
+            del batch["weights"]
+        if self.make_mask is None:  # one chain a row, all of it visible: transformers' own mask and positions
+            batch["attention_mask"] = (batch.pop("document_ids") != PADDING).long()
+            return {name: batch[name] for name in batch if name not in ("segment_ids", "visibility", "position_ids")}
+        # The mask is built on the device, so that no (T, T) matrix has to be copied there.
         batch["attention_mask"] = self.make_mask(
             batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"], batch["position_ids"]
         )
-        if self.step_weights is None:
-            del batch["weights"]
         return batch
 
     @override

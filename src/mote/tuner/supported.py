@@ -3,6 +3,8 @@
 Knows layer types and quantisation methods; knows nothing of markers, routing or the experts' arithmetic.
 """
 
+import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,6 +70,12 @@ def check_base(model: nn.Module, config: MoteConfig) -> None:
                 f"target_modules={_shown(targets)}: {name} is a {type(module).__name__}, which cannot hold step "
                 f"experts ({reason}); target layers of these kinds: {_SUPPORTED}"
             )
+        if wanted and _is_read_past_its_module(model, name):
+            raise ValueError(
+                f"target_modules={_shown(targets)}: {name} is a layer whose weight the model reads past its module, as "
+                "Mamba's fused kernels do, so experts there would be ignored; name the other layers, "
+                f"target_modules={_called_layers(model)}"
+            )
     for target in [] if targets is None or isinstance(targets, str) else targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise ValueError(
@@ -100,6 +108,33 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is any kind of linear layer; quantised ones are often no `nn.Linear`."""
     return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "in_features") or hasattr(module, "infeatures")
+
+
+def _is_read_past_its_module(model: nn.Module, name: str) -> bool:
+    """Whether the code of the module around a layer takes the layer's weight and does not call it.
+
+    PEFT refuses such layers by a list of model types, which knows neither Jamba nor Bamba.
+    """
+    parent, _, own = name.rpartition(".")
+    try:
+        source = inspect.getsource(type(model.get_submodule(parent)))
+    except (OSError, TypeError):  # no source: a class made at run time
+        return False
+    read = re.compile(rf"self\.{own}\.weight(,|\)| @|$)")
+    return any(read.search(line) for line in source.splitlines() if "init" not in line)
+
+
+def _called_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that can hold experts, without the head."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if get else None
+    called: dict[str, bool] = {}
+    for name, module in _base_modules(model):
+        if _is_linear(module) and module is not head:
+            own = name.rpartition(".")[2]
+            fits = _refusal(module) is None and not _is_read_past_its_module(model, name)
+            called[own] = called.get(own, True) and fits
+    return sorted(own for own, fits in called.items() if fits and own.isidentifier())
 
 
 def _refusal(module: nn.Module) -> str | None:

@@ -13,8 +13,8 @@ from mote.core.errors import UserError
 from mote.core.generation import Sampling
 from mote.core.records import Message
 from mote.inference.batch_loop import BatchLoop
-from mote.inference.batching import Batcher
 from mote.inference.grammar import FreeText
+from mote.inference.open_batch import open_batch
 from mote.inference.request import Request
 from mote.inference.sequence import common_length
 from mote.models.load import Base
@@ -27,14 +27,14 @@ class LocalEngine:
     Args:
         base: Model and tokenizer.
         batch_size: Maximum number of sequences in the running batch.
-        batcher: Computes them; by default the model itself, in a `Batcher`.
+        batcher: Computes them; by default the model itself, by `open_batch`.
     """
 
     def __init__(self, base: Base, batch_size: int, batcher: BatchLoop | None = None) -> None:
         self.name = base.name
         self.tokenizer = base.tokenizer
         self._stop_ids = stop_ids(base.tokenizer, base.model)
-        self._batcher = batcher or Batcher(base.model, batch_size)
+        self._batcher = batcher or open_batch(base.model, batch_size)
         self._prefixes: dict[tuple[Message, ...], list[int]] = {}
         asked = base.tokenizer.decode(self._encode((Message(role="user", content="?"),)))
         self._opens_thought = asked.rstrip().endswith(THOUGHT_OPENINGS)  # DeepSeek-R1's template

@@ -6,7 +6,7 @@ Shapes: D model (in, out), H query head, K key/value head.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -163,15 +163,17 @@ def _not_switch(config: Any) -> str | None:
     return None
 
 
+_name_map = cache(get_tensor_name_map)  # making it takes 50 ms
+
+
 def gguf_name(config: Any, name: str) -> str:
     """A parameter's name in a GGUF file.
 
     Raises:
         KeyError: It has none.
     """
-    found = get_tensor_name_map(ARCHITECTURES[config.model_type].arch, config.num_hidden_layers).get_name(
-        name, (".weight", ".bias")
-    )
+    names = _name_map(ARCHITECTURES[config.model_type].arch, config.num_hidden_layers)
+    found = names.get_name(name, (".weight", ".bias"))
     if found is None:
         raise KeyError(name)
     return str(found)

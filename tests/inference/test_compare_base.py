@@ -1,0 +1,90 @@
+"""What an architecture can do, compared on a tiny random copy, is what the package says of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from check_models import BASES, config_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BertConfig, GraniteMoeHybridConfig, LlamaConfig
+
+from mote.core.errors import UserError
+from mote.inference import compare_base
+from mote.inference.compare_base import answers_of, checked, compare, copy_of, described
+from mote.inference.open_batch import open_batch
+from mote.inference.sequential import SequentialLoop
+from mote.models import capabilities
+from mote.models.capabilities import MASKED, architecture_of
+from mote.models.checked_bases import CHECKED
+from mote.models.tiny_copy import tiny_config
+
+AGAIN = {
+    "Llama", "Qwen 2 with a window", "Gemma 3", "Llama 4", "gpt-oss", "DeepSeek V3", "Falcon with ALiBi",
+    "Granite 4 hybrid", "LFM 2", "Jamba", "Qwen 3 MoE", "Mamba",
+}  # fmt: skip
+
+
+def test_at_least_thirty_bases_are_listed_and_all_are_known() -> None:
+    assert len({model_type for _, model_type, _ in BASES}) >= 30
+    assert {architecture_of(config_of(model_type, values)) for _, model_type, values in BASES} == set(CHECKED)
+
+
+@pytest.mark.parametrize("name", sorted(AGAIN))
+def test_comparison_finds_what_is_listed(name: str) -> None:
+    config = next(config_of(model_type, values) for base, model_type, values in BASES if base == name)
+    assert compare(config) == CHECKED[architecture_of(config)]
+    copy = copy_of(config)
+    assert copy is not None
+    with torch.no_grad():
+        assert answers_of(copy, SequentialLoop(copy.model)) == 0
+
+
+def test_known_architecture_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_base, "compare", lambda config: pytest.fail("compared"))
+    assert checked(LlamaConfig()).known and not checked(LlamaConfig()).limits.keys() & set(MASKED)
+
+
+@pytest.mark.parametrize(("layers", "limited"), [(["attention"], False), (["mamba", "attention"], True)])
+def test_unknown_architecture_is_compared(layers: list[str], limited: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "CHECKED", {})
+    config: Any = GraniteMoeHybridConfig(num_hidden_layers=8, layer_types=(layers * 8)[:8])
+    found = checked(config)
+    assert found.known and [ability in found.limits for ability in MASKED] == [limited] * 3
+
+
+def test_model_that_sees_later_tokens_is_refused() -> None:
+    assert "training" in checked(BertConfig()).limits
+    model = AutoModelForCausalLM.from_config(tiny_config(BertConfig()))
+    with pytest.raises(UserError, match=r"model: bert: the logits of a tiny copy differ.*use another base model"):
+        open_batch(model, 2)
+
+
+def test_architecture_without_a_copy_is_trusted_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "CHECKED", {})
+    monkeypatch.setattr(compare_base, "tiny_config", lambda config: 1 / 0)
+    found = checked(LlamaConfig(hidden_size=64))
+    assert not found.known and not found.takes_masks and "answers" in found.limits
+    assert "training" not in found.limits  # plain rows are transformers' own
+
+
+def test_a_mask_that_shows_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def causal(segments_B_T: Tensor, *_: Any) -> Tensor:
+        rows, length = segments_B_T.shape
+        return torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
+
+    monkeypatch.setattr(compare_base, "masks_for", lambda *_: causal)
+    assert compare(LlamaConfig()) == MASKED
+
+
+def test_a_batch_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mote.inference.kv_slots import SlotCache
+
+    monkeypatch.setattr(SlotCache, "_write", staticmethod(lambda *_: None))
+    assert compare(LlamaConfig()) == ("answers",)
+
+
+def test_formats_that_need_merging_are_refused_if_quantised() -> None:
+    config = LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    limits = described(config).limits
+    assert {"engine-steps", "merged", "vllm"} <= limits.keys() and "peft-steps" not in limits
+    assert "skipping" not in limits
