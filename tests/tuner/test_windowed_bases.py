@@ -57,3 +57,20 @@ def test_rows_that_llama_4_scales_by_index_are_refused() -> None:
     with pytest.raises(ValueError, match="index in its row from 45 tokens on; pack shorter rows, or give each"):
         model(**batch)
     model(input_ids=parts[0][None])
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("adapter", [True, False])
+@torch.no_grad()
+def test_last_logits_are_those_of_the_whole_row(adapter: bool, keep: int) -> None:
+    """From transformers 5.24 on, Gemma 4 leaves other tokens out of the layers that share keys and values."""
+    model = adapted("gemma4 with shared keys", GROUPED_SDPA)
+    torch.manual_seed(2)
+    for part, parameter in model.named_parameters():
+        if ".mote_" in part:
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    ids = packed()[0][0][None]
+    model = model if adapter else model.unload()
+    whole = model(input_ids=ids, use_cache=False).logits
+    last = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
+    torch.testing.assert_close(last, whole[:, -keep:], atol=1e-5, rtol=0)

@@ -65,7 +65,12 @@ def grouped_sdpa(
         return out, None
     if isinstance(attention_mask, DocumentMask):
         return _by_document(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    if causal and query.shape[2] < key.shape[2]:  # the last tokens: Gemma 4 leaves the others out halfway
+        shape = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=key.device).tril(shape[1] - shape[0])
+        causal = False
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
@@ -73,7 +78,7 @@ def grouped_sdpa(
         attn_mask=attention_mask,
         dropout_p=dropout,
         scale=scaling,
-        is_causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        is_causal=causal,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2).contiguous(), None

@@ -106,6 +106,21 @@ def separate_documents(
     return changed
 
 
+def all_tokens(call: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Forward arguments that keep every token to the last layer.
+
+    From transformers 5.24 on, Gemma 4 computes its layers without keys and values of their own for the last
+    `logits_to_keep` tokens only; given positions instead of a number, it computes all tokens, as the steps are known.
+    """
+    keep = call.get("logits_to_keep")
+    ids = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+    shared = config is not None and getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None)
+    if not shared or not isinstance(keep, int) or keep == 0 or ids is None:
+        return {}
+    length = ids.shape[1]
+    return {"logits_to_keep": torch.arange(max(length - keep, 0), length, device=ids.device)}
+
+
 def has_past(call: Mapping[str, Any]) -> bool:
     """Whether a KV cache of any kind holds tokens before those of this forward pass."""
     cache = given_cache(call)
