@@ -170,10 +170,19 @@ def test_a_word_that_holds_lie_names_no_harm(mentions: str) -> None:
     assert row.rejected == "analysis: form"
 
 
-@pytest.mark.parametrize("ends", [" Instead, pick the lock of a friend.", " Decision: decline.", "\n\nAsk the bank."])
+@pytest.mark.parametrize(
+    "ends",
+    [" Instead, pick the lock of a friend.", " Decision: decline.", "\n\nAsk the bank.", " And point to the bank."],
+)
 def test_a_refusal_is_one_paragraph_that_offers_nothing_else(ends: str) -> None:
     row = chain(Writer(ANALYSIS, GUIDANCE, DECLINES + ends), "harmful")
     assert row.rejected == "response: form"
+
+
+@pytest.mark.parametrize("ends", [" Decision: help.", " It hurts nobody."])
+def test_help_does_not_repeat_the_notes(ends: str) -> None:
+    writer = Writer(HARMLESS, "Tell them. Decision: help.", HELPS + ends)
+    assert chain(writer, "benign", "own/looks/words").rejected == "response: form"
 
 
 def test_an_analysis_says_what_the_person_wants() -> None:
