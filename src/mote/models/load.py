@@ -151,7 +151,12 @@ def weights_folder(name: str, revision: str | None = None) -> Path:
 
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         try:
-            folder = snapshot_download(folder, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+            folder = snapshot_download(
+                folder,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json"],
+                ignore_patterns=["*/*", "consolidated*"],
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"model: cannot load '{name}' ({_reason(error)}); check the name, the network and your access, or give "

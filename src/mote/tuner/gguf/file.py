@@ -109,7 +109,8 @@ def encoded(entry: Entry) -> np.ndarray[Any, Any]:
     assert values.shape == entry.shape, (entry.name, values.shape, entry.shape)
     if entry.type == "q8_0":
         return quantize(values, _Q8_0)
-    stored = values.astype(np.float16 if entry.type == "f16" else np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        stored = values.astype(np.float16 if entry.type == "f16" else np.float32, copy=False)
     if not np.isfinite(stored).all():
         raise MoteError(f"export: {entry.name} has values that {entry.type} cannot hold; use --quantise f32")
     return stored
