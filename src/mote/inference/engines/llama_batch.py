@@ -203,13 +203,15 @@ class LlamaBatcher(BatchLoop):
 
     def _common(self, slot: _Slot, ids: Sequence[int], adapted: bool) -> int:
         """How many tokens of a prompt a slot holds; the last one is always computed, for its logits."""
-        return common_length(slot.ids, ids[:-1]) if slot.adapted == adapted else 0
+        if slot.adapted != adapted or not self._model.keeps_prefixes:
+            return 0
+        return common_length(slot.ids, ids[:-1])
 
     def _shared_prefix(self, sequence: RunningSequence, ids: list[int]) -> _Slot | None:
         """The slot that holds the prefix a prompt shares with others; computed unless it is there."""
         length = sequence.request.shared
         adapted = sequence.request.adapted
-        if not 0 < length < len(ids):
+        if not (0 < length < len(ids) and self._model.keeps_prefixes):
             return None
         wanted = ids[:length]
         slot = next((slot for slot in self._prefixes if slot.ids == wanted and slot.adapted == adapted), None)

@@ -62,6 +62,14 @@ class _Batch(Structure):
     ]  # fmt: skip
 
 
+# What the library's default settings are; those that are not listed are 0.
+_DEFAULTS: dict[str, float] = {
+    "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True, "n_ctx": 512,
+    "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_outputs_max_per_seq": 1, "n_threads": 4,
+    "n_threads_batch": 4, "rope_scaling_type": -1, "pooling_type": -1, "attention_type": -1, "flash_attn_type": -1,
+    "yarn_ext_factor": -1, "yarn_attn_factor": -1, "yarn_beta_fast": -1, "yarn_beta_slow": -1, "defrag_thold": -1,
+    "type_k": 1, "type_v": 1, "offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True,
+}  # fmt: skip
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 
 
@@ -75,6 +83,8 @@ class LlamaModel:
 
     Attributes:
         vocabulary: Number of logits V.
+        keeps_prefixes: Whether tokens stay in the cache as long as their sequence does. In layers with a window,
+            llama.cpp overwrites a sequence's older tokens as soon as it needs room, and does not tell.
 
     Raises:
         UserError: The library is not installed, or is another release.
@@ -90,6 +100,7 @@ class LlamaModel:
         if not self._model:
             raise MoteError(f"engine: llama.cpp cannot load {path}; remove the file and run the same command again")
         self.vocabulary: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        self.keeps_prefixes: bool = lib.llama_model_n_swa(self._model) == 0
         self._loras = [lib.llama_adapter_lora_init(self._model, str(lora).encode()) for lora in loras]
         if not all(self._loras):
             raise MoteError(f"engine: llama.cpp cannot load {loras[self._loras.index(None)]}; remove the file")
@@ -168,8 +179,13 @@ class LlamaModel:
             raise MoteError(f"engine: llama.cpp failed to change the LoRA (llama_set_adapters_lora gave {code})")
 
     def remove(self, sequence: int, start: int = 0) -> None:
-        """Remove a sequence's tokens from position `start` on."""
-        self._lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
+        """Remove a sequence's tokens from position `start` on.
+
+        Raises:
+            MoteError: The model's cache cannot be cut there.
+        """
+        if not self._lib.llama_memory_seq_rm(self._memory, sequence, start, -1):
+            raise MoteError("engine: llama.cpp cannot cut this model's cache; use --engine transformers")
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a sequence begin with the first tokens of another one, which are stored once."""
@@ -210,10 +226,10 @@ def load_library() -> Any:
         function = getattr(lib, name)
         function.restype = result
         function.argtypes = arguments
-    model, context = lib.llama_model_default_params(), lib.llama_context_default_params()
-    known = (context.n_ctx, context.n_batch, context.n_ubatch, context.n_seq_max, context.type_k, context.type_v)
-    flags = (context.offload_kqv, context.embeddings, model.use_extra_bufts, model.vocab_only)
-    if known != (512, 2048, 512, 1, 1, 1) or flags != (True, False, True, False) or context.flash_attn_type != -1:
+    defaults = (lib.llama_model_default_params(), lib.llama_context_default_params())
+    if any(
+        getattr(p, name) != _DEFAULTS.get(name, 0) for p in defaults for name, kind in p._fields_ if kind != c_void_p
+    ):
         raise MoteError(f"engine: the library {LLAMACPP} has other structures than expected; {_remedy()}")
     lib.llama_log_set(_QUIET, None)
     lib.llama_backend_init()
@@ -241,6 +257,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_model_n_swa": (c_int32, [c_void_p]),
     "llama_n_ctx": (c_uint32, [c_void_p]),
     "llama_n_batch": (c_uint32, [c_void_p]),
     "llama_n_seq_max": (c_uint32, [c_void_p]),
