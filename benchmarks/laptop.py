@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,7 @@ class Settings(argparse.Namespace):
     work: Path
     rounds: int
     adapter: Path
+    out: Path
 
 
 class Worker:
@@ -189,43 +191,37 @@ def interval(successes: int, count: int) -> list[float]:
 
 
 def quickstart(given: Settings) -> dict[str, Any]:
-    """The stages chains and answer of the quickstart's recipe, as commands, with one thread."""
+    """The stages chains and answer of the quickstart's recipe by commit 0bfe07a and by llama.cpp, with one thread."""
+    found = {"old": stages(given, "old", True), "llamacpp": stages(given, "llamacpp", False, "--engine", "llamacpp")}
+    return {"stages": found} | over_old(found)
+
+
+def in_process(given: Settings) -> dict[str, Any]:
+    """The same by today's in-process engine, for its memory; the part `quickstart` comes first."""
+    old = json.loads(given.out.read_text())["parts"]["quickstart"]["stages"]["old"]
+    found = {"old": old, "in process": stages(given, "in-process", False)}
+    return {"stages": found} | over_old(found)
+
+
+def stages(given: Settings, name: str, old: bool, *engine: str) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of the stages chains and answer, each a fresh command; GGUF files are made anew."""
+    shutil.rmtree(given.work / "cache" / "mote" / "gguf", ignore_errors=True)
     recipe = ["--recipe", str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")]
-    seconds: dict[str, dict[str, float]] = {}
-    for name, old, engine in (("old", True, []), ("llamacpp", False, ["--engine", "llamacpp"])):
-        out = given.work / f"quickstart-{name}"
-        seconds[name] = {}
-        for stage, more in (("chains", []), ("answer", ["--adapter", str(given.adapter)])):
-            cpu, wall, _ = command(given, old, stage, *recipe, *more, *engine, "--out", str(out))
-            seconds[name] |= {f"{stage}_cpu": round(cpu, 1), f"{stage}_wall": round(wall, 1)}
-    sums = {name: found["chains_cpu"] + found["answer_cpu"] for name, found in seconds.items()}
-    return {"seconds": seconds, "over_old": round(sums["llamacpp"] / sums["old"], 3)}
+    out = str(given.work / f"quickstart-{name}")
+    found = {}
+    for stage, more in (("chains", []), ("answer", ["--adapter", str(given.adapter)])):
+        cpu, wall, peak = command(given, old, stage, *recipe, *more, *engine, "--out", out)
+        found[stage] = {"cpu": round(cpu, 1), "wall": round(wall, 1), "peak_mb": round(peak)}
+    return found
 
 
-def memory(given: Settings) -> dict[str, Any]:
-    """Peak resident memory of `mote answer` and `mote chains`."""
-    peaks: dict[str, dict[str, float]] = {}
-    systems = {"old": (True, []), "in process": (False, []), "llamacpp": (False, ["--engine", "llamacpp"])}
-    for name, (old, engine) in systems.items():
-        out = str(given.work / f"memory-{name.replace(' ', '-')}")
-        few = ["--limit", "8", "--out", out, *engine]
-        answers = [
-            "--adapter",
-            str(given.adapter),
-            "--mode",
-            "full",
-            "answer.batch_size=8",
-            "answer.max_step_tokens=24",
-        ]
-        _, _, answer_mb = command(given, old, "answer", *few, *answers)
-        _, _, chains_mb = command(given, old, "chains", *few, "chains.max_tokens=24", "chains.batch_size=8")
-        peaks[name] = {"answer": round(answer_mb), "chains": round(chains_mb)}
-    ratio = {
-        name: {stage: round(found[stage] / peaks["old"][stage], 3) for stage in found}
-        for name, found in peaks.items()
-        if name != "old"
-    }
-    return {"peak_mb": peaks, "over_old": ratio}
+def over_old(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Time of both stages, and memory of each, over those of 0bfe07a."""
+    *_, new = found.values()
+    old = found["old"]
+    time_over_old = sum(new[stage]["cpu"] for stage in new) / sum(old[stage]["cpu"] for stage in old)
+    memory = {stage: round(new[stage]["peak_mb"] / old[stage]["peak_mb"], 3) for stage in new}
+    return {"time_over_old": round(time_over_old, 3), "memory_over_old": memory}
 
 
 def command(given: Settings, old: bool, *arguments: str) -> tuple[float, float, float]:
@@ -233,8 +229,9 @@ def command(given: Settings, old: bool, *arguments: str) -> tuple[float, float, 
     source = given.old / "src" if old else Path(__file__).parents[1] / "src"
     environment = os.environ | {"PYTHONPATH": str(source.absolute()), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     out = Path(arguments[arguments.index("--out") + 1])
-    for stale in (out / "chains.jsonl", out / "environment.json", out / "answers"):
-        subprocess.run(["rm", "-rf", str(stale)], check=True)
+    (out / "chains.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(out / "answers", ignore_errors=True)
+    (out / "environment.json").unlink(missing_ok=True)
     began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "mote.cli", *arguments],
@@ -258,7 +255,7 @@ PARTS["eight"] = lambda given: eight(given, 1)
 PARTS["eight, 2 threads"] = lambda given: eight(given, 2)
 PARTS["chains"] = chains
 PARTS["quickstart"] = quickstart
-PARTS["memory"] = memory
+PARTS["in process"] = in_process
 # Name, part, path of the value in it, bar, whether less is better.
 BARS: list[tuple[str, str, str, float, bool]] = [
     ("one answer, f32, over 0bfe07a", "answer", "over_old/llamacpp f32/median", 2.8, False),
@@ -267,11 +264,11 @@ BARS: list[tuple[str, str, str, float, bool]] = [
     ("one answer, q8_0, over llama.cpp's base", "answer", "over_plain_q8_0/llamacpp q8_0/median", 0.75, False),
     ("eight answers, q8_0, over 0bfe07a", "eight", "over_old/llamacpp q8_0/median", 2.0, False),
     ("chains a minute, q8_0, over 0bfe07a", "chains", "over_old", 2.5, False),
-    ("quickstart's chains and answer, time over 0bfe07a", "quickstart", "over_old", 0.5, True),
-    ("memory of mote answer, q8_0, over 0bfe07a", "memory", "over_old/llamacpp/answer", 0.4, True),
-    ("memory of mote chains, q8_0, over 0bfe07a", "memory", "over_old/llamacpp/chains", 0.4, True),
-    ("memory of mote answer, in process, over 0bfe07a", "memory", "over_old/in process/answer", 0.6, True),
-    ("memory of mote chains, in process, over 0bfe07a", "memory", "over_old/in process/chains", 0.6, True),
+    ("quickstart's chains and answer, time over 0bfe07a", "quickstart", "time_over_old", 0.5, True),
+    ("memory of mote answer, q8_0, over 0bfe07a", "quickstart", "memory_over_old/answer", 0.4, True),
+    ("memory of mote chains, q8_0, over 0bfe07a", "quickstart", "memory_over_old/chains", 0.4, True),
+    ("memory of mote answer, in process, over 0bfe07a", "in process", "memory_over_old/answer", 0.6, True),
+    ("memory of mote chains, in process, over 0bfe07a", "in process", "memory_over_old/chains", 0.6, True),
 ]
 
 
@@ -285,6 +282,18 @@ def bars(parts: dict[str, Any]) -> list[dict[str, Any]]:
                 value = value[key]
             found.append({"name": name, "value": value, "bar": bar, "met": value <= bar if less else value >= bar})
     return found
+
+
+def use_own_cache(folder: Path) -> None:
+    """A cache folder of the benchmark's own, with the usual one's embedded model."""
+    from mote.models.load import model_folder
+
+    model = Path(model_folder(MODEL))
+    linked = folder / "mote" / model.name
+    linked.parent.mkdir(parents=True, exist_ok=True)
+    if not linked.exists():
+        linked.symlink_to(model)
+    os.environ["XDG_CACHE_HOME"] = str(folder)
 
 
 def main() -> None:
@@ -303,6 +312,7 @@ def main() -> None:
     given.work = given.work.absolute()
     given.work.mkdir(parents=True, exist_ok=True)
     given.adapter = given.work / "adapter"
+    use_own_cache(given.work / "cache")
     from mote.core.files import write_json
     from mote.core.machine import LLAMACPP, LLAMACPP_VERSION, environment
 
@@ -398,7 +408,7 @@ class Chains:
         file = Path(f"block-{block}.jsonl")
         file.write_text("".join(json.dumps(row.model_dump(mode="json")) + "\n" for row in rows))
         out = Path(f"chains-{self._name}-{block}")
-        subprocess.run(["rm", "-rf", str(out)], check=True)
+        shutil.rmtree(out, ignore_errors=True)
         more = [f"engine={self._engine}"] if self._engine else ["device=cpu"]
         run = self._run(self._load(None, [f"questions={file}", *CHAINS, *more]), out)
         if not self._engine:
