@@ -38,7 +38,7 @@ def test_held_out_loss_is_that_of_the_models_own_masks(name: str, tiny: Path, tm
     assert last["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ("doge", *NAMES))
+@pytest.mark.parametrize("name", NAMES)
 def test_packing_a_windowed_base_keeps_the_update(name: str, tiny: Path, tmp_path: Path) -> None:
     base = save_base(name, tiny, tmp_path / "base")
     arms: dict[str, dict[str, Any]] = {"single": {}, "packed": {"packing": True, "max_length": 256}}
