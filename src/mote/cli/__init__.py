@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import traceback
+import warnings
 
 import click
 
@@ -27,6 +28,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:  # what other libraries are going to rename is nothing that a user of the commands can change
+        warnings.simplefilter("ignore", FutureWarning)
     fail = functools.partial(_fail, debug)
     try:
         mote.main(args=arguments or ["--help"], prog_name="mote", standalone_mode=False)
