@@ -37,7 +37,7 @@ OPTIONS = {
         "--timeout",
         "--grace",
     },
-    "export": {"--adapter", "--model", "--mode", "--out", "--format", "--dtype"},
+    "export": {"--adapter", "--model", "--mode", "--out", "--format", "--dtype", "--quantise", "--experts"},
     "report": {"--out"},
     "eval": {
         *("--model", "--adapter", "--system", "--suite", "--modes", "--judge", "--data", "--limit", "--seed"),

@@ -417,7 +417,7 @@ def test_command_prints_the_written_folders(
         (["--out", "OUT", "--format", "merged"], "adapter: give the folder of a trained adapter with --adapter"),
         (["--adapter", "ONE", "--format", "merged"], "out: give the folder to create with --out"),
         (["--adapter", "ONE", "--out", "OUT"], "Missing option '--format'"),
-        (["--adapter", "ONE", "--out", "OUT", "--format", "gguf"], "Invalid value for '--format': 'gguf' is not one"),
+        (["--adapter", "ONE", "--out", "OUT", "--format", "ggml"], "Invalid value for '--format': 'ggml' is not one"),
         (
             ["--adapter", "ONE", "--out", "OUT", "--format", "peft-steps", "--mode", "direct"],
             "format: 'peft-steps' writes every step as float32; leave out --mode and --dtype, or use merged",
