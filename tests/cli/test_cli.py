@@ -18,11 +18,12 @@ OPTIONS = {
     "chains view": {"--out"},
     "chains import": {"--format", "--writer", "--limit", "--out"},
     "chains export": {"--out", "--license", "--push", "--private"},
-    "train": {"--recipe", "--model", "--chains", "--seed", "--limit", "--out"},
+    "train": {"--recipe", "--model", "--chains", "--engine", "--seed", "--limit", "--out"},
     "ablations": {"--out", "--judge", "--data", "--dry-run"},
-    "answer": {"--recipe", "--model", "--adapter", "--questions", "--mode", "--seed", "--limit", "--out"},
-    "chat": {"--model", "--adapter", "--mode", "--seed", "--show-steps", "--answer-only"},
+    "answer": {"--recipe", "--model", "--adapter", "--questions", "--mode", "--engine", "--seed", "--limit", "--out"},
+    "chat": {"--model", "--adapter", "--mode", "--engine", "--seed", "--show-steps", "--answer-only"},
     "serve": {
+        "--engine",
         "--model",
         "--adapter",
         "--host",
@@ -41,7 +42,7 @@ OPTIONS = {
     "report": {"--out"},
     "eval": {
         *("--model", "--adapter", "--system", "--suite", "--modes", "--judge", "--data", "--limit", "--seed"),
-        *("--device", "--dtype", "--out"),
+        *("--device", "--dtype", "--engine", "--out"),
     },
     "eval agreement": {
         *("--judge", "--labels", "--format", "--half", "--prompt", "--model", "--verdicts", "--seed", "--limit"),
@@ -52,7 +53,7 @@ OPTIONS = {
         *("--model", "--shape", "--device", "--dtype", "--rows", "--length", "--rounds", "--compile", "--eager"),
         *("--checkpointing", "--only", "--measures", "--out"),
     },
-    "doctor": set(),
+    "doctor": {"--model", "--revision", "--remove-gguf"},
 }
 ARGUMENTS = {
     "run": ["recipe", "overrides"],
