@@ -120,6 +120,24 @@ def test_fused_with_the_base_layer_equals_plain(matmul: Any, with_bias: bool, dt
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("matmul", [linear, fast_matmul])
+@pytest.mark.parametrize("low", [False, True], ids=["one dtype", "experts in float32"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_no_gradients_need_no_autograd_function(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool, low: bool, matmul: Any
+) -> None:
+    monkeypatch.setattr(Fused, "apply", None)
+    given = tensors(torch.float32)
+    expected = plain(given["x"], given["result"], given["first"], given["second"], given["weights"])
+    a, b = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
+    a.weight, b.weight = nn.Parameter(given["first"]), nn.Parameter(given["second"])
+    x, result = (given[name].bfloat16() if low else given[name] for name in ("x", "result"))
+    with torch.no_grad():
+        out = add_experts(x, result, a, b, Route(given["weights"]), in_place, matmul)
+    assert out.dtype == x.dtype and (out is result) == in_place
+    assert (out.float() - expected).norm() < (0.02 if low else 1e-6) * expected.norm()
+
+
 @pytest.mark.parametrize("tokens", [3, 12])
 def test_a_layer_with_other_tokens_than_the_model_is_refused(tokens: int) -> None:
     """Such as an output head that gets the last token alone: the step of its tokens is unknown."""

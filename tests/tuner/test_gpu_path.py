@@ -140,6 +140,9 @@ def test_decoding_takes_no_cpu_form() -> None:
     with torch.no_grad(), Operations() as seen:
         move(model)
         assert decode(model, GPU) == [False, False, False]
+        base = torch.nn.Linear(4, 4, device=GPU)
+        speed_up(base)
+        assert type(base) is torch.nn.Linear
         lay_out_by_columns(model)
         assert all(module.weight.is_contiguous() for module in model.modules() if linear.is_linear(module))
     assert not [name for name in seen.names if "mkldnn" in name or "for_cpu" in name]

@@ -131,11 +131,11 @@ def bind(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 def speed_up(model: nn.Module) -> None:
     """Let the linear layers of a model use `fast_matmul` while they are frozen; names, weights and memory stay.
 
-    The layers change class in place: a replaced module would lose its hooks, and every name under which the model's own
-    code holds it.
+    Layers on a GPU are left alone, where looking at them would take longer than `nn.Linear` itself. The others change
+    class in place: a replaced module would lose its hooks, and every name under which the model's own code holds it.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
             module.__class__ = FrozenLinear
 
 

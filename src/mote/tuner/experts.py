@@ -55,6 +55,8 @@ def add_experts(
     if torch.compiler.is_compiling():  # a compiler fuses these by itself
         return plain(x, result, a, b, expert_weights)
     in_place = owns_result and result.is_contiguous()
+    if not torch.is_grad_enabled():
+        return _without_gradients(x, result, a, b, expert_weights, in_place, matmul)
     fused: Tensor = Fused.apply(x, result, a, b, expert_weights, in_place, matmul)  # type: ignore[no-untyped-call]
     return fused
 
@@ -93,6 +95,30 @@ def plain(x: Tensor, result: Tensor, lora_A: Tensor, lora_B: Tensor, expert_weig
     """`add_experts` in differentiable operations, the reference of the other forms; arguments as in `Fused`."""
     dtype = result.dtype
     return result + linear(linear(x.to(dtype), lora_A.to(dtype)) * expert_weights, lora_B.to(dtype))
+
+
+def _without_gradients(
+    x: Tensor,
+    result: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    expert_weights: Tensor,
+    in_place: bool,
+    matmul: Matmul,
+) -> Tensor:
+    """`Fused` where no gradient is recorded; arguments as there.
+
+    Calling an autograd function takes longer than the matmuls of a decoded token: on a GPU, which waits for its calls,
+    that is the time of a token.
+    """
+    dtype = result.dtype
+    if not x.dtype == lora_A.dtype == lora_B.dtype == dtype:
+        x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+    hidden = matmul(x, lora_A).mul_(expert_weights)
+    if not in_place:
+        return result + matmul(hidden, lora_B)
+    add_matmul(matmul, result.view(-1, result.shape[-1]), hidden.view(-1, hidden.shape[-1]), lora_B)
+    return result
 
 
 class Fused(torch.autograd.Function):
