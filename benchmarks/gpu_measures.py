@@ -3,6 +3,7 @@
 A number is a float, or a dict of median and quartiles (`mote.experiments.bench.timing.paired`).
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -97,7 +98,7 @@ def training(compiled: bool, others: tuple[str, ...]) -> Callable[[Setting], Fou
         from mote.experiments.bench.timing import paired
 
         settings = bench_settings(given, (*TRAINED, *others), ("training",), compiled)
-        rounds = measured(replace(settings, checkpointing=given.dry or not fits(given)))
+        rounds = measured(replace(settings, checkpointing=given.dry or rows_that_fit(given) < given.rows))
         name, found = next(iter(rounds.items()))
         how = "compiled" if compiled else "eager"
         ratios = {
@@ -126,9 +127,7 @@ def memory(compiled: bool) -> Callable[[Setting], Found]:
         from mote.experiments.bench.measurements import make_batch, peak_mb_on_gpu
         from mote.experiments.bench.variants import build, share
 
-        rows = next(
-            rows for rows in (given.rows, given.rows // 2, given.rows // 4, 1) if fits(given, rows) or rows == 1
-        )
+        rows = min(given.rows, rows_that_fit(given))
         base = load_shape(given.shape, given.device, given.dtype)
         batch = make_batch(rows, given.length, base.config.vocab_size, given.device)
         peaks = {}
@@ -146,8 +145,8 @@ def memory(compiled: bool) -> Callable[[Setting], Found]:
     return take
 
 
-def fits(given: Setting, rows: int | None = None) -> bool:
-    """Whether a training step fits into the card without checkpointing, by what a short one saves."""
+def rows_that_fit(given: Setting) -> int:
+    """Rows of a training step that fit into the card without checkpointing, by what a short step saves."""
     import torch
 
     from mote.experiments.bench.expert_settings import load_shape
@@ -161,10 +160,11 @@ def fits(given: Setting, rows: int | None = None) -> bool:
     saved = saved_mb(TrainingStep(build("lora-64", base), short)) * 2**20 / short.ids.numel()
     logits = 3 * 4 * base.config.vocab_size  # float32 logits, their softmax and gradient, beside what is saved
     del base
+    gc.collect()
     if given.device == "cuda":
         torch.cuda.empty_cache()
-    needed = weights + (rows or given.rows) * given.length * (1.1 * saved + logits)
-    return bool(needed < 0.9 * device_memory(given.device))
+    room = 0.9 * device_memory(given.device) - weights
+    return max(1, int(room / (given.length * (1.1 * saved + logits))))
 
 
 # --- attention and step skipping
@@ -199,6 +199,8 @@ def masks(given: Setting) -> Found:
 
 def passes(given: Setting, only: str) -> dict[str, Any]:
     """The measures of `benchmarks/training.py` with FlexAttention."""
+    import torch
+
     from mote.experiments.bench.training import choose, measure_training
 
     few = {"whole": 1, "count": 4, "batch": 2, "length": 512} if given.dry else {"whole": 8}
@@ -206,7 +208,9 @@ def passes(given: Setting, only: str) -> dict[str, Any]:
     settings = choose(
         None, given.shape, given.device, given.dtype, only, held_out=False, rounds=given.rounds, **fixed, **few
     )
-    found: dict[str, Any] = measure_training(replace(settings, flex=True))["measures"]
+    # Lengths and numbers of steps differ between batches: beyond the usual limit FlexAttention would run uncompiled.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        found: dict[str, Any] = measure_training(replace(settings, flex=True))["measures"]
     return found
 
 
@@ -276,16 +280,16 @@ def decoding(compiled: bool) -> Callable[[Setting], Found]:
 def running_batch(given: Setting) -> Found:
     """Tokens per second of the running batch over those of `generate`, with step experts."""
     import torch
+    from peft import get_peft_model
 
     from mote.experiments.bench.timing import interleave, paired
-    from mote.experiments.bench.trainers import with_experts
     from mote.experiments.bench.workload import prepare
     from mote.inference.batching import Batcher
     from mote.inference.grammar import FreeText
     from mote.inference.request import Request
 
     workload = prepare(None, given.shape, given.device, given.dtype, None, 1)
-    model = with_experts(workload, workload.config, False).eval()
+    model = get_peft_model(workload.model, workload.config, autocast_adapter_dtype=False).eval()  # as `mote.load` does
     length = 2 * given.tokens
     found: Found = {"raw": {}}
     most = max(given.decoding_rows)

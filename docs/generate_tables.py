@@ -1,8 +1,8 @@
 """Fill the tables of settings, fields and options in the pages from the code: `make docs`.
 
-A table stands between `<!-- settings: ... -->` (or `fields:`, `keys:`, `options:`, `gpu:`, `bases:`) and `<!-- end -->`;
-the rest of a page is prose. Descriptions are those of `Field(description=...)`, of `Attributes:` in a docstring, and of the
-options' help.
+A table stands between `<!-- settings: ... -->` (or `fields:`, `keys:`, `options:`, `gpu:`, `bases:`) and
+`<!-- end -->`; the rest of a page is prose. Descriptions are those of `Field(description=...)`, of `Attributes:` in a
+docstring, and of the options' help.
 """
 
 import importlib

@@ -41,6 +41,12 @@ MASKS = {"sdpa": sdpa_mask, "flex_attention": block_mask}
 HALF = skip_probabilities(0.5, {}, ("analysis", "guidance", "response"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """Each shape and dtype is compiled anew, and beyond a limit FlexAttention would run uncompiled."""
+    torch._dynamo.reset()
+
+
 def packed(draws: int = 1, row_length: int | None = 160, count: int = 6) -> dict[str, Tensor]:
     """A batch of packed chains with skipped steps."""
     data = ChainDataset(some_chains(count, seed=3), HALF, 3, row_length, draws)
@@ -244,6 +250,22 @@ def test_saved_and_loaded_logits_are_equal(dtype: torch.dtype, tmp_path: Path) -
         assert again.device.type == DEVICE and torch.equal(again(ids).logits, before)
         with model.disable_adapter():
             assert not torch.equal(model(ids).logits, before)
+
+
+def test_experts_in_the_dtype_of_the_model_give_equal_logits(tmp_path: Path) -> None:
+    """As `mote.load` stores them on a GPU; training keeps them in float32."""
+    model, _ = on_both(torch.float32)
+    model.save_pretrained(tmp_path)
+    ids = some_ids().to(DEVICE)
+    logits = []
+    for as_trained in (True, False):
+        base = llama().to(torch.bfloat16).to(DEVICE)
+        again = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=as_trained).eval()
+        kinds = {p.dtype for name, p in again.named_parameters() if "mote_" in name}
+        assert kinds == {torch.float32 if as_trained else torch.bfloat16}
+        with torch.no_grad():
+            logits.append(again(ids).logits)
+    assert torch.equal(*logits)
 
 
 # --- decoding

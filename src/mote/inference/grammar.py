@@ -123,7 +123,8 @@ class FreeText:
         """The logits with the forbidden ids at minus infinity."""
         if not len(self.forbidden):
             return logits_V
-        return logits_V.index_fill(0, self.forbidden.to(logits_V.device), _MINUS_INFINITY)
+        self.forbidden = self.forbidden.to(logits_V.device)  # copied there once, not for each token
+        return logits_V.index_fill(0, self.forbidden, _MINUS_INFINITY)
 
     def ended(self, generated: Sequence[int]) -> bool:
         """Whether the turn has ended."""
@@ -160,8 +161,10 @@ class StepGrammar(ChainGrammar):
         if forced:
             masked = torch.full_like(logits_V, _MINUS_INFINITY)
         else:
-            masked = logits_V.index_fill(0, self.special_ids.to(logits_V.device), _MINUS_INFINITY)
-        masked[ids] = logits_V[ids]
+            self.special_ids = self.special_ids.to(logits_V.device)  # copied there once, not for each token
+            masked = logits_V.index_fill(0, self.special_ids, _MINUS_INFINITY)
+        for id_ in ids:  # one to four; as a list they would be copied to a GPU, which waits
+            masked[id_] = logits_V[id_]
         return masked
 
 
