@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
+from support.adapters import MARKERS
 from support.bases import HYBRID_TARGETS, make_hybrid_model
 from support.training import SCHEME, chains, recipe
+from transformers import AutoModelForCausalLM
 
 import mote
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe
+from mote.experiments.run import Run
 from mote.models.load import load_base
 from mote.tokens.encode import IGNORED, encode_chain
 from mote.train import train
 from mote.train.examples import split_groups
+from mote.tuner import MoteConfig
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,13 @@ def test_held_out_loss_of_a_hybrid_equals_a_plain_loop(hybrid: Path, tmp_path: P
     assert model.answer("how do I answer", "full", max_step_tokens=4).answer
 
 
+def test_run_is_refused_before_a_chain_is_made(hybrid: Path, tmp_path: Path) -> None:
+    given = recipe(hybrid, skip_p=0.2).model_copy(update={"limit": 2})
+    with pytest.raises(UserError, match=r"train.skip_p=0.2: granitemoehybrid has layers that keep a state"):
+        Run(given, tmp_path).all()
+    assert not any(tmp_path.iterdir())
+
+
 def test_layer_that_a_fused_kernel_reads_is_refused(hybrid: Path, tmp_path: Path) -> None:
     given = recipe(hybrid, skip_p=0.0)  # all linear layers
     with pytest.raises(UserError, match=r"mamba\.out_proj .* past its module.*target_modules=\[.*'in_proj'.*'q_proj'"):
@@ -80,3 +92,17 @@ def test_longer_rows_than_the_attention_allows_are_refused(tiny: Path, tmp_path:
     base.model.config.keep_window_size = 1024  # as Doge's
     with pytest.raises(UserError, match=r"train.max_length=2048: .* than 1024; use at most that"):
         train(base, chains(), SCHEME, recipe(tiny, max_length=2048), tmp_path)
+
+
+def test_packed_row_of_a_peft_model_is_refused(hybrid: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(hybrid)
+    model = get_peft_model(model, MoteConfig(r=2, target_modules=["q_proj"], markers=MARKERS, vocab_size=500)).eval()
+    ids = torch.arange(3, 15)[None]
+    positions = torch.tensor([[*range(5), *range(7)]])
+    with pytest.raises(ValueError, match=r"granitemoehybrid keep a state \(linear_attention\).* its own row"):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    padded = torch.tensor([[0] * 9 + [-1] * 3])
+    with torch.no_grad():
+        found = model(input_ids=ids, document_ids=padded, attention_mask=(padded + 1), use_cache=False).logits[:, :9]
+        expected = model(input_ids=ids[:, :9], use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mote.core.records import Frozen
 from mote.models.checked_bases import CHECKED
-from mote.models.layers import layers_of
+from mote.models.layers import layers_of, stateful_layers
 
 Ability = Literal["training", "skipping", "views", "packing", "answers"]
 ABILITIES: tuple[Ability, ...] = ("training", "skipping", "views", "packing", "answers")
@@ -85,9 +85,8 @@ def capabilities_of(config: Any, failed: Collection[str] | None = None) -> Capab
 
 def _reason(config: Any) -> str:
     """Why an architecture cannot do what it cannot."""
-    layers = layers_of(config)
     name = config.model_type
-    if stateful := sorted({layer.name for layer in layers if layer.kind == "recurrent"}):
+    if stateful := stateful_layers(config):
         return f"{name} has layers that keep a state ({', '.join(stateful)}), which no mask reaches"
     if getattr(config.get_text_config(decoder=True), "kv_lora_rank", None):
         return f"{name} has latent attention"
@@ -104,5 +103,6 @@ def _export_limits(config: Any) -> dict[str, str]:
         why = "the base is quantised, and nothing can be merged into its weights; give the model it was made of"
         limits = dict.fromkeys(("engine-steps", "merged", "vllm"), why)
     if config.model_type not in VLLM:
-        limits["vllm"] = f"the plugin has no {config.model_type}; use mote serve, or --format engine-steps"
+        served = f"vLLM serves step experts on {', '.join(VLLM)} only"
+        limits["vllm"] = f"{served}, not on {config.model_type}; use mote serve, or --format engine-steps"
     return limits

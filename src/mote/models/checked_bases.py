@@ -74,7 +74,7 @@ CHECKED: dict[str, tuple[str, ...]] = {
     "qwen3_moe: attention": (),
     "qwen3_next: attention, linear_attention": ("skipping", "views", "packing", "answers"),
     "recurrent_gemma: attention, recurrent": ("skipping", "views", "packing", "answers"),
-    "rwkv: attention": ("skipping", "views", "packing", "answers"),
+    "rwkv: recurrent": ("skipping", "views", "packing", "answers"),
     "seed_oss: attention": (),
     "smollm3: attention": (),
     "stablelm: attention": (),

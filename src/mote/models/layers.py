@@ -57,6 +57,8 @@ def layers_of(config: Any) -> tuple[Layer, ...]:
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)
     names = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if names is None and config.model_type in ("rwkv", "xlstm"):
+        names = ["recurrent"] * config.num_hidden_layers
     if names is None:  # all alike
         name = "sliding_attention" if window is not None else "chunked_attention" if chunk is not None else FULL
         names = [name] * config.num_hidden_layers
@@ -68,6 +70,11 @@ def layers_of(config: Any) -> tuple[Layer, ...]:
             kind = "full"
         layers.append(Layer(name, kind, reach))
     return tuple(layers)
+
+
+def stateful_layers(config: Any) -> list[str]:
+    """Names of the kinds of layers that keep a state, which goes from document to document and past every mask."""
+    return sorted({layer.name for layer in layers_of(config) if layer.kind == "recurrent"})
 
 
 def indexed_scaling(config: Any) -> int | None:

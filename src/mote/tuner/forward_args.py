@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from mote.models.kv_cache import given_cache
-from mote.models.layers import indexed_scaling, masked_kinds
+from mote.models.layers import indexed_scaling, masked_kinds, stateful_layers
 from mote.models.rope import original_length
 from mote.tokens.masks import mask_form, masks_for
 
@@ -54,9 +54,9 @@ def separate_documents(
         The arguments to change; none if each row is one document.
 
     Raises:
-        ValueError: The model takes no positions, or `position_ids` run on from one document to the next, or the row is
-            so long that the base model scales tokens by their index in it, or a document is so long that the base model
-            rotates all documents by its length.
+        ValueError: The model keeps a state over documents or takes no positions, or `position_ids` run on from one
+            document to the next, or the row is so long that the base model scales tokens by their index in it, or a
+            document is so long that the base model rotates all documents by its length.
     """
     mask = call.get("attention_mask")
     if given_cache(call) is not None or torch.compiler.is_compiling() or "attention_mask" not in names:
@@ -66,6 +66,15 @@ def separate_documents(
     starts_B_T = torch.ones_like(documents_B_T, dtype=torch.bool)
     starts_B_T[:, 1:] = documents_B_T.diff(dim=1) != 0
     if not bool(starts_B_T[:, 1:].any()):
+        return {}
+    if config is not None and call.get("seq_idx") is None and (stateful := stateful_layers(config)):
+        real_B_T = documents_B_T >= 0  # not padding
+        follows_B_T = starts_B_T[:, 1:] & real_B_T[:, 1:] & real_B_T[:, :-1]
+        if bool(follows_B_T.any()):
+            raise ValueError(
+                f"document_ids: layers of {config.model_type} keep a state ({', '.join(stateful)}), which goes from "
+                "one document to the next; give each document its own row"
+            )
         return {}
     if "position_ids" not in names:
         raise ValueError(

@@ -21,13 +21,14 @@ from mote.core.records import Message
 from mote.core.scheme import ADAPTIVE, BASE
 from mote.inference.load import load, read_adapter
 from mote.inference.model import Model
+from mote.models.capabilities import capabilities_of
+from mote.models.load import load_config
 from mote.serve.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
 from mote.serve.vllm.folder_config import ServedConfig
 from mote.tokens.encode import encode_prompt, special_ids, stop_ids
 from mote.tuner import MoteConfig
 from mote.tuner.expert_weights import expert_weight_table
 
-ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3")  # prefixes of the supported classes
 EXPERTS = "experts.safetensors"
 VOCAB_MULTIPLE = 64  # vLLM pads vocabularies to a multiple of this
 
@@ -70,10 +71,13 @@ def export_vllm(
             "`mote answer`, or --format engine-steps"
         )
     base = base_name(trained, model)
-    loaded = load(base, trained, device="cpu", dtype=plain_dtype(base, revision, dtype), revision=revision)
+    dtype = plain_dtype(base, revision, dtype)
+    if (limit := capabilities_of(load_config(base, revision)).limits.get("vllm")) is not None:
+        raise UserError(f"model: '{base}': {limit}")
+    loaded = load(base, trained, device="cpu", dtype=dtype, revision=revision)
     if mode == BASE or mode not in loaded.scheme.modes:
         raise UserError(f"mode: '{mode}' cannot be the served model's own; use one of {list(loaded.scheme.modes[1:])}")
-    architecture = _architecture(loaded)
+    architecture = type(loaded.base.model).__name__
     plain = merge_step(loaded.model, {})
     experts, rank = padded_experts(config, load_peft_weights(adapter, device="cpu"))
     served = _served_config(loaded, config, plain, rank, mode, max_step_tokens)
@@ -92,21 +96,6 @@ def export_vllm(
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(_CARD.format(base=base, mode=mode, name=out.name), encoding="utf-8")
     return out
-
-
-def _architecture(loaded: Model) -> str:
-    """Class name of the base model.
-
-    Raises:
-        UserError: vLLM has no class with step experts for it.
-    """
-    architecture = type(loaded.base.model).__name__
-    if architecture not in [f"{known}ForCausalLM" for known in ARCHITECTURES]:
-        raise UserError(
-            f"model: '{loaded.base.name}' is a {architecture}; vLLM serves step experts on {', '.join(ARCHITECTURES)} "
-            "only"
-        )
-    return architecture
 
 
 def _served_config(
