@@ -133,6 +133,8 @@ class LlamaBatcher(BatchLoop):
     def _fail(self, error: BaseException) -> None:
         super()._fail(error)
         self._slots_of = {}
+        self._idle = []
+        self._prefixes = []
         self._room = 0
 
     @override

@@ -99,12 +99,12 @@ class LlamaModel:
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not self._model:
             raise MoteError(f"engine: llama.cpp cannot load {path}; remove the file and run the same command again")
+        self._batch = lib.llama_batch_init(BATCH, 0, 1)
         self.vocabulary: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
         self.keeps_prefixes: bool = lib.llama_model_n_swa(self._model) == 0
         self._loras = [lib.llama_adapter_lora_init(self._model, str(lora).encode()) for lora in loras]
         if not all(self._loras):
             raise MoteError(f"engine: llama.cpp cannot load {loras[self._loras.index(None)]}; remove the file")
-        self._batch = lib.llama_batch_init(BATCH, 0, 1)
 
     def open(self, sequences: int, tokens: int, cache_type: CacheType) -> None:
         """Make an empty cache; an earlier one is freed.
