@@ -158,9 +158,7 @@ def test_running_batch_waits_only_for_its_tokens() -> None:
     model = experts(GPU).eval()
     with torch.no_grad():
         move(model)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Batcher, "_check_model", lambda _: None)
-            running = Batcher(model, 4, markers)
+        running = Batcher(model, 4, markers)
         rows = []
         for start in (64, 68, 66, 64):
             request = Request([5, start, 7, 8], FreeText(()), 4)
