@@ -67,6 +67,9 @@ ARCHITECTURES = {
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "olmo2": Architecture(MODEL_ARCH.OLMO2, tied=False),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, rotary_pairs=True, rope_period=4),
+    "seed_oss": Architecture(MODEL_ARCH.SEED_OSS),
+    "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
+    "gemma": _gemma(MODEL_ARCH.GEMMA, 0),
     "gemma2": _gemma(MODEL_ARCH.GEMMA2, 2),
     "gemma3_text": _gemma(MODEL_ARCH.GEMMA3, 6),
 }

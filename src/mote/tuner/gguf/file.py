@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 
@@ -68,6 +68,7 @@ def gguf_file(path: Path, architecture: str, entries: Iterable[Entry]) -> Iterat
     scratch = path.with_name(f".{path.name}.tmp")
     entries = list(entries)
     writer = GGUFWriter(scratch, architecture)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
     try:
         yield writer
         with disk_errors("export", path, "run the same command again"):
