@@ -14,6 +14,7 @@ from inspect_ai.dataset import Sample
 from inspect_ai.model import get_model
 from inspect_ai.solver import generate
 from support.adapters import QUESTIONS, save_random_adapter
+from support.cli_runs import SMALL
 from support.commands import Fails
 from support.paths import ROOT
 from support.servers import ask, served
@@ -144,6 +145,18 @@ def test_evaluated_answers_equal_the_in_process_engines(tiny: Path, adapter: Pat
     assert [sample.output.completion for sample in log.samples or []] == [answer.answer for answer in expected]
     assert model.api.base_url != get_model(f"mote/{tiny}", **given).api.base_url  # cached answers are not mixed
     model.api.close()
+
+
+@NEEDED
+def test_a_run_makes_chains_and_answers_with_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(f"name: small\nmodel: {tiny}\nengine: llamacpp\n")
+    few = ["limit=4", "train.num_train_epochs=1", "answer.limit=1", "answer.modes=[full,base]"]
+    command(monkeypatch, "run", recipe, *SMALL, *few, "--out", tmp_path / "run")
+    assert capsys.readouterr().err.count("writing q8_0 GGUF") == 2  # of the base model, then of the adapter
+    assert len(read_rows(tmp_path / "run" / "answers" / "mote-full.jsonl", Answer)) == 1
 
 
 @pytest.mark.parametrize("arguments", [["--engine", "llamacpp"], ["engine=llamacpp"]])
