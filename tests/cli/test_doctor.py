@@ -102,7 +102,7 @@ def test_version_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> No
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "4.40.0" if name == "transformers" else version(name))
     finding = found(diagnose(), "transformers")
-    assert finding.level == "warn" and "4.40.0" in finding.detail and "5.20" in finding.remedy
+    assert finding.level == "warn" and "4.40.0" in finding.detail and "5.25" in finding.remedy
 
 
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
