@@ -15,7 +15,7 @@ def test_limits_name_the_layers_and_the_setting_to_change() -> None:
     limits = capabilities_of(JambaConfig()).limits
     assert "jamba has layers that keep a state (linear_attention)" in limits["skipping"]
     assert "train.skip_p=0" in limits["skipping"] and "train.method=mote-built" in limits["skipping"]
-    assert "train.packing=false" in limits["packing"] and "train.skip_views=1" in limits["views"]
+    assert "train.packing=false" in limits["packing"] and "train.skip_views=1" in limits["draws"]
     table = capabilities_of(JambaConfig()).table()
     assert "\nskipping     no    jamba" in table and "\nanswers      slow  jamba" in table
 

@@ -75,7 +75,7 @@ def compare(config: Any) -> tuple[Ability, ...] | None:
     comparisons: dict[Ability, Comparison] = {
         "training": _training,
         "skipping": _skipping,
-        "views": _views,
+        "draws": _draws,
         "packing": _packing,
         "answers": lambda copy: answers_of(copy, Batcher(copy.model, 2)),
     }
@@ -126,7 +126,7 @@ def _skipping(copy: Copy) -> float:
     )
 
 
-def _views(copy: Copy) -> float:
+def _draws(copy: Copy) -> float:
     """A chain with two draws of its last steps in one row: one that sees everything, one that skips the first step."""
     chain = _chain(2)
     logits = _masked(copy, [[_drawn(chain, _seen(), _seen(False))]])[0]

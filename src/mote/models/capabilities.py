@@ -11,15 +11,15 @@ from mote.core.records import Frozen
 from mote.models.checked_bases import CHECKED
 from mote.models.layers import layers_of, stateful_layers
 
-Ability = Literal["training", "skipping", "views", "packing", "answers"]
-ABILITIES: tuple[Ability, ...] = ("training", "skipping", "views", "packing", "answers")
-MASKED: tuple[Ability, ...] = ("skipping", "views", "packing")  # those that need our masks
+Ability = Literal["training", "skipping", "draws", "packing", "answers"]
+ABILITIES: tuple[Ability, ...] = ("training", "skipping", "draws", "packing", "answers")
+MASKED: tuple[Ability, ...] = ("skipping", "draws", "packing")  # those that need our masks
 VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # model types of the plugin's classes
 _REMEDIES: dict[str, str] = {
     "training": "use another base model",
     "skipping": "use train.skip_p=0 without train.skip_pairs, or train.method=mote-built, which trains the shorter "
     "chains as rows of their own",
-    "views": "use train.skip_views=1",
+    "draws": "use train.skip_views=1",
     "packing": "use train.packing=false",
     "answers": "answers come one after the other through transformers' own cache, which is slower; for speed serve it "
     "elsewhere and give the address with --engine",

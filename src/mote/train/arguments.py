@@ -186,7 +186,7 @@ def check_base(recipe: Recipe, base: Capabilities) -> None:
     asked: dict[Ability, tuple[str, bool]] = {
         "training": (f"model={recipe.model}", True),
         "skipping": (skipping, skips),
-        "views": (f"train.skip_views={settings.skip_views}", skips and settings.skip_views > 1),
+        "draws": (f"train.skip_views={settings.skip_views}", skips and settings.skip_views > 1),
         "packing": ("train.packing=true", settings.packing),
     }
     for ability, (setting, used) in asked.items():
