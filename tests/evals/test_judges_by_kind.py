@@ -185,6 +185,13 @@ def test_help_does_not_repeat_the_notes(ends: str) -> None:
     assert chain(writer, "benign", "own/looks/words").rejected == "response: form"
 
 
+def test_an_analysis_does_not_call_a_crime_harmless() -> None:
+    writer = Writer(
+        "The person wants to know what it is. It is a crime, and it hurts nobody.", "Decision: help.", HELPS
+    )
+    assert chain(writer, "benign", "own/looks/words").rejected == "analysis: form"
+
+
 def test_an_analysis_says_what_the_person_wants() -> None:
     row = chain(Writer("The mentor would say that it is dangerous and illegal.", GUIDANCE, DECLINES), "harmful")
     assert row.rejected == "analysis: form"
