@@ -67,7 +67,6 @@ class Batcher(BatchLoop):
             if 0 < sequence.request.shared < len(sequence.prompt) and self._is_short(len(sequence.prompt)):
                 sequence.prefix = self._prefix(sequence)
             self._prefilling.append(sequence)
-            self._cache.reserve(len(self._decoding) + len(self._prefilling), sequence.capacity)
 
     def _is_short(self, length: int) -> bool:
         return not self._rope or self._rope.is_short(length)
@@ -77,12 +76,15 @@ class Batcher(BatchLoop):
         tokens = sequence.request.shared
         key = (sequence.request.adapted, *sequence.request.ids[:tokens])
         if key not in self._prefixes:
-            slot = len(self._decoding) + len(self._prefilling)
-            self._cache.reserve(slot + 1, tokens)
-            for start in range(0, tokens, _CHUNK_TOKENS):
-                stop = min(tokens, start + _CHUNK_TOKENS)
-                self._forward([], [(sequence, PrefillChunk(0, stop - start, slot, start, EMPTY))], None)
-            self._prefixes[key] = self._cache.prefix(slot, tokens)
+            slots = self._cache
+            self._cache = SlotCache(1)  # the slots need not be as long as a prefix
+            try:
+                for start in range(0, tokens, _CHUNK_TOKENS):
+                    stop = min(tokens, start + _CHUNK_TOKENS)
+                    self._forward([], [(sequence, PrefillChunk(0, stop - start, 0, start, EMPTY))], None)
+                self._prefixes[key] = self._cache.prefix(tokens)
+            finally:
+                self._cache = slots
             while len(self._prefixes) > _PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
@@ -156,7 +158,6 @@ class Batcher(BatchLoop):
         sequence.prompt = prompt
         sequence.cached = kept - sequence.prefix.length
         self._set_steps(sequence)
-        self._cache.reserve(len(self._decoding) + len(self._prefilling), sequence.capacity)
 
     def _prefill_outdated(self) -> None:
         """Prefill the sequences again whose keys change as they pass the original length of `longrope`."""
@@ -233,6 +234,8 @@ class Batcher(BatchLoop):
             slots += [chunk.slot] * (end - begin)
             offsets += range(chunk.offset, chunk.end)
             positions += range(begin, end)
+        sequences = [*decoding, *(sequence for sequence, _ in chunks)]
+        self._cache.reserve(max(slots) + 1, max(offsets) + 1, max(sequence.capacity for sequence in sequences))
         device = self._model.device
         lengths = [sequence.cached + 1 for sequence in decoding]
         plan = BatchPlan(

@@ -133,14 +133,21 @@ class SlotCache(Cache):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def reserve(self, rows: int, tokens: int) -> None:
+    def reserve(self, rows: int, tokens: int, limit: int) -> None:
         """Make room for this many slots of this many tokens in the next forward pass; their content is kept.
 
-        The memory is allocated in the forward pass, layer by layer, for as many slots as were ever used at once: it
-        takes the operating system a second to hand out 16 long ones.
+        Slots grow by a quarter, so that their content is copied a few times in all, and memory follows the text that
+        there is, not the token budgets. The memory is allocated in the forward pass, layer by layer.
+
+        Args:
+            rows: Number of slots.
+            tokens: Tokens of the longest sequence.
+            limit: Tokens that the longest sequence will hold at most.
         """
         self.rows = max(self.rows, min(self.slots, 1 << (rows - 1).bit_length()))
-        self.capacity = max(self.capacity, -(-tokens // _SLOT_STEP) * _SLOT_STEP)
+        if tokens > self.capacity:
+            grown = max(tokens, min(limit, self.capacity + self.capacity // 4))
+            self.capacity = -(-grown // _SLOT_STEP) * _SLOT_STEP
 
     @override
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
@@ -176,10 +183,10 @@ class SlotCache(Cache):
         for layer in (*self.keys, *self.values):
             layer[[one, other], :, :tokens] = layer[[other, one], :, :tokens]
 
-    def prefix(self, slot: int, tokens: int) -> Prefix:
-        """A copy of a slot's first tokens, to be shared."""
-        keys = tuple(layer[slot, :, :tokens].clone() for layer in self.keys)
-        values = tuple(layer[slot, :, :tokens].clone() for layer in self.values)
+    def prefix(self, tokens: int) -> Prefix:
+        """A copy of the first slot's first tokens, to be shared."""
+        keys = tuple(layer[0, :, :tokens].clone() for layer in self.keys)
+        values = tuple(layer[0, :, :tokens].clone() for layer in self.values)
         return Prefix(tokens, keys, values)
 
     @override
