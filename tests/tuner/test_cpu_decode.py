@@ -12,11 +12,11 @@ from support.adapters import adapted, config, tiny_llama
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from mote.tokens.routing import NO_STEP
+from mote.tokens.routing import NO_STEP, QUESTION
 from mote.tuner.cpu_decode import MAX_TOKENS, DecodeStep, _sample
 from mote.tuner.layer import MoteLinear
 
-STEPS = [NO_STEP, 1, 2, 3]
+STEPS = [NO_STEP, QUESTION, 1, 2, 3]
 MODEL = adapted()
 
 
@@ -39,19 +39,18 @@ def decode(model: Any, cache: Any, steps: list[int], plainly: bool = False) -> T
     return found
 
 
-def bound(model: Any, cache: Any) -> list[tuple[str, int | None, dict[Any, Any]]]:
-    """Adapter, step and layers of everything that is bound for a cache."""
-    of_cache = model.get_base_model().mote_router._cpu_decoder._of_cache.get(cache, {})
+def bound(model: Any) -> list[tuple[str, int | None, dict[Any, Any]]]:
+    """Adapter, step and layers of everything that is bound."""
     return [
         (adapter, step, dict(functions))
-        for (adapter, _), layers in of_cache.items()
+        for (adapter, _), layers in model.get_base_model().mote_router._cpu_decoder._bound.items()
         for (step, _), functions in layers.functions.items()
     ]
 
 
-def bound_layers(model: Any, cache: Any) -> dict[Any, int]:
-    """How many layers are bound for a cache, by adapter and step."""
-    return {(adapter, step): len(functions) for adapter, step, functions in bound(model, cache)}
+def bound_layers(model: Any) -> dict[Any, int]:
+    """How many layers are bound, by adapter and step."""
+    return {(adapter, step): len(functions) for adapter, step, functions in bound(model)}
 
 
 @given(st.lists(st.lists(st.sampled_from(STEPS), min_size=4, max_size=4), min_size=1, max_size=5))
@@ -61,7 +60,7 @@ def test_any_mix_of_steps_and_base_rows_equals_the_plain_form(steps: list[list[i
     for now in steps:
         expected = decode(MODEL, cache, now, plainly=True)
         torch.testing.assert_close(decode(MODEL, cache, now), expected, atol=1e-5, rtol=1e-5)
-        assert bound_layers(MODEL, cache)["default", now[0] if len(set(now)) == 1 else None] == 14
+        assert bound_layers(MODEL)["default", now[0] if len(set(now)) == 1 and now[0] else None] == 14
 
 
 @pytest.mark.parametrize("other", [NO_STEP, 2])
@@ -124,7 +123,7 @@ def test_other_bases(base: str, steps: list[int]) -> None:
     expected = decode(model, cache, steps, plainly=True)
     tolerance = 0.15 if base == "bfloat16" else 1e-5
     torch.testing.assert_close(decode(model, cache, steps), expected, atol=tolerance, rtol=tolerance)
-    assert len(bound_layers(model, cache)) == 1
+    assert len(bound_layers(model)) == 1
 
 
 def test_adapters_may_change_between_two_tokens() -> None:
@@ -140,7 +139,7 @@ def test_adapters_may_change_between_two_tokens() -> None:
     assert (found[0] - found[1]).abs().max() > 1e-2
     decode(model, cache, [1, 2])
     model.delete_adapter("other")
-    assert not bound_layers(model, cache)
+    assert not bound_layers(model)
     expected = decode(model, cache, [1, 1], plainly=True)
     torch.testing.assert_close(decode(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
     base = model.unload()
@@ -154,7 +153,7 @@ def test_two_active_adapters_take_the_plain_form() -> None:
     cache = prefill(model, 2)
     expected = decode(model, cache, [1, 1], plainly=True)
     torch.testing.assert_close(decode(model, cache, [1, 1]), expected, atol=1e-5, rtol=1e-5)
-    assert not bound_layers(model, cache)
+    assert not bound_layers(model)
 
 
 def decode_step(model: Any, **call: Any) -> DecodeStep | None:
@@ -179,11 +178,11 @@ def test_one_token_per_document_is_a_decode_step() -> None:
         assert (decode_step(MODEL, input_ids=ids, step_ids=steps, past_key_values=cache, **call) is not None) == decodes
 
 
-@pytest.mark.parametrize("what", ["training", "many rows", "autocast", "question"])
+@pytest.mark.parametrize("what", ["training", "many rows", "autocast"])
 def test_other_passes_take_the_plain_form(what: str) -> None:
     model = adapted().train(what == "training")
     rows = MAX_TOKENS + 1 if what == "many rows" else 2
-    ids, steps = torch.full((rows, 1), 5), torch.full((rows, 1), 0 if what == "question" else 1)
+    ids, steps = torch.full((rows, 1), 5), torch.ones(rows, 1, dtype=torch.long)
     cache = DynamicCache(config=model.get_base_model().config)
     with torch.autocast("cpu", enabled=what == "autocast"):
         assert decode_step(model, input_ids=ids, step_ids=steps, past_key_values=cache) is None
@@ -210,9 +209,10 @@ CHANGES: dict[str, Callable[[MoteLinear], Any]] = {
 }
 
 
+@pytest.mark.parametrize("same_cache", [True, False], ids=["the same cache", "a new cache"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("how", CHANGES)
-def test_the_next_sequence_in_a_cache_sees_changed_weights(how: str, mode: Any) -> None:
+def test_the_next_sequence_sees_changed_weights(how: str, mode: Any, same_cache: bool) -> None:
     model = adapted()
     found: list[Tensor] = []
     layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
@@ -222,6 +222,8 @@ def test_the_next_sequence_in_a_cache_sees_changed_weights(how: str, mode: Any) 
         if turn == 1:
             with torch.no_grad():
                 CHANGES[how](layer)
+        if not same_cache:
+            cache = DynamicCache(config=model.get_base_model().config)
         with mode() if turn else torch.inference_mode():
             model(input_ids=ids, past_key_values=cache, step_ids=torch.ones_like(ids))
             if turn == 1:
@@ -232,21 +234,32 @@ def test_the_next_sequence_in_a_cache_sees_changed_weights(how: str, mode: Any) 
     expected = model(past_key_values=before, **call).logits
     torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3
-    assert bound_layers(model, cache) == {("default", 1): 14}
+    assert bound_layers(model) == {("default", 1): 14}
 
 
-@pytest.mark.parametrize("steps", [[1, 1], [1, 2], [NO_STEP, NO_STEP]], ids=str)
-def test_bound_layers_serve_the_next_sequence_if_unchanged(steps: list[int]) -> None:
+@pytest.mark.parametrize("steps", [[1, 1], [1, 2], [0, 0], [NO_STEP, NO_STEP]], ids=str)
+@pytest.mark.parametrize("same_cache", [True, False], ids=["the same cache", "a new cache"])
+def test_bound_layers_serve_the_next_sequence_if_unchanged(steps: list[int], same_cache: bool) -> None:
     model = adapted()
     cache = prefill(model, 2)
     decode(model, cache, steps)
-    before = bound(model, cache)
+    before = bound(model)
+    if not same_cache:
+        cache = prefill(model, 2, seed=1)
     more = torch.tensor([[5, 6, 7]] * 2)
     with torch.no_grad():
         model(input_ids=more, past_key_values=cache, step_ids=torch.ones_like(more))
     expected = decode(model, cache, steps, plainly=True)
     torch.testing.assert_close(decode(model, cache, steps), expected, atol=1e-5, rtol=1e-5)
-    assert before and bound(model, cache) == before
+    assert before and bound(model) == before
+
+
+def test_a_training_step_frees_the_bound_layers() -> None:
+    model = adapted()
+    decode(model, prefill(model, 2), [1, 1])
+    assert bound(model)
+    model.train()(input_ids=torch.tensor([[5, 6, 7]]))
+    assert not bound(model)
 
 
 def test_a_model_made_under_inference_mode_decodes() -> None:
@@ -262,7 +275,7 @@ def test_a_model_made_under_inference_mode_decodes() -> None:
             model(input_ids=ids[:, prompt], step_ids=steps[:, prompt], past_key_values=cache)
             found = model(input_ids=ids[:, -1:], step_ids=steps[:, -1:], past_key_values=cache).logits
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-            assert bound_layers(model, cache) == {("default", 1): 14}
+            assert bound_layers(model) == {("default", 1): 14}
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.booleans())

@@ -16,16 +16,19 @@ from transformers import DataCollatorWithFlattening
 from mote.models import linear as linear_module
 from mote.models.linear import fast_matmul
 from mote.tokens.routing import Markers, step_ids
-from mote.tuner import MoteConfig, MoteModel
+from mote.tuner import MoteConfig, MoteModel, expert_weights
 from mote.tuner.layer import MoteLinear
 
 
-@pytest.fixture(params=[linear, fast_matmul], ids=["plain", "sped up"], autouse=True)
+@pytest.fixture(params=["plain", "sped up", "run by run"], autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test with PyTorch's matmul and with the fast one."""
+    """Run every test with PyTorch's matmul, with the fast one, and with the short runs of these rows one by one."""
     monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", linear_module.HAS_ONEDNN)
+    matmul = fast_matmul if request.param == "sped up" else linear
     for module in ("models.linear", "tuner.layer"):
-        monkeypatch.setattr(f"mote.{module}.matmul_of", lambda _: request.param)
+        monkeypatch.setattr(f"mote.{module}.matmul_of", lambda _: matmul)
+    if request.param == "run by run":
+        monkeypatch.setattr(expert_weights, "_RUN_COST", 0)
 
 
 def slow_steps(ids_B_T: list[list[int]], markers: Markers, documents_B_T: list[list[int]] | None = None) -> Tensor:

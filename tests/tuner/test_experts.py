@@ -9,8 +9,9 @@ from torch.nn.functional import embedding, linear
 
 from mote.models.linear import fast_matmul
 from mote.tuner.expert_weights import Route, active_columns
-from mote.tuner.experts import Fused, add_experts, fold, plain
+from mote.tuner.experts import Fused, add_experts, plain
 from mote.tuner.marker_rows import PutLogits, put_embeddings, put_logits
+from mote.tuner.step_runs import fold
 
 WIDTH = 12  # three experts of rank 4
 

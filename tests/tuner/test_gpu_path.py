@@ -164,7 +164,6 @@ def test_running_batch_waits_only_for_its_tokens() -> None:
             request = Request([5, start, 7, 8], FreeText(()), 4)
             rows.append(RunningSequence(request, Future(), request.ids))
             running._set_steps(rows[-1])
-        running._cache.reserve(4, 16)
         chunks = [(row, PrefillChunk(4 * i, 4 * i + 4, i, 0, EMPTY)) for i, row in enumerate(rows[:3])]
         running._run_model([], chunks, torch.tensor([3, 7, 11]))
         for row in rows[:3]:

@@ -27,7 +27,7 @@ def bench(context: click.Context) -> None:
 @click.option("--compile/--eager", "compiled", default=None, help="Also measure torch.compile; default on a GPU.")
 @click.option("--checkpointing", is_flag=True, help="Train with gradient checkpointing.")
 @click.option("--only", help="Variants, comma-separated; the reference and its A/A control always run.")
-@click.option("--measures", help="Comma-separated: training, decoding, saved, memory.")
+@click.option("--measures", help="Comma-separated: training, decoding, saved, memory, peft.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; updated after each measurement.")
 def experts(out: Path | None, **flags: Any) -> None:
     """Compare step experts with plain LoRA and other baselines.

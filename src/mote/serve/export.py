@@ -25,7 +25,7 @@ from mote.models.load import load_config, model_folder
 from mote.tokens.encode import special_ids, stop_ids
 from mote.tuner import MoteConfig
 from mote.tuner.expert_weights import active_columns, expert_weight_table
-from mote.tuner.experts import fold
+from mote.tuner.step_runs import fold
 from mote.tuner.token_gated import TokenGatedConfig
 
 PREFIX = "base_model.model."  # PEFT's prefix of the base model's module names

@@ -2,8 +2,8 @@
 
 Each layer's base matmul, `lora_A` and `lora_B` are looked up once and bound into one function: a decode step then takes
 three matmuls a layer and no call of the base layer. Where all tokens are in one reasoning step, the function reads
-contiguous copies of that step's expert columns only. Functions belong to the KV cache they were bound for; when the
-next sequence begins in that cache, they are kept if the weights are found unchanged.
+contiguous copies of that step's expert columns only. The functions serve every KV cache: for each sequence, the weights
+are compared once with those that they were bound from.
 
 The plain form in `mote.tuner.experts` is the reference.
 Shapes: B row, T token, N tokens of all rows, E expert, R rank.
@@ -12,7 +12,7 @@ Shapes: B row, T token, N tokens of all rows, E expert, R rank.
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from mote.models.kv_cache import given_cache
 from mote.models.linear import bind, is_plain
 from mote.tokens.routing import NO_STEP, QUESTION
 from mote.tuner.expert_weights import Routes
-from mote.tuner.experts import fold, is_whole
+from mote.tuner.experts import is_whole
+from mote.tuner.step_runs import fold
 
 MAX_TOKENS = 64  # of a decode step; a prefill chunk has more
 _CPU = torch.device("cpu")
@@ -41,22 +42,22 @@ BoundLayer = Callable[[Tensor, "DecodeStep"], Tensor | None]  # a layer's forwar
 
 
 class CpuDecoder:
-    """Recognises decode steps, and holds the bound layers of every KV cache that is in use."""
+    """Recognises decode steps, and holds the bound layers of every adapter."""
 
     def __init__(self) -> None:
-        self._of_cache: WeakKeyDictionary[Cache, dict[tuple[str, torch.dtype], _BoundLayers]] = WeakKeyDictionary()
+        self._bound: dict[tuple[str, torch.dtype], _BoundLayers] = {}
 
     def __reduce__(self) -> tuple[type["CpuDecoder"], tuple[()]]:
         return CpuDecoder, ()  # a copied or pickled model binds its own layers
 
     def begin_sequence(self, cache: Cache) -> None:
         """A prompt is prefilled into this cache: weights are compared before the next decode step."""
-        for layers in self._of_cache.get(cache, {}).values():
-            layers.checked = False
+        for layers in self._bound.values():
+            layers.checked.discard(cache)
 
     def clear(self) -> None:
-        """Forget all bound layers."""
-        self._of_cache.clear()
+        """Forget all bound layers, and with them the copies of expert columns."""
+        self._bound.clear()
 
     def decode_step(
         self,
@@ -91,13 +92,13 @@ class CpuDecoder:
         if steps_B_T is None or steps_B_T.device.type != "cpu" or steps_B_T.numel() > MAX_TOKENS:
             return None
         found = set(steps_B_T.flatten().tolist())
-        if QUESTION in found:
-            return None
         step = found.pop() if len(found) == 1 else None
+        if step == QUESTION:  # most or all columns count, so that a copy would be as large as the experts
+            step = None
         dtype = next(iter(routes.values())).weights.dtype
-        layers = self._of_cache.setdefault(cache, {}).setdefault((adapter, dtype), _BoundLayers())
-        if not layers.checked:
-            layers.check(adapter)
+        layers = self._bound.setdefault((adapter, dtype), _BoundLayers())
+        if cache not in layers.checked:
+            layers.check(adapter, cache)
         one_row = ids.shape[0] == 1
         functions = layers.functions.setdefault((step, one_row), {})
         return DecodeStep(adapter, step, steps_B_T.numel(), one_row, routes, functions, layers)
@@ -123,24 +124,24 @@ class _Source:
 
 @dataclass
 class _BoundLayers:
-    """The bound layers of one adapter for the sequences in one cache.
+    """The bound layers of one adapter.
 
     Attributes:
-        functions: Step (None: tokens of several) and whether B = 1 -> layer -> function.
+        functions: Step (None: tokens of the question or of several steps) and whether B = 1 -> layer -> function.
         sources: What each layer's functions were bound from.
-        checked: Whether that was compared with the layers since the current sequence began.
+        checked: KV caches for whose current sequence that was compared with the layers.
     """
 
     functions: dict[tuple[int | None, bool], dict[AdaptedLinear, BoundLayer]] = field(default_factory=dict)
     sources: dict[AdaptedLinear, _Source] = field(default_factory=dict)
-    checked: bool = True
+    checked: WeakSet[Cache] = field(default_factory=WeakSet)
 
-    def check(self, adapter: str) -> None:
-        """Forget every function if any layer or weight has changed."""
-        if not all(source.is_unchanged(layer, adapter) for layer, source in self.sources.items()):
+    def check(self, adapter: str, cache: Cache) -> None:
+        """Forget every function if any layer or weight has changed; for the sequence in this cache."""
+        self.checked.add(cache)  # first, so that a sequence that another thread begins now is compared again
+        if not all(source.is_unchanged(layer, adapter) for layer, source in list(self.sources.items())):
             self.functions = {}
             self.sources = {}
-        self.checked = True
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,12 @@ class DecodeStep:
 
     Attributes:
         adapter: The active adapter.
-        step: The reasoning step of all tokens; None if they are in several.
+        step: The reasoning step of all tokens; None if they are in several or in the question.
         tokens: How many, N.
         one_row: Whether B = 1.
         routes: Expert weights of the forward pass.
         functions: The layers bound for such passes.
-        layers: Those of all passes over this cache.
+        layers: Those of all passes with this adapter.
     """
 
     adapter: str
@@ -265,7 +266,7 @@ def _bind_experts(
         a: `lora_A` of the columns in use (in, 2R or E*R).
         b: `lora_B` of the same (2R or E*R, out); for a single step with the expert weights multiplied in.
         one_row: Whether inputs are (1, N, in).
-        key: Adapter and rank of the expert weights where tokens are in several steps.
+        key: Adapter and rank of the expert weights, where they are not multiplied into `b`.
     """
     in_features = len(a)
     out_features = b.shape[1]

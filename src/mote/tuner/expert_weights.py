@@ -6,15 +6,25 @@ Shapes: B row, T token, S step, E expert, R rank.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mote.tokens.routing import NO_STEP
+from mote.tokens.routing import NO_STEP, QUESTION
 from mote.tuner.config import MoteConfig
 
 Columns = tuple[tuple[slice, ...], Tensor]  # a step's expert columns of non-zero weight as slices, their weights (2R)
 Table = tuple[Tensor, Sequence[Columns]]  # weight of every expert column for every step (1 + S + 1, E*R); its columns
+_RUN_COST = 32  # tokens whose expert columns take as long as the calls for one more run
+
+
+class Run(NamedTuple):
+    """Tokens [start, stop) of all rows, one after the other, that are in one step."""
+
+    start: int
+    stop: int
+    step: int
 
 
 @dataclass
@@ -24,11 +34,13 @@ class Route:
     Attributes:
         weights: Weight of every expert column for every token (B, T, E*R), scaling included.
         columns: The columns of non-zero weight for each step from the question on; on a CPU only.
+        runs: The runs of tokens with a step, where taking each by itself is faster; on a CPU only.
         idle: Whether it is known that no token has a step.
     """
 
     weights: Tensor
     columns: Sequence[Columns] = ()
+    runs: Sequence[Run] = ()
     idle: bool = False
 
 
@@ -94,10 +106,13 @@ class ExpertWeights:
         if config.mix == 0:  # one expert for every step
             steps_B_T = torch.where(steps_B_T == NO_STEP, steps_B_T, 1)
         idle = not torch.compiler.is_compiling() and _is_idle(steps_B_T)
+        runs = None
         routes: Routes = {}
         for rank in ranks:
             table, columns = self._table(adapter, config, rank, steps_B_T.device, dtype)
-            routes[adapter, rank] = Route(table[steps_B_T], columns, idle)
+            if runs is None:
+                runs = _faster_runs(steps_B_T, columns, table.shape[1]) if columns else ()
+            routes[adapter, rank] = Route(table[steps_B_T], columns, runs, idle)
         return routes
 
     def forget(self, adapter: str) -> None:
@@ -119,3 +134,24 @@ class ExpertWeights:
 def _is_idle(steps_B_T: Tensor) -> bool:
     """Whether no token has a step; only read on a CPU, since another device would have to be waited for."""
     return steps_B_T.device.type == "cpu" and bool((steps_B_T == NO_STEP).all())
+
+
+def _faster_runs(steps_B_T: Tensor, columns: Sequence[Columns], width: int) -> Sequence[Run]:
+    """The runs of tokens with a step; none where multiplying all columns for all tokens is faster.
+
+    Args:
+        steps_B_T: Step of each token.
+        columns: The columns of each step.
+        width: Number of all columns, E*R.
+    """
+    steps_N = steps_B_T.flatten()
+    if len(steps_N) <= 2 * _RUN_COST:
+        return ()
+    starts = [0, *(steps_N.diff().nonzero().squeeze(1) + 1).tolist()]
+    runs = [
+        Run(start, stop, step)
+        for start, stop, step in zip(starts, [*starts[1:], len(steps_N)], steps_N[starts].tolist(), strict=True)
+        if step >= QUESTION
+    ]
+    cost = sum((run.stop - run.start + _RUN_COST) * len(columns[run.step][1]) for run in runs)
+    return runs if cost < len(steps_N) * width else ()

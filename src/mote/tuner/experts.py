@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from mote.models.linear import Matmul, add_matmul
-from mote.tuner.expert_weights import Columns, Route
+from mote.tuner.expert_weights import Route
+from mote.tuner.step_runs import FusedByRun
 
 Frozen = tuple[Tensor, Tensor | None]  # weight (out, in) and bias (out) of a base layer
 
@@ -55,6 +56,10 @@ def add_experts(
     if torch.compiler.is_compiling():  # a compiler fuses these by itself
         return plain(x, result, a, b, expert_weights)
     in_place = owns_result and result.is_contiguous()
+    if route.runs:
+        return FusedByRun.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, result, a, b, route.runs, route.columns, in_place, matmul
+        )
     if not torch.is_grad_enabled():
         return _without_gradients(x, result, a, b, expert_weights, in_place, matmul)
     fused: Tensor = Fused.apply(x, result, a, b, expert_weights, in_place, matmul)  # type: ignore[no-untyped-call]
@@ -72,9 +77,14 @@ def with_base(x: Tensor, frozen: Frozen, lora_A: nn.Module, lora_B: nn.Module, r
         route: Expert weights of the forward pass.
         matmul: The matmul to use.
     """
-    out: Tensor = Fused.apply(  # type: ignore[no-untyped-call]
-        x, None, lora_A.weight, lora_B.weight, _expert_weights(route, x, x), False, matmul, *frozen
-    )
+    expert_weights = _expert_weights(route, x, x)
+    a = lora_A.weight
+    b = lora_B.weight
+    if route.runs:
+        return FusedByRun.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, None, a, b, route.runs, route.columns, False, matmul, *frozen
+        )
+    out: Tensor = Fused.apply(x, None, a, b, expert_weights, False, matmul, *frozen)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -198,25 +208,6 @@ class Fused(torch.autograd.Function):
         grad_A = matmul(grad_hidden_N.t(), _rows(x).to(dtype).t()).to(lora_A.dtype) if wants_A else None
         grad_B = matmul((hidden_N * weights_N).t(), grad_N.t()).t().to(lora_B.dtype) if wants_B else None
         return grad_x, grad if wants_result else None, grad_A, grad_B, None, None, None, None, None
-
-
-def fold(lora_A: Tensor, lora_B: Tensor, columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A step's experts as one plain LoRA, with the expert weights multiplied into B.
-
-    Args:
-        lora_A: A of all experts (E*R, in).
-        lora_B: B of all experts (out, E*R).
-        columns: The step's columns and their weights.
-        dtype: Dtype to compute in.
-
-    Returns:
-        A (2R, in), and B (out, 2R) stored column by column, which is faster for few rows; R instead of 2R without a
-        shared expert.
-    """
-    slices, weights = columns
-    a = torch.cat([lora_A[part].to(dtype) for part in slices])
-    b = torch.cat([lora_B[:, part].to(dtype).t() for part in slices])
-    return a, b.mul_(weights.to(dtype)[:, None]).t()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -199,6 +199,7 @@ class Router:
             decode = self._cpu_decoder.decode_step(call, active, steps, documents, routes, model.training)
         self._thread.in_progress.forwards += (Forward(routes, decode, last_steps),)
         if model.training:
+            self._cpu_decoder.clear()  # the weights are about to change, and training needs the memory
             bind_checkpoints(model, self)
         return args, kwargs
 

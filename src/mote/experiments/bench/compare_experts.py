@@ -25,6 +25,7 @@ from mote.experiments.bench.measurements import (
     saved_mb,
 )
 from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
+from mote.experiments.bench.peft_path import peft_measures
 from mote.experiments.bench.targets import expert_targets
 from mote.experiments.bench.timing import compare, interleave, say
 from mote.experiments.bench.variants import BASE, CONTROL, REFERENCE, STEPS, UNCOMPILED, Variant, build, share
@@ -84,6 +85,8 @@ class _Bench:
     def measures(self) -> Iterator[Measure]:
         """Run the measurements one after the other."""
         modes = (False,) * self.settings.eager + (True,) * self.settings.compiled
+        if "peft" in self.settings.measures and not self.on_gpu:
+            yield from peft_measures(self.base, self.batch, self.settings.rounds)
         if {"training", "decoding", "saved"} & set(self.settings.measures):
             yield from self._side_by_side(modes)
         if "memory" in self.settings.measures:

@@ -12,7 +12,7 @@ from mote.models.embedded import EMBEDDED
 from mote.models.load import default_attention, default_device, default_dtype, load_base
 
 DTYPES = ("float32", "bfloat16", "float16")
-MEASURES = ("training", "decoding", "saved", "memory")
+MEASURES = ("training", "decoding", "saved", "memory", "peft")
 SHAPES: dict[str, dict[str, Any]] = {  # shapes for models of random weights
     "llama-3.1-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -5,6 +5,7 @@ Shapes: B row, T token.
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +55,11 @@ def make_batch(rows: int, length: int, vocab: int, device: str) -> Batch:
 
 
 class TrainingStep:
-    """One training step of a variant on a fixed batch: forward, backward, AdamW."""
+    """One training step of a variant on a fixed batch: forward, backward, AdamW; `clock` times it."""
 
-    def __init__(self, variant: Variant, batch: Batch) -> None:
+    def __init__(self, variant: Variant, batch: Batch, clock: Callable[[], float] = time.perf_counter) -> None:
         self.variant = variant
+        self.clock = clock
         self.inputs = batch.inputs(variant)
         trained = variant.trained()
         self.optimizer = (
@@ -73,13 +75,13 @@ class TrainingStep:
         """Run one step; returns its seconds."""
         self.variant.model.train()
         synchronize()
-        began = time.perf_counter()
+        began = self.clock()
         self.loss().backward()  # type: ignore[no-untyped-call]
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         synchronize()
-        return time.perf_counter() - began
+        return self.clock() - began
 
 
 class DecodingStep:

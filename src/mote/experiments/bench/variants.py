@@ -1,7 +1,7 @@
 """The variants of `mote bench experts`: one base model with different kinds of LoRA experts.
 
 All variants share the base's frozen weights in memory. Step experts and the variants with the suffix `-fast` use the
-base as `mote.load` returns it, the others as transformers returns it.
+base as `mote.load` returns it; the others, and step experts with the suffix `-plain`, as transformers returns it.
 """
 
 import copy
@@ -22,6 +22,7 @@ BASE = "base"
 REFERENCE = "lora-32"  # plain LoRA with the rank of one step expert plus the shared expert
 CONTROL = "lora-32-again"
 FAST = "-fast"
+PLAIN = "mote-4x16-markers-plain"
 RANK = 16
 STEPS = ("analysis", "guidance", "response")
 
@@ -43,6 +44,11 @@ class Variant:
     takes_steps: bool = False
     starts: tuple[int, ...] = ()
     extra_loss: Callable[[], Tensor] | None = None
+
+    @property
+    def vocab(self) -> int:
+        """Number of ids that are no marker."""
+        return int(self.causal.config.vocab_size) - 2 * len(self.starts)
 
     def trained(self) -> list[nn.Parameter]:
         """The trained parameters."""
@@ -105,6 +111,7 @@ BUILDERS: dict[str, Callable[[Any], Variant]] = {
     "lora-64": _lora(64),
     "mote-4x16": _mote,
     "mote-4x16-markers": _mote_with_markers,
+    PLAIN: _mote_with_markers,
     "peft-4-masks": _masked,
     "gathered-segments": _gathered,
     "token-gated": _token_gated("gather"),
@@ -114,7 +121,7 @@ BUILDERS: dict[str, Callable[[Any], Variant]] = {
     "token-gated" + FAST: _token_gated("gather"),
 }
 SPED_UP = ("mote-4x16", "mote-4x16-markers")  # beside those with the suffix -fast
-GROWS = ("mote-4x16-markers",)  # need a separate, larger embedding
+GROWS = ("mote-4x16-markers", PLAIN)  # need a separate, larger embedding
 UNCOMPILED = ("token-gated", "token-gated-fast")  # shapes in its graph depend on the data
 
 
