@@ -22,7 +22,17 @@ from mote.experiments.bench.measurements import Batch, DecodingStep, TrainingSte
 from mote.experiments.bench.peak_memory import peak_mb_in_subprocess
 from mote.experiments.bench.targets import expert_targets, table
 from mote.experiments.bench.timing import compare, interleave, spread
-from mote.experiments.bench.variants import BUILDERS, CONTROL, GROWS, REFERENCE, UNCOMPILED, Variant, build, share
+from mote.experiments.bench.variants import (
+    BUILDERS,
+    CONTROL,
+    GROWS,
+    PLAIN,
+    REFERENCE,
+    UNCOMPILED,
+    Variant,
+    build,
+    share,
+)
 from mote.models.linear import FrozenLinear
 from mote.tuner.layer import MoteLinear
 
@@ -230,13 +240,18 @@ def test_result_file_has_measures_versions_and_machine(tmp_path: Path, monkeypat
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     decoding = [f"decoding {case}" for case in ("one row", "eight rows", "eight rows in different steps")]
     means = [f"{name}, mean with first token" for name in decoding]
+    loops = [f"PEFT decoding {case}" for case in ("in a step", "without a step")]
+    loops += [f"{name}, mean with first token" for name in loops]
     assert sorted(result["measures"]) == sorted(
         ["training step", "saved activations", "peak memory", *decoding, *means]
+        + ["PEFT training step", "PEFT generate", *loops]
     )
     for name, measure in result["measures"].items():
         expected = set(BUILDERS)
         if "different steps" in name:
-            expected = {REFERENCE, CONTROL, "mote-4x16-markers", *SAME_EXPERTS}
+            expected = {REFERENCE, CONTROL, "mote-4x16-markers", PLAIN, *SAME_EXPERTS}
+        if name.startswith("PEFT"):
+            expected = {"base", REFERENCE, CONTROL, PLAIN}
         assert set(measure["variants"]) == expected, name
         assert measure["unit"] == ("MB" if name in ("saved activations", "peak memory") else "s")
         rounds = 1 if measure["unit"] == "MB" else 2
@@ -248,7 +263,7 @@ def test_result_file_has_measures_versions_and_machine(tmp_path: Path, monkeypat
     text = table(result)
     for name in (*result["measures"], *BUILDERS, "A/A"):
         assert name in text
-    assert len(result["targets"]) == 8 and all(target["target"] in text for target in result["targets"])
+    assert len(result["targets"]) == 12 and all(target["target"] in text for target in result["targets"])
 
 
 def test_results_do_not_reveal_the_model_path(tmp_path: Path, tiny: Path) -> None:

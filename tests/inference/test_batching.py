@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from mote.core.generation import Sampling
-from mote.inference import batching
+from mote.inference import batching, kv_slots
 from mote.inference.batching import Batcher
 from mote.inference.grammar import FreeText
 from mote.inference.request import Request
@@ -93,6 +93,27 @@ def test_batched_sequences_equal_plain_generation(
     written = [future.result(60) for future in [running.submit(request) for request in asked]]
     assert written == [alone(model, request) for request in asked]
     assert len({len(ids) for ids in written}) > 3
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_slots_that_grow_while_decoding_keep_their_text(
+    model: Any, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    monkeypatch.setattr(kv_slots, "_SLOT_STEP", 1)
+    asked = [replace(request, limit=40) for request in requests()]
+    running = Batcher(model, slots)
+    written = [future.result(60) for future in [running.submit(request) for request in asked]]
+    assert written == [alone(model, request) for request in asked]
+    assert max(map(len, written)) > 30
+
+
+def test_slots_are_as_long_as_the_text_not_the_budget(model: Any) -> None:
+    running = Batcher(model, 4)
+    asked = [Request(random_ids(300 + n, 7), FreeText(range(VOCAB)), 5000, 300) for n in (1, 2, 3)]
+    for future in [running.submit(request) for request in asked]:
+        assert len(future.result(60)) == 1
+    assert running._cache.capacity == kv_slots._SLOT_STEP  # the prefix of 300 tokens lies beside the slots
+    assert all(layer.shape[2] == kv_slots._SLOT_STEP for layer in running._cache.keys)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from mote.tokens.routing import NO_STEP, QUESTION
-from mote.tuner.cpu_decode import MAX_TOKENS, DecodeStep, _sample
+from mote.tuner.cpu_decode import MAX_TOKENS, DecodeStep, _checksum
 from mote.tuner.layer import MoteLinear
 
 STEPS = [NO_STEP, QUESTION, 1, 2, 3]
@@ -199,6 +199,10 @@ CHANGES: dict[str, Callable[[MoteLinear], Any]] = {
     "a column of A, not counted": lambda layer: layer.mote_A["default"].weight.data[:, 5].add_(1),
     "a row of B, not counted": lambda layer: layer.mote_B["default"].weight.data[5].add_(1),
     "a column of B, not counted": lambda layer: layer.mote_B["default"].weight.data[:, 1].add_(1),
+    "one element of B, not counted": lambda layer: layer.mote_B["default"].weight.data[3, 2].add_(1),
+    "experts exchanged, not counted": lambda layer: layer.mote_A["default"].weight.data.copy_(
+        layer.mote_A["default"].weight.data.roll(4, 0)
+    ),
     "other memory": lambda layer: setattr(layer.mote_B["default"].weight, "data", torch.ones(32, 16)),
     "another weight": lambda layer: setattr(layer.mote_A["default"], "weight", nn.Parameter(torch.ones(16, 32))),
     "the base layer's weight": lambda layer: layer.base_layer.weight.data.neg_(),
@@ -278,9 +282,11 @@ def test_a_model_made_under_inference_mode_decodes() -> None:
             assert bound_layers(model) == {("default", 1): 14}
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.booleans())
-def test_the_sample_has_a_value_of_each_row_and_column(rows: int, columns: int, turned: bool) -> None:
-    numbers = torch.arange(rows * columns).view(rows, columns)
-    sample = torch.cat(_sample(numbers.t().contiguous().t() if turned else numbers))
-    assert set((sample // columns).tolist()) == set(range(rows))
-    assert set((sample % columns).tolist()) == set(range(columns))
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1e-4, 1e-2, -1.0]), st.data())
+@settings(deadline=None)
+def test_the_checksum_sees_a_change_of_any_element(rows: int, columns: int, change: float, data: Any) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    before = _checksum(weight)
+    assert torch.equal(_checksum(weight), before)
+    weight[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))] += change
+    assert not torch.equal(_checksum(weight), before)

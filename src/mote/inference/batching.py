@@ -77,7 +77,7 @@ class Batcher(BatchLoop):
         key = (sequence.request.adapted, *sequence.request.ids[:tokens])
         if key not in self._prefixes:
             slots = self._cache
-            self._cache = SlotCache(1)  # the slots need not be as long as a prefix
+            self._cache = SlotCache(1, self._model.config)  # the slots need not be as long as a prefix
             try:
                 for start in range(0, tokens, _CHUNK_TOKENS):
                     stop = min(tokens, start + _CHUNK_TOKENS)

@@ -144,14 +144,23 @@ def lay_out_by_columns(model: nn.Module) -> None:
 
     A single row's matmul is bound by reading the weights, and takes 0.73 of the time in this layout
     (docs/decisions/0034). Values, shapes, names and memory stay. Weights that another module shares, such as a head
-    tied to the embedding, are left alone: the embedding is read by rows.
+    tied to the embedding, keep their layout: the embedding is read by rows. They are copied, since a checkpoint stays
+    mapped into memory, beside the weights that were laid out, for as long as one weight is a part of the file.
     """
     users: dict[int, int] = {}
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             users[id(weight)] = users.get(id(weight), 0) + 1
+    kept = {id(parameter): (parameter, parameter.data_ptr()) for parameter in model.parameters()}
     for module in model.modules():
         if not is_linear(module) or users[id(module.weight)] > 1:
             continue
         if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:  # others were not measured
             module.weight.data = module.weight.data.t().contiguous().t()
+            kept.pop(id(module.weight), None)
+    copies: dict[int, Tensor] = {}
+    for parameter, address in kept.values():
+        if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
+            if address not in copies:
+                copies[address] = parameter.data.clone()
+            parameter.data = copies[address]
