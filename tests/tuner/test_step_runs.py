@@ -10,7 +10,6 @@ from support.adapters import adapted, some_ids
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mote.models.linear import fast_matmul
 from mote.tokens.routing import NO_STEP
 from mote.tuner import expert_weights, experts
 from mote.tuner.expert_weights import Run, _faster_runs, active_columns
@@ -45,7 +44,7 @@ def test_run_by_run_equals_plain(in_place: bool) -> None:
         x, a, b = (given[name] for name in ("x", "lora_A", "lora_B"))
         result = given["result"] * 1.0
         if by_run:
-            out = FusedByRun.apply(x, result, a, b, RUNS, COLUMNS, in_place, linear)
+            out = FusedByRun.apply(x, result, a, b, RUNS, COLUMNS, in_place)
             assert (out.data_ptr() == result.data_ptr()) == in_place
         else:
             out = plain(x, result, a, b, weights())
@@ -54,16 +53,15 @@ def test_run_by_run_equals_plain(in_place: bool) -> None:
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("matmul", [linear, fast_matmul])
 @pytest.mark.parametrize("bias", [True, False])
-def test_run_by_run_with_the_base_layer_equals_plain(bias: bool, matmul: Any) -> None:
+def test_run_by_run_with_the_base_layer_equals_plain(bias: bool) -> None:
     frozen, offset = torch.randn(7, 6), torch.randn(7) if bias else None
     found = []
     for by_run in (True, False):
         given = leaves(torch.float32)
         x, a, b = (given[name] for name in ("x", "lora_A", "lora_B"))
         if by_run:
-            out = FusedByRun.apply(x, None, a, b, RUNS, COLUMNS, False, matmul, frozen, offset)
+            out = FusedByRun.apply(x, None, a, b, RUNS, COLUMNS, False, frozen, offset)
         else:
             out = plain(x, linear(x, frozen, offset), a, b, weights().float())
         found.append([out, *torch.autograd.grad(out.sin().sum(), [x, a, b])])

@@ -56,9 +56,9 @@ def add_experts(
     if torch.compiler.is_compiling():  # a compiler fuses these by itself
         return plain(x, result, a, b, expert_weights)
     in_place = owns_result and result.is_contiguous()
-    if route.runs:
+    if route.runs and matmul is linear:
         return FusedByRun.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, result, a, b, route.runs, route.columns, in_place, matmul
+            x, result, a, b, route.runs, route.columns, in_place
         )
     if not torch.is_grad_enabled():
         return _without_gradients(x, result, a, b, expert_weights, in_place, matmul)
@@ -80,9 +80,9 @@ def with_base(x: Tensor, frozen: Frozen, lora_A: nn.Module, lora_B: nn.Module, r
     expert_weights = _expert_weights(route, x, x)
     a = lora_A.weight
     b = lora_B.weight
-    if route.runs:
+    if route.runs and matmul is linear:
         return FusedByRun.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, None, a, b, route.runs, route.columns, False, matmul, *frozen
+            x, None, a, b, route.runs, route.columns, False, *frozen
         )
     out: Tensor = Fused.apply(x, None, a, b, expert_weights, False, matmul, *frozen)  # type: ignore[no-untyped-call]
     return out

@@ -1,7 +1,7 @@
 """The experts' output run by run: on a CPU each run of tokens in one step multiplies that step's columns only.
 
 With four experts of rank 16 these are 32 columns of 64, as many as in the LoRA of the same active rank. The whole form,
-`mote.tuner.experts.Fused`, is the reference.
+`mote.tuner.experts.Fused`, is the reference. Layers sped up by oneDNN, which compiles for each length, do not run so.
 Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
-from mote.models.linear import Matmul, add_matmul
 from mote.tuner.expert_weights import Columns, Run
 
 
@@ -48,14 +48,13 @@ class FusedByRun(torch.autograd.Function):
         runs: Sequence[Run],
         columns: Sequence[Columns],
         in_place: bool,
-        matmul: Matmul,
         base_weight: Tensor | None = None,
         base_bias: Tensor | None = None,
     ) -> Tensor:
         """Arguments as in `Fused`, with the runs and the columns of each step in place of the expert weights."""
         if result is None:
             assert base_weight is not None
-            result = matmul(x, base_weight, base_bias)
+            result = linear(x, base_weight, base_bias)
         elif in_place:
             ctx.mark_dirty(result)
         else:
@@ -64,13 +63,12 @@ class FusedByRun(torch.autograd.Function):
         x_N = x.reshape(-1, x.shape[-1]).to(result.dtype)
         hidden = []
         for run, a, b in _of_runs(runs, columns, lora_A, lora_B, result.dtype):
-            hidden_N = matmul(x_N[run.start : run.stop], a)
-            add_matmul(matmul, result_N[run.start : run.stop], hidden_N, b)
+            hidden_N = linear(x_N[run.start : run.stop], a)
+            result_N[run.start : run.stop].addmm_(hidden_N, b.t())
             hidden.append(hidden_N)
         ctx.save_for_backward(x, lora_A, lora_B, base_weight, *hidden)
         ctx.runs = runs
         ctx.columns = columns
-        ctx.matmul = matmul
         return result
 
     @staticmethod
@@ -79,25 +77,24 @@ class FusedByRun(torch.autograd.Function):
         """The gradients of `Fused`, each run's added to the columns of its step."""
         x, lora_A, lora_B, base_weight, *hidden = ctx.saved_tensors
         wants_x, wants_result, wants_A, wants_B, *_ = ctx.needs_input_grad
-        matmul = ctx.matmul
         dtype = grad.dtype
         grad_N = grad.reshape(-1, grad.shape[-1])
         x_N = x.reshape(-1, x.shape[-1]).to(dtype)
         grad_x_N = None
         if wants_x:
-            grad_x_N = torch.zeros_like(x_N) if base_weight is None else matmul(grad_N, base_weight.t())
+            grad_x_N = torch.zeros_like(x_N) if base_weight is None else grad_N @ base_weight
         grads_A: dict[int, Tensor] = {}  # by step: (2R, in) ...
         grads_B: dict[int, Tensor] = {}  # ... and transposed (2R, out)
         for (run, a, b), hidden_N in zip(_of_runs(ctx.runs, ctx.columns, lora_A, lora_B, dtype), hidden, strict=True):
             tokens = slice(run.start, run.stop)
             own_N = grad_N[tokens]
-            grad_hidden_N = matmul(own_N, b.t())
+            grad_hidden_N = own_N @ b
             if grad_x_N is not None:
-                add_matmul(matmul, grad_x_N[tokens], grad_hidden_N, a.t())
+                grad_x_N[tokens].addmm_(grad_hidden_N, a)
             if wants_A:
-                _accumulate(grads_A, run.step, matmul, grad_hidden_N.t(), x_N[tokens].t())
+                _accumulate(grads_A, run.step, grad_hidden_N.t(), x_N[tokens])
             if wants_B:
-                _accumulate(grads_B, run.step, matmul, hidden_N.t(), own_N.t())
+                _accumulate(grads_B, run.step, hidden_N.t(), own_N)
         for step, grad_B_t in grads_B.items():
             grad_B_t.mul_(ctx.columns[step][1].to(dtype)[:, None])
         return (
@@ -105,7 +102,7 @@ class FusedByRun(torch.autograd.Function):
             grad if wants_result else None,
             _scatter(grads_A, ctx.columns, lora_A) if wants_A else None,
             _scatter(grads_B, ctx.columns, lora_B.t()).t() if wants_B else None,
-            *[None] * 6,
+            *[None] * 5,
         )
 
 
@@ -123,12 +120,12 @@ def _of_runs(
         yield run, *of_step[run.step]
 
 
-def _accumulate(grads: dict[int, Tensor], step: int, matmul: Matmul, x: Tensor, weight: Tensor) -> None:
-    """Add `matmul(x, weight)` to the gradient of a step."""
+def _accumulate(grads: dict[int, Tensor], step: int, one: Tensor, other: Tensor) -> None:
+    """Add the product of two matrices to the gradient of a step."""
     if step in grads:
-        add_matmul(matmul, grads[step], x, weight)
+        grads[step].addmm_(one, other)
     else:
-        grads[step] = matmul(x, weight)
+        grads[step] = one @ other
 
 
 def _scatter(grads: dict[int, Tensor], columns: Sequence[Columns], like: Tensor) -> Tensor:
