@@ -78,9 +78,8 @@ def test_each_run_saves_the_hidden_values_of_its_own_columns() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        FusedByRun.apply(
-            given["x"], given["result"] * 1.0, given["lora_A"], given["lora_B"], RUNS, COLUMNS, True, linear
-        )
+        x, a, b = (given[name] for name in ("x", "lora_A", "lora_B"))
+        FusedByRun.apply(x, given["result"] * 1.0, a, b, RUNS, COLUMNS, True)
     known = {tensor.data_ptr() for tensor in given.values()}
     assert [tuple(t.shape) for t in saved if t.data_ptr() not in known] == [(2, WIDTH), (4, 8), (2, 8)]
 
