@@ -7,6 +7,9 @@ Shapes: B decoding sequence, N token of the forward pass, T token of a prefill c
 head of a key head, D head size, P token of a prefix, C token a slot can hold, X batch of a matmul.
 """
 
+import math
+import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -157,7 +160,7 @@ class SlotCache(Cache):
                 layers.append(new.new_empty(0, new.shape[0], 0, new.shape[2]))
             rows, _K, tokens, _D = layers[layer_idx].shape
             if rows < self.rows or tokens < self.capacity:
-                grown = new.new_zeros(self.rows, new.shape[0], self.capacity, new.shape[2])
+                grown = _zeros(new, (self.rows, new.shape[0], self.capacity, new.shape[2]))
                 grown[:rows, :, :tokens] = layers[layer_idx]
                 layers[layer_idx] = grown
             self._write(layers[layer_idx], new, plan)
@@ -196,6 +199,18 @@ class SlotCache(Cache):
         # Llama 4 adds this to a token's index in the forward pass to know its position.
         positions = _current_plan.get().positions
         return positions - torch.arange(len(positions), device=positions.device)
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of another tensor's dtype and device.
+
+    On a CPU they are pages of their own: what is not written takes no memory, and what is freed goes back to the system
+    at once. Slots that grow in the heap leave gaps as large as themselves.
+    """
+    if like.device.type != "cpu" or sys.platform == "win32":
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 def slot_attention(
