@@ -96,9 +96,7 @@ def test_batched_sequences_equal_plain_generation(
 
 
 @pytest.mark.parametrize("slots", [1, 4])
-def test_slots_that_grow_while_decoding_keep_their_text(
-    model: Any, monkeypatch: pytest.MonkeyPatch, slots: int
-) -> None:
+def test_slots_that_grow_keep_their_text(model: Any, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     monkeypatch.setattr(kv_slots, "_SLOT_STEP", 1)
     asked = [replace(request, limit=40) for request in requests()]
     running = Batcher(model, slots)
@@ -109,7 +107,7 @@ def test_slots_that_grow_while_decoding_keep_their_text(
 
 def test_slots_are_as_long_as_the_text_not_the_budget(model: Any) -> None:
     running = Batcher(model, 4)
-    asked = [Request(random_ids(300 + n, 7), FreeText(range(VOCAB)), 5000, 300) for n in (1, 2, 3)]
+    asked = [Request(random_ids(300 + n, 7), FreeText(range(model.config.vocab_size)), 5000, 300) for n in (1, 2, 3)]
     for future in [running.submit(request) for request in asked]:
         assert len(future.result(60)) == 1
     assert running._cache.capacity == kv_slots._SLOT_STEP  # the prefix of 300 tokens lies beside the slots
