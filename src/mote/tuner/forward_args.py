@@ -35,6 +35,34 @@ def packed_documents(call: Mapping[str, Any]) -> Tensor | None:
     return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(1).expand(len(ids), -1)
 
 
+def _check_no_document_follows(documents_B_T: Tensor, starts_B_T: Tensor, layers: str) -> None:
+    """Check that no document comes right after another one: only a new row resets a layer's state.
+
+    Raises:
+        ValueError: One does.
+    """
+    real_B_T = documents_B_T >= 0  # not padding
+    if bool((starts_B_T[:, 1:] & real_B_T[:, 1:] & real_B_T[:, :-1]).any()):
+        raise ValueError(
+            f"document_ids: layers of {layers}, which goes from one document to the next; give each document its own "
+            "row"
+        )
+
+
+def _check_one_rotary_regime(positions: Tensor, config: Any) -> None:
+    """Check that no document is so long that the base model rotates all documents by its length.
+
+    Raises:
+        ValueError: One is.
+    """
+    original = None if config is None else original_length(config)
+    if original is not None and int(positions.max()) >= original:
+        raise ValueError(
+            f"document_ids: a document is longer than {original} tokens, and this base model chooses the rotary "
+            "frequencies of all documents by the longest one; give each document a separate forward pass"
+        )
+
+
 def separate_documents(
     call: Mapping[str, Any], documents_B_T: Tensor, names: Collection[str], config: Any
 ) -> dict[str, Any]:
@@ -68,24 +96,18 @@ def separate_documents(
     if not bool(starts_B_T[:, 1:].any()):
         return {}
     if config is not None and call.get("seq_idx") is None and (stateful := stateful_layers(config)):
-        real_B_T = documents_B_T >= 0  # not padding
-        follows_B_T = starts_B_T[:, 1:] & real_B_T[:, 1:] & real_B_T[:, :-1]
-        if bool(follows_B_T.any()):
-            raise ValueError(
-                f"document_ids: layers of {config.model_type} keep a state ({', '.join(stateful)}), which goes from "
-                "one document to the next; give each document its own row"
-            )
+        _check_no_document_follows(
+            documents_B_T, starts_B_T, f"{config.model_type} keep a state ({', '.join(stateful)})"
+        )
         return {}
     if "position_ids" not in names:
         raise ValueError(
             "document_ids: this model takes no position_ids, so its documents would attend to each other; give each "
             "document its own row"
         )
-    changed: dict[str, Any] = {"attention_mask": None}
+    changed: dict[str, Any] = {"attention_mask": None, **({"use_cache": False} if "use_cache" in names else {})}
     if mask is not None:
         starts_B_T[:, 1:] |= mask.to(starts_B_T.device).diff(dim=1) != 0
-    if "use_cache" in names:
-        changed["use_cache"] = False
     positions = call.get("position_ids")
     if positions is None:
         index_T = torch.arange(starts_B_T.shape[1], device=starts_B_T.device)
@@ -96,23 +118,27 @@ def separate_documents(
             "let them begin at 0 in each document, or leave them out"
         )
     used: Any = changed.get("position_ids", positions)
-    if (original := None if config is None else original_length(config)) is not None and int(used.max()) >= original:
-        raise ValueError(
-            f"document_ids: a document is longer than {original} tokens, and this base model chooses the rotary "
-            "frequencies of all documents by the longest one; give each document a forward pass of its own"
-        )
+    _check_one_rotary_regime(used, config)
     if config is not None and any(layer.kind == "chunked" for layer in masked_kinds(config)):
-        if (longest := indexed_scaling(config)) is not None and documents_B_T.shape[1] >= longest:
-            raise ValueError(
-                f"document_ids: this base model scales attention by a token's index in its row from {longest} tokens "
-                "on; pack shorter rows, or give each document a row of its own"
-            )
-        own_B_T = used.to(starts_B_T.device).expand(len(starts_B_T), -1)
-        alike = torch.zeros_like(documents_B_T)  # one segment, which every token sees
-        visible = torch.ones_like(starts_B_T)[..., None]
-        make_masks = masks_for(config, mask_form(config._attn_implementation))
-        changed["attention_mask"] = make_masks(alike, visible, starts_B_T.cumsum(1), own_B_T)
+        changed["attention_mask"] = _chunked_masks(starts_B_T, used.to(starts_B_T.device), config)
     return changed
+
+
+def _chunked_masks(starts_B_T: Tensor, positions: Tensor, config: Any) -> Any:
+    """Masks of packed documents for a base model with chunked attention, whose chunks begin with each document.
+
+    Raises:
+        ValueError: The row is so long that the base model scales tokens by their index in it.
+    """
+    if (longest := indexed_scaling(config)) is not None and starts_B_T.shape[1] >= longest:
+        raise ValueError(
+            f"document_ids: this base model scales attention by a token's index in its row from {longest} tokens on; "
+            "pack shorter rows, or give each document its own row"
+        )
+    alike = torch.zeros_like(starts_B_T, dtype=torch.long)  # one segment, which every token sees
+    visible = torch.ones_like(starts_B_T)[..., None]
+    make_masks = masks_for(config, mask_form(config._attn_implementation))
+    return make_masks(alike, visible, starts_B_T.cumsum(1), positions.expand(len(starts_B_T), -1))
 
 
 def all_tokens(call: Mapping[str, Any], config: Any) -> dict[str, Any]:

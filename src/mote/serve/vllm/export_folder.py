@@ -65,15 +65,9 @@ def export_vllm(
     trained = read_adapter(adapter)
     check_exportable(trained)
     config = trained.config
-    if config.whole_rows:
-        raise UserError(
-            f"adapter: '{adapter}' is a model for each step (train.method=separate), which vLLM cannot run as one; use "
-            "`mote answer`, or --format engine-steps"
-        )
     base = base_name(trained, model)
     dtype = plain_dtype(base, revision, dtype)
-    if (limit := capabilities_of(load_config(base, revision)).limits.get("vllm")) is not None:
-        raise UserError(f"model: '{base}': {limit}")
+    _check_servable(adapter, config.whole_rows, base, revision)
     loaded = load(base, trained, device="cpu", dtype=dtype, revision=revision)
     if mode == BASE or mode not in loaded.scheme.modes:
         raise UserError(f"mode: '{mode}' cannot be the served model's own; use one of {list(loaded.scheme.modes[1:])}")
@@ -96,6 +90,21 @@ def export_vllm(
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(_CARD.format(base=base, mode=mode, name=out.name), encoding="utf-8")
     return out
+
+
+def _check_servable(adapter: str, whole_rows: bool, base: str, revision: str | None) -> None:
+    """Check that vLLM can run the adapter and its base model.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if whole_rows:
+        raise UserError(
+            f"adapter: '{adapter}' is a model for each step (train.method=separate), which vLLM cannot run as one; use "
+            "`mote answer`, or --format engine-steps"
+        )
+    if (limit := capabilities_of(load_config(base, revision)).limits.get("vllm")) is not None:
+        raise UserError(f"model: '{base}': {limit}")
 
 
 def _served_config(
