@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.adapters import tiny_llama
 from support.windows import save_base
-from transformers import DogeConfig, DogeForCausalLM
+from transformers import DogeConfig, DogeForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mote.models.attention import GROUPED_SDPA, DocumentMask, grouped_sdpa
@@ -80,3 +81,14 @@ def test_soft_capped_scores_are_computed_by_eager(name: str, attention: str, tin
     """SDPA has no soft cap, and transformers up to 5.19 leaves it out without a word."""
     model = load_base(str(save_base(name, tiny, tmp_path)), device="cpu").model
     assert model.config._attn_implementation == attention
+
+
+@torch.no_grad()
+def test_prompt_in_an_empty_static_cache_is_plainly_causal() -> None:
+    """There are more keys than queries then, and no mask: the first queries see the first keys."""
+    model = tiny_llama()
+    model.set_attn_implementation(GROUPED_SDPA)
+    ids = torch.randint(1, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    found = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=0)

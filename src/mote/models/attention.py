@@ -67,7 +67,8 @@ def grouped_sdpa(
         return _by_document(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     causal = causal and attention_mask is None and query.shape[2] > 1
-    if causal and query.shape[2] < key.shape[2]:  # the last tokens: Gemma 4 leaves the others out halfway
+    # More keys than queries: an empty static cache, or the last tokens in Gemma 4's layers that share keys.
+    if causal and query.shape[2] < key.shape[2] and getattr(module, "is_kv_shared_layer", False):
         shape = query.shape[2], key.shape[2]
         attention_mask = torch.ones(shape, dtype=torch.bool, device=key.device).tril(shape[1] - shape[0])
         causal = False
