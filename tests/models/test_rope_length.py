@@ -73,5 +73,5 @@ def test_packed_documents_beyond_the_original_length_are_refused() -> None:
     steps = torch.ones_like(ids)
     fits = torch.tensor([[0] * LONG + [1] * LONG])
     model(input_ids=ids[:, :-1], document_ids=fits, step_ids=steps[:, :-1])
-    with pytest.raises(ValueError, match=r"document_ids: a document is longer than 24 tokens, .* of its own"):
+    with pytest.raises(ValueError, match=r"document_ids: a document is longer than 24 tokens, .* a separate forward"):
         model(input_ids=ids, document_ids=torch.tensor([[0] * LONG + [1] * (LONG + 1)]), step_ids=steps)
