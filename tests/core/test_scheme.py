@@ -66,8 +66,9 @@ def test_a_shipped_scheme_renders_with_the_loops_values(name: str) -> None:
         for place, stage in enumerate(stages):
             known = {before: f"<{before}>" for before in stages[:place]}
             text = scheme.render(stage, question="<question>", last="<last>", **known)
-            assert ("<last>" if scheme.continues_dialogue(stage) else "<question>") in text
-            assert all(f"<{before}>" in text for before in stages[max(0, place - 1) : place])
+            if not (scheme.threaded and place):  # the stages before it are in the dialogue
+                assert ("<last>" if scheme.continues_dialogue(stage) else "<question>") in text
+                assert all(f"<{before}>" in text for before in stages[max(0, place - 1) : place])
             assert text == text.strip() and "{{" not in text and "\n\n\n" not in text
     if scheme.checked:
         text = scheme.render("check", question="<question>", last="<last>", answer="<answer>")
