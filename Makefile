@@ -60,7 +60,7 @@ docs: install  ## the tables of docs/ from the code, and the drawing of the meth
 test: check  ## all of the above and the tests
 	$(BIN)/python -m pytest
 
-test-fast: install  ## tests without training, processes, servers, browsers or the embedded model, on two cores
+test-fast: install  ## what is quick: no training, processes, servers, browsers or embedded model, on two cores
 	$(BIN)/python -m pytest -m 'not slow' -n 2
 
 .venv-vllm/.installed: pyproject.toml

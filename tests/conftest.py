@@ -20,10 +20,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# Test files that train, measure or draw whole reports: two thirds of the time of all tests without processes.
+# Test files that train, measure, draw whole reports or go through many architectures: most of the time of all tests
+# without processes.
 SLOW_FILES = {
-    *("test_ablations", "test_bench", "test_bench_training", "test_paper"),
-    *("test_arguments", "test_methods", "test_train", "test_report", "test_report_compare"),
+    *("test_ablations", "test_bench", "test_bench_training", "test_paper", "test_self_align_recipes"),
+    *("test_arguments", "test_base_limits", "test_methods", "test_train", "test_window_training"),
+    *("test_report", "test_report_compare", "test_export", "test_provider", "test_bitsandbytes", "test_cpu_decode"),
+    *("test_bases", "test_windowed_bases", "test_window_batches", "test_window_masks"),
+    *("test_llamacpp", "test_llamacpp_architectures", "test_self_check", "test_sequential", "test_compare_base"),
+    *("test_rope", "test_eval_tasks", "test_plan"),
 }
 SLOW_MODULES = {f"support.{name}" for name in ("processes", "cli_runs", "servers", "fake_server", "hub_server", "vllm")}
 
