@@ -28,17 +28,9 @@ def chat(
     """Chat with a trained model and watch its steps. /mode NAME changes the mode, /quit ends."""
     settings = settings_of(None, overrides, flags)
     adapter = adapter_of(adapter)
-    from mote.inference.load import load
+    from mote.inference.load import load_for
 
-    model = load(
-        settings.model,
-        adapter,
-        device=settings.device,
-        dtype=settings.dtype,
-        revision=settings.revision,
-        batch_size=1,
-        engine=settings.answer_engine,
-    )
+    model = load_for(settings, adapter, batch_size=1)
     talk(model, modes[0] if modes else "adaptive", settings.answer, settings.seed, show_steps)
 
 

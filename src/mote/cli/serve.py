@@ -62,7 +62,7 @@ def serve(
         from mote.serve.server_settings import ServeSettings
     except ModuleNotFoundError as error:
         raise UserError(f"serve: {error.name} is not installed; pip install 'mote-align[serve]'") from error
-    from mote.inference.load import load
+    from mote.inference.load import load_for
 
     settings = ServeSettings(name=name, api_key=key, answers=recipe.answer, **limits)
     with listen(settings) as listening:
@@ -72,15 +72,7 @@ def serve(
                 "or --api-key-file",
                 file=sys.stderr,
             )
-        loaded = load(
-            recipe.model,
-            adapter,
-            device=recipe.device,
-            dtype=recipe.dtype,
-            revision=recipe.revision,
-            batch_size=settings.max_running,
-            engine=recipe.answer_engine,
-        )
+        loaded = load_for(recipe, adapter, batch_size=settings.max_running)
         if loaded.config is not None and loaded.config.whole_rows:
             raise UserError(
                 f"adapter: {adapter} is a model for each step (train.method=separate), which the server cannot run; "

@@ -310,20 +310,12 @@ class Run:
         return load_base(recipe.model, recipe.device, recipe.dtype, recipe.revision, quantization)
 
     def _load_adapter(self, adapter: Path) -> "Model":
-        from mote.inference.load import load, read_adapter
+        from mote.inference.load import load_for, read_adapter
 
         recipe = self.recipe
         trained = read_adapter(adapter)
         self._check_modes(trained.config.experts)
-        return load(
-            recipe.model,
-            trained,
-            device=recipe.device,
-            dtype=recipe.dtype,
-            revision=recipe.revision,
-            batch_size=recipe.answer.batch_size,
-            engine=recipe.answer_engine,
-        )
+        return load_for(recipe, trained, recipe.answer.batch_size)
 
     def _answer_engine(self) -> dict[str, str]:
         """For a stage's settings: the engine and its type of weights, unless it is transformers."""

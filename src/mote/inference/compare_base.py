@@ -70,7 +70,7 @@ def compare(config: Any) -> tuple[Ability, ...] | None:
     None if no copy can be made that computes anything.
     """
     copy = copy_of(config)
-    if copy is None or error_of(_training, copy) == float("inf"):
+    if copy is None:
         return None
     comparisons: dict[Ability, Comparison] = {
         "training": _training,
@@ -79,7 +79,10 @@ def compare(config: Any) -> tuple[Ability, ...] | None:
         "packing": _packing,
         "answers": lambda copy: answers_of(copy, Batcher(copy.model, 2)),
     }
-    return tuple(ability for ability in ABILITIES if not error_of(comparisons[ability], copy) <= TOLERANCE)
+    errors = {ability: error_of(comparison, copy) for ability, comparison in comparisons.items()}
+    if errors["training"] == float("inf"):
+        return None
+    return tuple(ability for ability in ABILITIES if not errors[ability] <= TOLERANCE)
 
 
 def copy_of(config: Any) -> Copy | None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftModel
 
 from mote.core.errors import UserError
+from mote.core.recipe import Recipe
 from mote.core.scheme import Scheme, load_scheme
 from mote.inference.model import Model
 from mote.models.linear import lay_out_by_columns, speed_up
@@ -116,6 +117,19 @@ def load(
     as_trained = base.model.device.type == "cpu"
     adapted = PeftModel.from_pretrained(base.model, adapter.path, autocast_adapter_dtype=as_trained).eval()
     return Model(base, adapted, adapter.config, adapter.scheme.only(adapter.config.experts), batch_size)
+
+
+def load_for(recipe: Recipe, adapter: str | Path | Adapter | None, batch_size: int) -> Model:
+    """`load` with the model, device, dtype and engine of a recipe."""
+    return load(
+        recipe.model,
+        adapter,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        revision=recipe.revision,
+        batch_size=batch_size,
+        engine=recipe.answer_engine,
+    )
 
 
 def _load_llamacpp(

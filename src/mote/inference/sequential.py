@@ -5,7 +5,6 @@ own cache does. Exact for every model that `generate` runs, and slower than `mot
 Shapes: T token, V vocabulary.
 """
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +17,7 @@ from mote.inference.batch_loop import BatchLoop
 from mote.inference.sampling import draw
 from mote.inference.sequence import RunningSequence
 from mote.inference.threads import release_pool
+from mote.models.kv_cache import forward_arguments
 from mote.tokens.routing import Markers
 
 
@@ -76,10 +76,7 @@ class SequentialLoop(BatchLoop):
 
     def _logits(self, row: Tensor, last: int) -> Tensor:
         """Logits (last, V) of the last tokens of a row (1, T)."""
-        get_base = getattr(self._model, "get_base_model", None)
-        base = get_base() if get_base else self._model
-        takes = "logits_to_keep" in inspect.signature(base.forward).parameters
-        kept = {"logits_to_keep": last} if takes else {}
+        kept = {"logits_to_keep": last} if "logits_to_keep" in forward_arguments(self._model) else {}
         logits: Tensor = self._model(input_ids=row, use_cache=False, **kept).logits
         return logits[0, -last:]
 

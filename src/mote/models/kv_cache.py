@@ -10,10 +10,16 @@ from typing import Any
 _NAMES = ("cache", "past_key_values", "cache_params")
 
 
+def forward_arguments(model: Any) -> tuple[str, ...]:
+    """Names of the arguments of a causal language model's forward pass, adapted or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return tuple(inspect.signature(base.forward).parameters)
+
+
 def cache_argument(model: Any) -> str:
     """Name of the argument that takes the cache in the forward pass of a causal language model, adapted or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return next((name for name in _NAMES if name in inspect.signature(base.forward).parameters), _NAMES[1])
+    known = forward_arguments(model)
+    return next((name for name in _NAMES if name in known), _NAMES[1])
 
 
 def given_cache(call: Mapping[str, Any]) -> Any:

@@ -94,7 +94,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision)
+    return completed(_from_pretrained(AutoTokenizer, name, revision=revision))
+
+
+def completed(tokenizer: Any) -> Any:
+    """The tokenizer with a pad token and a chat template, where it has none of its own."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.chat_template:

@@ -14,7 +14,7 @@ from mote.serve.export import base_name, check_exportable
 from mote.serve.gguf_check import check_file
 from mote.serve.modelfile import find_frame, modelfile
 from mote.tokens.encode import stop_ids
-from mote.tuner.gguf.file import Type
+from mote.tuner.gguf.file import Type, usual_experts
 from mote.tuner.gguf.grammar import mode_grammar
 from mote.tuner.gguf.source import BaseWeights
 from mote.tuner.gguf.steps import write_steps
@@ -53,7 +53,7 @@ def export_gguf(
     trained, base = _opened(adapter, out, model, revision)
     with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
         path = scratch / MODEL
-        write_switch(path, trained, base, quantise, experts or _usual(quantise))
+        write_switch(path, trained, base, quantise, experts or usual_experts(quantise))
         scheme = trained.scheme.only(trained.config.experts)
         modes = (*scheme.depths, ADAPTIVE)
         for mode in modes:
@@ -79,7 +79,7 @@ def export_gguf_steps(
     """Write OUT/base.gguf, OUT/question.gguf and OUT/<step>.gguf; arguments and errors as in `export_gguf`."""
     trained, base = _opened(adapter, out, model, revision)
     with disk_errors("export", out, _AGAIN), atomic_folder(out) as scratch:
-        files = write_steps(scratch, trained, base, quantise, experts or _usual(quantise))
+        files = write_steps(scratch, trained, base, quantise, experts or usual_experts(quantise))
         check = check_file(files.base, trained.tokenizer, trained.config.markers, list(files.loras.values()))
         _finish(scratch, trained, _STEPS_CARD.format(base=base.name, folder=out, adapter=adapter, check=check))
     return out
@@ -90,10 +90,6 @@ def _opened(adapter: str, out: Path, model: str | None, revision: str | None) ->
     trained = read_adapter(adapter)
     check_exportable(trained)
     return trained, BaseWeights(base_name(trained, model), revision or trained.config.revision)
-
-
-def _usual(quantise: Type) -> Type:
-    return "f32" if quantise == "f32" else "f16"
 
 
 def _finish(scratch: Path, trained: Adapter, card: str) -> None:

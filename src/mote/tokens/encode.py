@@ -141,6 +141,11 @@ def encode_prompt(tokenizer: Any, messages: tuple[Message, ...], *, think: bool 
     return encode_dialogue(tokenizer, rows, None, lambda rows, tools: _render_rows(tokenizer, rows, True, think))
 
 
+def opening_id(tokenizer: Any) -> int:
+    """The token that the chat template opens every dialogue with."""
+    return encode_prompt(tokenizer, (Message(role="user", content="?"),))[0]
+
+
 def encode_dialogue(tokenizer: Any, dialogue: Any, tools: Any, render: Callable[[Any, Any], str]) -> list[int]:
     """Ids of a dialogue in which every special token comes from the chat template, never from a message's text.
 

@@ -97,10 +97,18 @@ class MoteModel(BaseTuner):
                 f"({', '.join(self.active_adapters)}); call `set_adapter` and the model for the rows of each adapter, "
                 "with `disable_adapter()` for those of the base model"
             )
+        yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, which would hand a paged cache to its continuous batching.
+
+        Raises:
+            NotImplementedError: The cache is a paged one.
+        """
         caches = [getattr(given, "cache_implementation", None) for given in (*args, *kwargs.values())]
         if "paged" in (kwargs.get("cache_implementation"), *caches):
             raise NotImplementedError(_NO_PAGED_CACHE)
-        yield
+        return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a forward pass over a paged cache has no ids from which steps follow.

@@ -18,16 +18,14 @@ from peft.utils import load_peft_weights
 from mote.core.errors import UserError, first_line
 from mote.core.files import atomic_folder, disk_errors, write_json
 from mote.core.machine import gguf_folder
-from mote.core.records import Message
 from mote.inference.engines.llama_batch import GgufFiles
 from mote.inference.engines.llama_library import CacheType, load_library
-from mote.models.load import PLAIN_CHAT_TEMPLATE, Base, load_config, load_generation_config, load_tokenizer
-from mote.tokens.encode import encode_prompt
+from mote.models.load import Base, completed, load_config, load_generation_config, load_tokenizer
 from mote.tuner.gguf.architectures import refusals
-from mote.tuner.gguf.file import Type
-from mote.tuner.gguf.source import Adapter, BaseWeights, vocabulary_rows
+from mote.tuner.gguf.file import Type, usual_experts
+from mote.tuner.gguf.source import Adapter, BaseWeights
 from mote.tuner.gguf.steps import StepFiles, check_steps, step_files, write_base, write_steps
-from mote.tuner.gguf.switch import check_switch, write_switch
+from mote.tuner.gguf.switch import base_tokens, check_switch, write_switch
 
 _VERSION = 1  # of how files are written; another one makes them anew
 _ONE_FILE = "model.gguf"
@@ -79,7 +77,7 @@ def adapter_files(adapter: Adapter, model: str, revision: str | None = None, dty
         MoteError: The files cannot be written.
     """
     kind = type_of(dtype)
-    experts: Type = "f32" if kind == "f32" else "f16"
+    experts = usual_experts(kind)
     base = BaseWeights(model, revision)
     try:
         trained = check_steps(adapter, base)
@@ -100,8 +98,7 @@ def adapter_files(adapter: Adapter, model: str, revision: str | None = None, dty
             else:
                 write_steps(scratch, adapter, base, kind, experts)
     if one_file:
-        opening = encode_prompt(adapter.tokenizer, (Message(role="user", content="?"),))[0]
-        return GgufFiles(folder / _ONE_FILE, (), (opening, vocabulary_rows(base, trained)), _cache(kind))
+        return GgufFiles(folder / _ONE_FILE, (), base_tokens(adapter, base, trained), _cache(kind))
     files: StepFiles = step_files(folder, adapter.config.experts)
     return GgufFiles(files.base, tuple(files.loras.values()), cache=_cache(kind))
 
@@ -153,11 +150,7 @@ def open_base(model: str, revision: str | None = None) -> Base:
         raise UserError(
             f"model: transformers cannot read the tokenizer of '{model}' ({first_line(error)}); give the model's folder"
         ) from error
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Base(model, Configurations(config, config), tokenizer)
+    return Base(model, Configurations(config, config), completed(tokenizer))
 
 
 def is_gguf(model: str) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mote.core.errors import UserError
 from mote.core.files import atomic_folder, check_new, disk_errors
-from mote.core.records import Message
 from mote.core.scheme import ADAPTIVE, BASE
 from mote.inference.load import load, read_adapter
 from mote.inference.model import Model
@@ -25,7 +24,7 @@ from mote.models.capabilities import capabilities_of
 from mote.models.load import load_config
 from mote.serve.export import PREFIX, base_name, check_exportable, merge_step, plain_dtype
 from mote.serve.vllm.folder_config import ServedConfig
-from mote.tokens.encode import encode_prompt, special_ids, stop_ids
+from mote.tokens.encode import opening_id, special_ids, stop_ids
 from mote.tuner import MoteConfig
 from mote.tuner.expert_weights import expert_weight_table
 
@@ -111,7 +110,7 @@ def _served_config(
     loaded: Model, config: MoteConfig, plain: Any, rank: int, mode: str, max_step_tokens: int
 ) -> ServedConfig:
     """The config of the served model; adds the twin and padding rows to `plain`."""
-    opening = encode_prompt(loaded.tokenizer, (Message(role="user", content="?"),))[0]
+    opening = opening_id(loaded.tokenizer)
     marker_ids = [id_ for pair in config.markers.values() for id_ in pair]
     twin = max(len(loaded.tokenizer), max(marker_ids) + 1)
     return ServedConfig(

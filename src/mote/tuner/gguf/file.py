@@ -29,6 +29,11 @@ _Q8_0 = GGMLQuantizationType.Q8_0
 _BLOCK = 32  # values of a Q8_0 block
 
 
+def usual_experts(base: Type) -> Type:
+    """The type that experts are stored in beside a base model of this type: exact where that is."""
+    return "f32" if base == "f32" else "f16"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor to be written.

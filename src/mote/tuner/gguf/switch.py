@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from mote.core.errors import UserError
-from mote.core.records import Message
 from mote.core.scheme import CHECK, Chain, Scheme
-from mote.tokens.encode import encode_prompt
+from mote.tokens.encode import opening_id
 from mote.tuner.gguf.architectures import (
     ATTENTION,
     LINEAR,
@@ -38,6 +37,11 @@ _GAIN = 15.0  # how far start markers stand out from other tokens in the attenti
 _NO_TOKEN = 2**31 - 1  # minus the slot: ids that never occur, for slots that no marker names
 
 
+def base_tokens(adapter: Adapter, base: BaseWeights, trained: Experts) -> tuple[int, int]:
+    """The token that opens every prompt, and its twin behind all others, which opens one for the base model."""
+    return opening_id(adapter.tokenizer), vocabulary_rows(base, trained)
+
+
 def write_switch(path: Path, adapter: Adapter, base: BaseWeights, wanted: Type = "q8_0", experts: Type = "f16") -> None:
     """Write a base model with all experts of an adapter to one file.
 
@@ -54,8 +58,7 @@ def write_switch(path: Path, adapter: Adapter, base: BaseWeights, wanted: Type =
     """
     trained, plan = check_switch(adapter, base)
     rows = vocabulary_rows(base, trained)
-    twin = rows
-    opening = encode_prompt(adapter.tokenizer, (Message(role="user", content="?"),))[0]
+    opening, twin = base_tokens(adapter, base, trained)
     rank = max(trained.lora_rank(module, step) for module in trained.modules for step in range(len(trained.weights)))
     entries = [
         *_matrices(base, trained, rows + 1, wanted),

@@ -11,9 +11,8 @@ from typing import Any
 from gguf import TokenType
 
 from mote.core.errors import UserError
-from mote.core.records import Message
 from mote.core.scheme import end_marker, start_marker
-from mote.tokens.encode import encode_prompt, special_ids
+from mote.tokens.encode import opening_id, special_ids
 from mote.tuner.config import MoteConfig
 from mote.tuner.gguf.source import Experts
 
@@ -77,7 +76,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, rows: int, trained: Experts | No
     texts = {id_: text for text, id_ in tokenizer.get_vocab().items()}
     writer.add_token_list([texts.get(id_, f"[unused{id_}]") for id_ in range(rows)])
     writer.add_token_types(_token_types(tokenizer, texts, rows, config))
-    opening = encode_prompt(tokenizer, (Message(role="user", content="?"),))[0]
+    opening = opening_id(tokenizer)
     if (space := _sentencepiece(content, opening in special_ids(tokenizer))) is not None:
         ranks = merge_ranks(content["model"])
         writer.add_tokenizer_model("llama")
