@@ -82,7 +82,7 @@ test-vllm: .venv-vllm/.installed  ## the vLLM plugin in vLLM's CPU build, agains
 	touch $@
 
 test-newest: .venv-newest/.installed  ## all tests that need no browser, with the newest release of everything (gigabytes)
-	-OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -m 'not browser and not vllm' --junit-xml runs/newest.xml
+	-OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -m 'not browser and not vllm' -n 2 --dist loadfile --junit-xml runs/newest.xml
 	$(NEWEST)/python docs/compatibility.py results runs/newest.xml
 
 .venv-gpu/.installed: Makefile constraints.txt
