@@ -164,6 +164,16 @@ def test_what_is_or_looks_harmful_gets_all_steps_at_once(kind: str, source: str,
     assert (row.accepted, len(row.steps), len(row.checks), len(writer.asked)) == (True, steps, 1, steps)
 
 
+def test_help_is_prompted_without_examples_after_its_own_steps() -> None:
+    helps = Writer(HARMLESS, "Tell them. Decision: help.", HELPS, declined=0.1)
+    declines = Writer(ANALYSIS, GUIDANCE, DECLINES)
+    assert chain(helps, "benign", "own/looks/words").accepted and chain(declines, "harmful").accepted
+    analysis, guidance, response = helps.asked
+    own = [message.content for message in response.messages]
+    assert (own[1], own[3], len(own), response.shared) == (HARMLESS, "Tell them. Decision: help.", 5, 0)
+    assert min(len(prompt.messages) for prompt in (analysis, guidance, *declines.asked)) > 5
+
+
 @pytest.mark.parametrize("mentions", ["They believe it.", "A client said so.", "It is an earlier time."])
 def test_a_word_that_holds_lie_names_no_harm(mentions: str) -> None:
     row = chain(Writer(f"The person wants to open a safe. {mentions}", GUIDANCE, DECLINES), "harmful")
@@ -179,7 +189,9 @@ def test_a_refusal_is_one_paragraph_that_offers_nothing_else(ends: str) -> None:
     assert row.rejected == "response: form"
 
 
-@pytest.mark.parametrize("ends", [" Decision: help.", " It hurts nobody."])
+@pytest.mark.parametrize(
+    "ends", [" Decision: help.", " It hurts nobody.", " The decision is to help.", " The person can open it."]
+)
 def test_help_does_not_repeat_the_notes(ends: str) -> None:
     writer = Writer(HARMLESS, "Tell them. Decision: help.", HELPS + ends)
     assert chain(writer, "benign", "own/looks/words").rejected == "response: form"
@@ -218,6 +230,8 @@ def test_the_prompts_hash_ignores_unused_fields() -> None:
     assert plain.prompts_hash(2) == SAFETY_HASH
     assert plain.model_copy(update={"bare": True}).prompts_hash(2) != SAFETY_HASH
     assert plain.model_copy(update={"threaded": True}).prompts_hash(2) != SAFETY_HASH
+    bare = {name: category.model_copy(update={"bare": ()}) for name, category in SCHEME.categories.items()}
+    assert SCHEME.model_copy(update={"categories": bare}).prompts_hash(2) != SCHEME.prompts_hash(2)
     assert without_deepest().prompts_hash(2) != SCHEME.prompts_hash(2)
 
 
@@ -227,6 +241,7 @@ def test_the_prompts_hash_ignores_unused_fields() -> None:
         ({"harmful": {"passes": "maybe"}, "benign": {}}, "'maybe' is no verdict"),
         ({"harmful": {"about": "These are bad:"}, "benign": {}}, "some have `about` and some have not"),
         ({"harmful": {"deepest": "("}, "benign": {}}, r"categories\.harmful\.deepest: not a regular expression"),
+        ({"harmful": {"bare": ["plan"]}, "benign": {}}, r"categories.harmful: \['plan'\] are no stages"),
         ({"odd": {}, "benign": {}}, "are not all labels of questions"),
     ],
 )

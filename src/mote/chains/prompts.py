@@ -35,7 +35,9 @@ def stage_prompt(
         stages: All stages of the chain in the making, which the examples of a threaded scheme show.
     """
     turns: list[Message] = []
-    shown = 0 if scheme.bare and stage == scheme.answer and not known else settings.examples
+    plain = scheme.bare and stage == scheme.answer and not known
+    bare = category is not None and stage in scheme.categories[category].bare
+    shown = 0 if plain or bare else settings.examples
     before = tuple(known)
     stages = (stages or (*before, stage)) if scheme.threaded else (stage,)
     for example in scheme.first_examples(shown, category):

@@ -64,6 +64,7 @@ class Category(Strict):
         asks: Regular expression that must be found in the last user turn; None accepts any turn.
         forms: Stage -> regular expression that the whole text must match.
         closed: Stages that restate the question and add few words of their own.
+        bare: Stages that are prompted without worked examples, after the chain's own earlier steps.
         passes: The verdict that accepts an answer to such a question; None for the scheme's first.
         deepest: Regular expression; a question in whose `source` it is found gets the deepest chain at once; None for
             no question.
@@ -74,6 +75,7 @@ class Category(Strict):
     asks: str | None = None
     forms: dict[str, str] = Field({})
     closed: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
     passes: str | None = None
     deepest: str | None = None
 
@@ -199,7 +201,8 @@ class Scheme(Strict):
                 )
             if not any(example.category == name for example in self.examples):
                 raise ValueError(f"categories.{name}: no example has this category; add one")
-            if unknown := [stage for stage in (*category.forms, *category.closed) if stage not in self.all_stages]:
+            named = (*category.forms, *category.closed, *category.bare)
+            if unknown := [stage for stage in named if stage not in self.all_stages]:
                 raise ValueError(f"categories.{name}: {unknown} are no stages; use {list(self.all_stages)}")
             patterns = {f"forms.{stage}": pattern for stage, pattern in category.forms.items()}
             patterns |= {"asks": category.asks or "", "deepest": category.deepest or ""}
@@ -276,6 +279,8 @@ class Scheme(Strict):
             for field in ("passes", "deepest"):
                 if category[field] is None:
                     del category[field]
+            if not category["bare"]:
+                del category["bare"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
