@@ -81,9 +81,15 @@ test-vllm: .venv-vllm/.installed  ## the vLLM plugin in vLLM's CPU build, agains
 	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-test-newest: .venv-newest/.installed  ## all tests that need no browser, with the newest release of everything (gigabytes)
-	-OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest -m 'not browser and not vllm' -n 2 --dist loadfile --junit-xml runs/newest.xml
-	$(NEWEST)/python docs/compatibility.py results runs/newest.xml
+# A report for each folder of tests and commit: a run that was stopped goes on where it was, and -j2 tests two at once.
+NEWEST_REPORTS = runs/newest-$(shell git rev-parse --short HEAD)
+
+$(NEWEST_REPORTS)/%.xml: .venv-newest/.installed
+	-OMP_NUM_THREADS=1 $(NEWEST)/python -m pytest tests/$* -m 'not browser and not vllm' --junit-xml $@
+
+# all tests that need no browser, with the newest release of everything (gigabytes)
+test-newest: $(patsubst tests/%/,$(NEWEST_REPORTS)/%.xml,$(sort $(dir $(wildcard tests/*/test_*.py))))
+	$(NEWEST)/python docs/compatibility.py results $^
 
 .venv-gpu/.installed: Makefile constraints.txt
 	test -x $(GPU)/python || $(PYTHON) -m venv .venv-gpu

@@ -1,7 +1,7 @@
 """What `make test-newest` installs, and what it writes into `docs/compatibility.md`.
 
     python docs/compatibility.py packages            # the dependencies without their versions
-    python docs/compatibility.py results REPORT.xml  # fills the table of results from pytest's JUnit report
+    python docs/compatibility.py results REPORT.xml ...  # fills the table of results from pytest's JUnit reports
 
 Exits 1 if a test failed that the page does not name.
 """
@@ -29,11 +29,11 @@ def packages() -> list[str]:
     return sorted(name for name in names if not name.startswith(project["name"]))
 
 
-def results(report: Path) -> tuple[str, list[str]]:
+def results(reports: list[Path]) -> tuple[str, list[str]]:
     """The table of results, and the names of the tests that failed."""
     counts: dict[str, Counter[str]] = {}
     failed = []
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
         outcome = next((name for name in OUTCOMES if case.find(name) is not None), "passed")
         outcome = "failed" if outcome in ("failure", "error") else outcome
         counts.setdefault(case.attrib["classname"].split(".")[1], Counter())[outcome] += 1
@@ -46,9 +46,9 @@ def results(report: Path) -> tuple[str, list[str]]:
     return "\n".join(lines), failed
 
 
-def write_results(report: Path) -> list[str]:
+def write_results(reports: list[Path]) -> list[str]:
     """Fill the page's table; returns the failed tests that the page does not name."""
-    table, failed = results(report)
+    table, failed = results(reports)
     page = RESULTS.sub(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", PAGE.read_text(encoding="utf-8"))
     PAGE.write_text(page, encoding="utf-8")
     return [name for name in failed if name.partition("[")[0] not in page]
@@ -57,5 +57,5 @@ def write_results(report: Path) -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1] == "packages":
         print(*packages())
-    elif unknown := write_results(Path(sys.argv[2])):
+    elif unknown := write_results([Path(name) for name in sys.argv[2:]]):
         sys.exit(f"failed: {', '.join(unknown)}")
