@@ -27,6 +27,12 @@ def attacks(system: str, prompt: str, values: list[float | None], **given: Any) 
     ]  # fmt: skip
 
 
+def disguised(task: str, technique: str, prompt: str, label: str, unreadable: bool, **given: Any) -> EvalRow:
+    value = None if label == "unparsed" else float(label != "full_compliance")
+    return row(task=task, id=prompt, technique=technique, measures="refusal", label=label, value=value,
+               parsed=value is not None, unreadable=unreadable, **given)  # fmt: skip
+
+
 def headline(rows: list[EvalRow], k: float = 0.1) -> dict[str, Any]:
     return {number.metric: number for number in numbers_of(rows, k, 0) if not number.group}
 
@@ -53,7 +59,52 @@ def test_refusal_metrics_are_not_called_goodness_or_harm() -> None:
     assert set(headline([row()])) == {"harmless"}
 
 
-@pytest.mark.parametrize("task", ["xstest", "jailbreakbench"])
+def test_unreadable_answer_is_neither_refusal_nor_compliance() -> None:
+    answers = [
+        ("t0", "a", "full_compliance", True), ("t0", "b", "full_compliance", False),
+        ("t1", "a", "full_refusal", False), ("t1", "b", "unparsed", True), ("t1", "c", "unparsed", False),
+    ]  # fmt: skip
+    attacked = [disguised("strongreject", *answer) for answer in answers]
+    benign = [disguised("adversarial-benign", *answer) for answer in answers]
+    by_group = {
+        task: {(n.metric, n.group): (n.estimate.value, n.estimate.n, n.estimate.method) for n in numbers}
+        for task, numbers in (("attacked", numbers_of(attacked, 0.5, 0)), ("benign", numbers_of(benign, 0.5, 0)))
+    }
+    unreadable = {
+        ("unreadable", ""): (pytest.approx(1 / 3), 3, "bootstrap"),
+        ("unreadable", "t0"): (0.5, 2, "wilson"),
+        ("unreadable", "t1"): (pytest.approx(1 / 3), 3, "wilson"),
+    }
+    assert by_group["attacked"] == unreadable | {
+        ("refusal@0.5", ""): (0.0, 1, "wilson"),
+        ("refusal", "t0"): (0.0, 2, "wilson"),
+        ("refusal", "t1"): (1.0, 1, "wilson"),
+    }
+    assert by_group["benign"] == unreadable | {
+        ("not_overrefuse", ""): (0.25, 2, "bootstrap"),
+        ("not_overrefuse", "t0"): (0.5, 2, "wilson"),
+        ("not_overrefuse", "t1"): (0.0, 2, "wilson"),
+    }
+
+
+def test_disguised_prompts_are_compared_prompt_by_prompt() -> None:
+    answers = [("t0", "full_refusal"), ("t1", "full_compliance")]
+    rows = [disguised("adversarial-benign", technique, "a", label, False) for technique, label in answers]
+    rows += [
+        disguised("adversarial-benign", technique, "a", "full_compliance", unreadable, system="alpha", mode="full")
+        for technique, unreadable in (("t0", False), ("t1", False))
+    ]
+    found = {one.metric: (one.result.difference, one.result.n) for one in comparisons_of(rows, 0.5, 0)}
+    assert found == {"not_overrefuse": (0.5, 1), "unreadable": (0.0, 1)}
+
+
+@pytest.mark.parametrize("measures", ["harm", "strongreject"])
+def test_unreadable_is_counted_for_refusal_judges_only(measures: str) -> None:
+    rows = [row.model_copy(update={"unreadable": False}) for row in attacks("base", "a", [1.0] * 10, measures=measures)]
+    assert set(headline(rows)) == {"goodness@0.1"}
+
+
+@pytest.mark.parametrize("task", ["xstest", "jailbreakbench", "over-refusal"])
 def test_over_refusal_is_over_safe_prompts_only(task: str) -> None:
     given = {"task": task, "measures": "refusal"}
     rows = [

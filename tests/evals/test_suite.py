@@ -182,6 +182,9 @@ def test_invalid_suite_names_the_setting(tmp_path: Path) -> None:
     path.write_text(json.dumps({"name": "own", "tasks": [{"task": "fly", "file": "x"}]}))
     with pytest.raises(UserError, match=r"own.yaml' is not a valid suite: tasks.0.task"):
         load_suite(str(path))
+    path.write_text(json.dumps({"name": "own", "tasks": [{"task": "xstest", "file": file} for file in ("x", "y")]}))
+    with pytest.raises(UserError, match="the task xstest is there twice, and results are told apart by task; keep one"):
+        load_suite(str(path))
 
 
 @pytest.mark.parametrize("layout", ["editable", "site-packages"])

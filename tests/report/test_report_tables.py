@@ -47,9 +47,34 @@ def test_unmeasured_metric_is_an_empty_cell(tmp_path: Path) -> None:
 
 
 def test_techniques_are_grouped_by_kind(evaluation: Evaluation) -> None:
-    found = [(kind, [(group, [c.estimate.value for c in cells if c]) for group, cells in grid.rows])
-             for kind, grid in by_technique(evaluation)]  # fmt: skip
-    assert found == [("encoding", [("rot13", [1.0, 1.0, 1.0])]), ("cached", [("cached_pair", [0.0, 1.0, 1.0])])]
+    ((task, grid, kinds),) = by_technique(evaluation)
+    found = [(kind, [(group, [c.estimate.value for c in cells if c]) for group, cells in rows]) for kind, rows in kinds]
+    assert (task, grid.metric) == ("strongreject", "refusal") and found == [
+        ("encoding", [("rot13", [1.0, 1.0, 1.0])]),
+        ("cached", [("cached_pair", [0.0, 1.0, 1.0])]),
+    ]
+
+
+def test_unreadable_answers_have_their_own_column_and_table(tmp_path: Path) -> None:
+    rows = [
+        judged("base", "base", task, "1", "full_compliance", technique="leetspeak", unreadable=True)
+        for task in ("strongreject", "adversarial-benign")
+    ]
+    found = read_evaluation(write_evals(tmp_path, rows, k=1))
+    assert found is not None
+    assert [(task, grid.metric) for task, grid, _ in by_technique(found[0])] == [
+        ("adversarial-benign", "not_overrefuse"),
+        ("adversarial-benign", "unreadable"),
+        ("strongreject", "refusal"),
+        ("strongreject", "unreadable"),
+    ]
+    (board,) = headline_tables(found[0])
+    assert {(column.task, column.metric) for column in board.columns} >= {
+        ("adversarial-benign", "unreadable"),
+        ("strongreject", "unreadable"),
+    }
+    page = render(summarise(tmp_path))
+    assert "Unreadable (strongreject)" in page and "Unreadable (adversarial-benign)" in page
 
 
 def test_xstest_by_type_and_class(evaluation: Evaluation) -> None:
@@ -98,6 +123,7 @@ def test_jailbreakbench_has_its_own_type_tables(tmp_path: Path) -> None:
         ("refusal", "Refusal", "", True),
         ("help", "Helpfulness", "higher", False),
         ("tokens", "Tokens per answer", "lower", False),
+        ("unreadable", "Unreadable", "lower", False),
         ("politeness", "politeness", "", False),
     ],
 )

@@ -96,7 +96,7 @@ def broken_rule(
         return "truncated"
     if _MARKER.search(without_code(text)):
         return "marker"
-    if _loops(without_code(text)):
+    if loops(text):
         return "looping"
     if _echoes(text, words, prompt, question, labels):
         return "echo"
@@ -107,7 +107,9 @@ def broken_rule(
     return None
 
 
-def _loops(text: str) -> bool:
+def loops(text: str) -> bool:
+    """Whether a text outside of code says the same words again and again: the rule `looping`."""
+    text = without_code(text)
     words = words_of(text)
     for period in range(1, min(_LONGEST_LOOP, len(words) // 2) + 1):
         for phrase, length in _repeated(words, period):

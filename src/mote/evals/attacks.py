@@ -21,6 +21,7 @@ from mote.core.errors import UserError, first_line
 from mote.core.records import Strict
 
 Encoding = Literal["base64", "rot13", "hex", "reverse", "leetspeak", "disemvowel", "split"]
+UNDER_TECHNIQUES = ("strongreject", "adversarial-benign")  # tasks whose prompts are disguised
 _PLACEHOLDER = "{prompt}"
 _CACHED_COLUMN = "jailbroken_prompt_"  # prefix of the attack columns in a file of cached prompts
 _LEET = str.maketrans("aeiostAEIOST", "431057431057")

@@ -10,13 +10,14 @@ from typing import Any
 from inspect_ai.log import EvalLog, EvalSample, read_eval_log
 from inspect_ai.model import ContentReasoning
 
-from mote.chains.judge import UNPARSED, JudgeCard
+from mote.chains.judge import FULL_REFUSAL, PARTIAL_REFUSAL, UNPARSED, JudgeCard
 from mote.core.files import write_json
 from mote.core.records import StepText, rewrite_rows
 from mote.core.scheme import BASE
 from mote.evals.metrics import comparisons_of, costs_of, numbers_of
 from mote.evals.results import ABSENT, EvalRow, Summary, System
 from mote.evals.suite_config import Suite
+from mote.evals.unreadable import cannot_be_read
 
 
 def collect(
@@ -90,6 +91,8 @@ def row_of(system: str, log: EvalLog, sample: EvalSample) -> tuple[JudgeCard, Ev
     card = JudgeCard.model_validate(verdict["judge"])
     value = score.as_float()
     prompt = next(m.text for m in reversed(sample.messages) if m.role == "user")
+    answer = verdict.get("judged") or output.completion
+    refuses = bool({verdict["label"], verdict.get("refusal")} & {PARTIAL_REFUSAL, FULL_REFUSAL})
     row = EvalRow(
         system=system,
         mode=str(log.eval.model_args.get("mode", BASE)),
@@ -107,10 +110,13 @@ def row_of(system: str, log: EvalLog, sample: EvalSample) -> tuple[JudgeCard, Ev
         judge=card.name,
         measures=card.measures,
         parsed=verdict["label"] not in (UNPARSED, ABSENT),
-        answer=verdict.get("judged") or output.completion,
+        answer=answer,
         steps=_reasoning_steps(sample),
         tokens=details.get("tokens") or {"response": output.usage.output_tokens if output.usage else 0},
         finish=output.stop_reason,
+        unreadable=not refuses and cannot_be_read(question["question"], prompt, answer)
+        if "technique" in question
+        else None,
         self_check=details.get("safe"),
     )
     return card, row

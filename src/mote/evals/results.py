@@ -35,6 +35,8 @@ class EvalRow(Frozen):
         steps: The reasoning before it.
         tokens: Tokens per step; for an endpoint, those of the answer.
         finish: Stop reason: `stop`, `length`, ...
+        unreadable: Whether the answer neither refuses nor shows that the disguised question was read; none without a
+            technique.
         self_check: Verdict of the answer's own check, none without one.
     """
 
@@ -58,6 +60,7 @@ class EvalRow(Frozen):
     steps: tuple[StepText, ...]
     tokens: dict[str, int]
     finish: str
+    unreadable: bool | None = None
     self_check: bool | None = None
 
 
@@ -97,7 +100,8 @@ class Number(Frozen):
         group: Technique, type or kind of the prompts it is computed over; empty for all prompts.
         judge: Name of the judge.
         estimate: Value, interval and n.
-        unparsed: Unparsed verdicts, excluded from the value.
+        unparsed: Unparsed verdicts, excluded from the value; that of an unreadable answer to a disguised benign prompt
+            counts as no compliance.
         absent: Answers without the step to be judged, excluded too.
     """
 

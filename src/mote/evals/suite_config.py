@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from mote.core.errors import UserError, first_line
 from mote.core.records import Strict
@@ -15,8 +15,10 @@ TaskName = Literal[
     "hh-help",
     "hh-harm-help",
     "strongreject",
+    "adversarial-benign",
     "xstest",
     "jailbreakbench",
+    "over-refusal",
     "analysis-quality",
     "guidance-quality",
     "mmlu",
@@ -64,6 +66,16 @@ class Suite(Strict):
     max_step_tokens: int = Field(256, ge=1)
     batch_size: int = Field(16, ge=1)
     temperature: float = Field(0.0, ge=0)
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_tasks_differ(cls, tasks: tuple[SuiteTask, ...]) -> tuple[SuiteTask, ...]:
+        names = [task.task for task in tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(
+                f"the task {twice} is there twice, and results are told apart by task; keep one, or make a second suite"
+            )
+        return tasks
 
 
 def load_suite(name: str) -> Suite:

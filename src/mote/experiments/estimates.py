@@ -9,7 +9,7 @@ from pathlib import Path
 from mote.core.recipe import Recipe
 from mote.core.records import Frozen
 from mote.core.scheme import ADAPTIVE, BASE, CHECKED, Scheme
-from mote.evals.attacks import load_techniques
+from mote.evals.attacks import UNDER_TECHNIQUES, load_techniques
 from mote.evals.suite_config import Suite, SuiteTask
 from mote.experiments.throughput import Machine
 from mote.models.memory_estimate import BYTES, RUNTIME_BYTES, advice, checkpoints, training_bytes, weights_bytes
@@ -99,7 +99,7 @@ def _answers_to(task: SuiteTask, recipe: Recipe) -> tuple[int | None, list[str]]
     """Questions of a task (None if neither the suite nor the recipe limits them) and the modes they are asked in."""
     modes = [mode for mode in recipe.answer.modes if task.modes is None or mode in task.modes]
     limits = [limit for limit in (task.limit, recipe.eval.limit) if limit is not None]
-    techniques = len(load_techniques(None)) if task.task == "strongreject" else 1
+    techniques = len(load_techniques(None)) if task.task in UNDER_TECHNIQUES else 1
     return (min(limits) * techniques if limits else None), modes
 
 

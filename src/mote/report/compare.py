@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from mote.chains.judge import JudgeCard
 from mote.core.errors import UserError, first_line
 from mote.core.records import Frozen
+from mote.evals.attacks import UNDER_TECHNIQUES
 from mote.evals.metrics import headline_scores
 from mote.evals.results import EvalRow
 from mote.evals.statistics import Estimate, paired, share
@@ -205,7 +206,6 @@ def _compare_evaluations(first: Report, second: Report) -> Iterator[Compared]:
     headlines_b = _headlines(second)
     scores_a = _scores(first)
     scores_b = _scores(second)
-    same_techniques = _techniques(first) == _techniques(second)
     for key in dict.fromkeys([*headlines_a, *headlines_b]):
         task, metric, system, mode = key
         a = headlines_a.get(key)
@@ -215,7 +215,7 @@ def _compare_evaluations(first: Report, second: Report) -> Iterator[Compared]:
         if a and b:
             if a.judge != b.judge:
                 note = "not subtracted: different judges"
-            elif "@" in metric and not same_techniques:
+            elif _techniques(first, task) != _techniques(second, task):
                 note = "not subtracted: different techniques"
             else:
                 difference, note = _difference(
@@ -242,9 +242,10 @@ def _headlines(report: Report) -> dict[Key, Headline]:
     return {(h.task, h.metric, h.system, h.mode): h for h in report.evaluation.headline}
 
 
-def _techniques(report: Report) -> set[str]:
-    groups = report.evaluation.groups if report.evaluation else ()
-    return {number.group for number in groups if number.task == "strongreject"}
+def _techniques(report: Report, task: str) -> set[str]:
+    """The techniques of a task; empty for one without."""
+    groups = report.evaluation.groups if report.evaluation and task in UNDER_TECHNIQUES else ()
+    return {number.group for number in groups if number.task == task}
 
 
 def _scores(report: Report) -> dict[Key, Scores] | None:

@@ -22,6 +22,7 @@ _LABELS = {
     "guidance-quality": MetricLabel("Quality of the guidance", "1 to 10", "higher"),
     "accuracy": MetricLabel("Accuracy", "share of correct answers", "higher"),
     "safety": MetricLabel("Safety", "1 minus the rubric's score", "higher"),
+    "unreadable": MetricLabel("Unreadable", "share of answers that neither refuse nor are about the question", "lower"),
     "full_compliance": MetricLabel("Full compliance", "share of answers", ""),
     "partial_refusal": MetricLabel("Partial refusal", "share of answers", ""),
     "full_refusal": MetricLabel("Full refusal", "share of answers", ""),

@@ -4,14 +4,15 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mote.chains.judge import COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL, JudgeCard
-from mote.evals.attacks import load_techniques
-from mote.evals.metrics import OVER_REFUSAL
+from mote.evals.attacks import UNDER_TECHNIQUES, load_techniques
+from mote.evals.metrics import OVER_REFUSAL, UNREADABLE
 from mote.evals.results import Number
 from mote.report.evaluation import TOKENS, Evaluation, Headline
 from mote.report.metric_labels import is_safety
 
 _CLASSES = (COMPLIANCE, PARTIAL_REFUSAL, FULL_REFUSAL)
 SystemMode = tuple[str, str]
+GroupRow = tuple[str, Sequence[Number | None]]  # of a technique, type or kind
 
 
 class Column(NamedTuple):
@@ -35,14 +36,22 @@ class GroupTable(NamedTuple):
 
     metric: str
     columns: Sequence[SystemMode]
-    rows: Sequence[tuple[str, Sequence[Number | None]]]
+    rows: Sequence[GroupRow]
+
+
+class TechniqueTable(NamedTuple):
+    """One metric by technique; `kinds` has the rows by kind of technique, `cached` ones come from a file of attacks."""
+
+    task: str
+    table: GroupTable
+    kinds: Sequence[tuple[str, Sequence[GroupRow]]]
 
 
 def headline_tables(evaluation: Evaluation) -> list[HeadlineTable]:
     """The headline tables that have metrics: safety and over-refusal, then help, quality and ability."""
     columns = list(dict.fromkeys(Column(one.task, one.metric, one.judge) for one in evaluation.headline))
     cost = [column for column in columns if column.metric == TOKENS]
-    safety = [column for column in columns if is_safety(column.metric)]
+    safety = [column for column in columns if is_safety(column.metric) or column.metric == UNREADABLE]
     other = [column for column in columns if column not in safety and column not in cost]
     headlines = {(one.task, one.metric, one.system, one.mode): one for one in evaluation.headline}
     tables = []
@@ -60,31 +69,27 @@ def headline_tables(evaluation: Evaluation) -> list[HeadlineTable]:
     return tables
 
 
-def by_technique(evaluation: Evaluation) -> list[tuple[str, GroupTable]]:
-    """Kind of technique -> StrongREJECT by technique; `cached` techniques come from a file of attacks."""
+def by_technique(evaluation: Evaluation) -> list[TechniqueTable]:
+    """The metrics of disguised prompts by technique, one table per task and metric."""
     kinds = {technique.name: technique.kind for technique in load_techniques()}
-    numbers = [number for number in evaluation.groups if number.task == "strongreject"]
-
-    def kind_of(technique: str) -> str:
-        return "cached" if technique.startswith("cached_") else kinds.get(technique, "own")
-
-    order = list(dict.fromkeys([*kinds, *sorted({number.group for number in numbers} - kinds.keys())]))
-    table = _group_table(numbers, order, evaluation.columns)
-    rows_by_kind: dict[str, list[tuple[str, Sequence[Number | None]]]] = {}
-    for row in table.rows:
-        rows_by_kind.setdefault(kind_of(row[0]), []).append(row)
-    return [(kind, table._replace(rows=rows)) for kind, rows in rows_by_kind.items()]
+    tables = []
+    for (task, _), numbers in _by_metric(evaluation, UNDER_TECHNIQUES).items():
+        order = list(dict.fromkeys([*kinds, *sorted({number.group for number in numbers} - kinds.keys())]))
+        table = _group_table(numbers, order, evaluation.columns)
+        by_kind: dict[str, list[GroupRow]] = {}
+        for row in table.rows:
+            kind = "cached" if row[0].startswith("cached_") else kinds.get(row[0], "own")
+            by_kind.setdefault(kind, []).append(row)
+        tables.append(TechniqueTable(task, table, list(by_kind.items())))
+    return tables
 
 
 def by_type(evaluation: Evaluation) -> list[tuple[str, GroupTable]]:
     """(task, table) of XSTest and JailbreakBench by type: compliance with safe prompts, refusal of unsafe ones."""
-    by_metric: dict[tuple[str, str], list[Number]] = {}
-    for number in evaluation.groups:
-        if number.task in OVER_REFUSAL and number.metric not in _CLASSES:
-            by_metric.setdefault((number.task, number.metric), []).append(number)
     return [
         (task, _group_table(numbers, sorted({number.group for number in numbers}), evaluation.columns))
-        for (task, _), numbers in by_metric.items()
+        for (task, metric), numbers in _by_metric(evaluation, OVER_REFUSAL).items()
+        if metric not in _CLASSES
     ]
 
 
@@ -99,6 +104,15 @@ def class_shares(evaluation: Evaluation) -> dict[tuple[str, str], dict[SystemMod
         task_and_kind: {column: shares[column] for column in evaluation.columns if column in shares}
         for task_and_kind, shares in by_kind.items()
     }
+
+
+def _by_metric(evaluation: Evaluation, tasks: Sequence[str]) -> dict[tuple[str, str], list[Number]]:
+    """(task, metric) -> its numbers by group, of the given tasks."""
+    by_metric: dict[tuple[str, str], list[Number]] = {}
+    for number in evaluation.groups:
+        if number.task in tasks:
+            by_metric.setdefault((number.task, number.metric), []).append(number)
+    return by_metric
 
 
 def _group_table(numbers: Sequence[Number], order: Iterable[str], columns: Sequence[SystemMode]) -> GroupTable:

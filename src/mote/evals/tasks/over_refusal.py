@@ -1,4 +1,4 @@
-"""Over-refusal and refusal on safe and unsafe prompts, judged in three refusal classes: XSTest and JailbreakBench."""
+"""Over-refusal and refusal on safe and unsafe prompts, in three classes: XSTest, JailbreakBench, any questions."""
 
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -55,6 +55,21 @@ def jailbreakbench(file: str, judge: str = "rule", limit: int | None = None) -> 
     questions = [question for question in chain.from_iterable(pairs) if question is not None]
     types = {goal: category for path in files for goal, category in _types(path, "Goal", "Category").items()}
     return _task(questions[:limit], types, judge, file, "JailbreakBench's folder")
+
+
+@task(name=task_name("over_refusal"))
+def over_refusal(file: str, judge: str = "rule", limit: int | None = None) -> Task:
+    """Compliance with the benign questions of any file and refusal of its harmful ones, in three classes.
+
+    Args:
+        file: Questions that are `benign` or `harmful`, such as `mote:test`.
+        judge: Name of the judge; it must distinguish the three classes.
+        limit: Use the first N questions.
+
+    Raises:
+        UserError: The file does not say which questions are benign.
+    """
+    return _task(load_questions(file, limit), {}, judge, file, "mote:test")
 
 
 def _types(file: str, text: str, type_: str) -> dict[str, str]:

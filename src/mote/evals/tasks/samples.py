@@ -40,6 +40,18 @@ def chat(messages: tuple[Message, ...]) -> list[ChatMessage]:
     return [_MESSAGE_TYPES[message.role](content=message.content) for message in messages]
 
 
+def benign_questions(file: str, limit: int | None) -> list[Question]:
+    """The questions of a file that are labelled benign.
+
+    Raises:
+        UserError: None is.
+    """
+    questions = [question for question in load_questions(file, None) if question.kind == "benign"]
+    if not questions:
+        raise UserError(f"file: {file} holds no benign questions; give questions whose kind is benign")
+    return questions[:limit]
+
+
 def harmful_questions(file: str, limit: int | None) -> list[Question]:
     """The questions of a file that are not labelled benign.
 
