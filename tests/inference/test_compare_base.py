@@ -6,7 +6,15 @@ import pytest
 import torch
 from check_models import BASES, config_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BertConfig, GraniteMoeHybridConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma3nConfig,
+    Gemma3TextConfig,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    RecurrentGemmaConfig,
+)
 
 from mote.core.errors import UserError
 from mote.inference import compare_base
@@ -26,7 +34,13 @@ AGAIN = {
 
 def test_at_least_thirty_bases_are_listed_and_all_are_known() -> None:
     assert len({model_type for _, model_type, _ in BASES}) >= 30
-    assert {architecture_of(config_of(model_type, values)) for _, model_type, values in BASES} == set(CHECKED)
+    found = {architecture_of(config_of(model_type, values)) for _, model_type, values in BASES}
+    names = {"recurrent_gemma: attention, recurrent", "recurrent_gemma: linear_attention, sliding_attention"}
+    assert found - names == CHECKED.keys() - names  # the second since transformers 5.24; it is compared when used
+
+
+def test_recurrent_gemma_is_refused_in_every_release() -> None:
+    assert {*MASKED, "answers"} <= checked(RecurrentGemmaConfig()).limits.keys()
 
 
 @pytest.mark.parametrize("name", sorted(AGAIN))
@@ -57,6 +71,24 @@ def test_model_that_sees_later_tokens_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(BertConfig()))
     with pytest.raises(UserError, match=r"model: bert: the logits of a tiny copy differ.*use another base model"):
         open_batch(model, 2)
+
+
+def test_model_of_a_known_type_that_sees_later_tokens_is_refused() -> None:
+    found = checked(Gemma3TextConfig(use_bidirectional_attention=True))
+    assert found.known and {"training", *MASKED} <= found.limits.keys()
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs_timm(*_: Any) -> None:
+        raise ImportError(
+            "\nTimmWrapperModel requires the timm library. You can install it with pip:\n`pip install timm`."
+        )
+
+    monkeypatch.setattr(compare_base, "tiny_model", needs_timm)
+    with pytest.raises(
+        UserError, match=r"model: gemma3n: TimmWrapperModel .* pip: `pip install timm`\.; or use another"
+    ):
+        checked(Gemma3nConfig())
 
 
 def test_architecture_without_a_copy_is_trusted_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,17 @@
 """The table of what a base model can do, from its configuration alone."""
 
-from transformers import DogeConfig, FalconConfig, JambaConfig, LlamaConfig, Phi3Config
+from transformers import (
+    DogeConfig,
+    FalconConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    JambaConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
 
 from mote.models.capabilities import ABILITIES, EXPORTS, architecture_of, capabilities_of
 
@@ -26,6 +37,32 @@ def test_attention_of_another_kind_is_another_architecture() -> None:
     assert len(names) == 4
 
 
-def test_length_from_which_attention_chooses_tokens_is_known() -> None:
+def test_switch_of_a_configuration_is_another_architecture() -> None:
+    later = Gemma3Config(text_config=Gemma3TextConfig(use_bidirectional_attention=True))
+    assert architecture_of(later).endswith("sliding_attention, use_bidirectional_attention")
+    assert architecture_of(OPTConfig(do_layer_norm_before=False)) == "opt: attention, do_layer_norm_before=no"
+    layers = {"num_hidden_layers": 4, "per_layer_config": {1: {"skip": ["mlp"]}}}
+    assert "per_layer_config.1.skip=mlp" in architecture_of(LlamaConfig(**layers))
+    assert not capabilities_of(LlamaConfig(**layers)).known
+
+
+def test_sizes_and_rope_are_no_other_architecture() -> None:
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    sizes = {"hidden_size": 64, "num_key_value_heads": 8, "tie_word_embeddings": True, "bos_token_id": None}
+    assert architecture_of(LlamaConfig(rope_parameters=scaled, attention_bias=True, **sizes)) == "llama: attention"
+
+
+def test_configuration_without_defaults_is_not_known() -> None:
+    class Own(PreTrainedConfig):
+        model_type = "llama"
+
+        def __init__(self, width: int, **values: object) -> None:
+            super().__init__(num_hidden_layers=2, sees_all=True, **values)
+
+    assert architecture_of(Own(8)) == "llama: attention, num_hidden_layers, sees_all"
+
+
+def test_length_from_which_a_row_matters_is_known() -> None:
     assert capabilities_of(DogeConfig(keep_window_size=128)).longest == 128
+    assert capabilities_of(Llama4TextConfig(floor_scale=99)).longest == 98
     assert capabilities_of(LlamaConfig()).longest is None

@@ -6,6 +6,7 @@ import pytest
 import transformers
 from support.windows import BASES, REACH, SMALL
 
+from mote.core.errors import UserError
 from mote.models.layers import indexed_scaling, kv_layers, layers_of, masked_kinds
 
 PLAIN = {"num_hidden_layers": 2}
@@ -41,6 +42,12 @@ def test_kinds_follow_from_the_configuration(name: str) -> None:
 def config(name: str, **changes: Any) -> Any:
     kind, given = BASES[name]
     return getattr(transformers, kind)(**{**SMALL, **given, **changes})
+
+
+def test_windows_of_single_layers_are_refused() -> None:
+    config = transformers.MistralConfig(num_hidden_layers=4, per_layer_config={1: {"sliding_window": None}})
+    with pytest.raises(UserError, match=r"model: mistral has layers with a sliding_window of their own.* use another"):
+        layers_of(config)
 
 
 def test_each_kind_of_attention_is_named_once() -> None:

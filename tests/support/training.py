@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import load_scheme
+from mote.inference.compare_base import checked
 from mote.models.load import load_base
 from mote.train import (
     train,
@@ -57,5 +58,6 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def trained(tiny: Path, folder: Path, count: int = 12, **changes: Any) -> Path:
     """A folder trained with all chains in one update, unless the changes say otherwise."""
     settings = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "skip_p": 0.5, **changes}
-    train(load_base(str(tiny), device="cpu"), chains(count), SCHEME, recipe(tiny, **settings), folder)
+    base = load_base(str(tiny), device="cpu")
+    train(base, chains(count), SCHEME, recipe(tiny, **settings), folder, checked(base.model.config))
     return folder

@@ -10,15 +10,17 @@ from peft import get_peft_model
 from support.adapters import MARKERS
 from support.bases import HYBRID_TARGETS, make_hybrid_model
 from support.training import SCHEME, chains, recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig
 
 import mote
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe
 from mote.experiments.run import Run
+from mote.models.capabilities import capabilities_of
 from mote.models.load import load_base
 from mote.tokens.encode import IGNORED, encode_chain
 from mote.train import train
+from mote.train.arguments import check_base, check_row_length
 from mote.train.examples import split_groups
 from mote.tuner import MoteConfig
 
@@ -89,9 +91,28 @@ def test_layer_that_a_fused_kernel_reads_is_refused(hybrid: Path, tmp_path: Path
 
 def test_longer_rows_than_the_attention_allows_are_refused(tiny: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny), device="cpu")
-    base.model.config.keep_window_size = 1024  # as Doge's
-    with pytest.raises(UserError, match=r"train.max_length=2048: .* than 1024; use at most that"):
+    base.model.config.keep_window_size = 16
+    with pytest.raises(
+        UserError, match=r"train.max_length=2048: in a row of more than 16 tokens .*; use at most 16, or"
+    ):
         train(base, chains(), SCHEME, recipe(tiny, max_length=2048), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_packed_rows_that_are_too_long_are_refused_first(tiny: Path, tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=2, keep_window_size=1024).save_pretrained(tmp_path / "base")
+    given = recipe(tmp_path / "base", packing=True, max_length=2048).model_copy(update={"limit": 2})
+    with pytest.raises(UserError, match=r"train.max_length=2048: in a row of more than 1024 tokens"):
+        Run(given, tmp_path / "run").all()
+    assert not any((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize("changes", [{"skip_p": 0.2}, {"skip_p": 0.0, "packing": False}])
+def test_shorter_or_plain_rows_are_trained(changes: dict[str, Any]) -> None:
+    given = recipe(Path("base"), max_length=2048, **changes)
+    base = capabilities_of(DogeConfig(keep_window_size=1024))
+    check_base(given, base)
+    check_row_length(given, base, 1024 if given.train.skip_p else 2048)
 
 
 def test_packed_row_of_a_peft_model_is_refused(hybrid: Path) -> None:

@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import SCHEME, chains, recipe, rows_of, trained
+from support.training import chains, rows_of, trained
 from support.windows import REACH, save_base, tiny_base
 
 import mote
 from mote.core.errors import UserError
 from mote.core.recipe import Recipe
-from mote.models.load import load_base
 from mote.tokens.encode import IGNORED, encode_chain
-from mote.train import train
 from mote.train.examples import split_groups
 from mote.train.stage import _mask_builder
 
@@ -23,9 +21,9 @@ NAMES = ("gemma2", "llama4", "mistral")
 @pytest.mark.parametrize("name", NAMES)
 def test_held_out_loss_is_that_of_the_models_own_masks(name: str, tiny: Path, tmp_path: Path) -> None:
     base = save_base(name, tiny, tmp_path / "base")
-    adapter = train(load_base(str(base), device="cpu"), chains(12), SCHEME, recipe(base, skip_p=0.5), tmp_path / "run")
+    trained(base, tmp_path / "run", num_train_epochs=2, per_device_train_batch_size=2)
     [*_, last] = rows_of(tmp_path / "run", "eval_loss")
-    model = mote.load(str(base), adapter, device="cpu")
+    model = mote.load(str(base), tmp_path / "run" / "adapter", device="cpu")
     rows = [encode_chain(model.tokenizer, c, model.markers, model.config.experts) for c in chains(12) if c.accepted]
     _, held = split_groups([[row] for row in rows], 0.2, 0)
     model.base.model.set_attn_implementation("eager")
@@ -48,9 +46,9 @@ def test_packing_a_windowed_base_keeps_the_update(name: str, tiny: Path, tmp_pat
 
 
 def test_rows_that_llama_4_scales_by_index_are_refused(tiny: Path, tmp_path: Path) -> None:
-    base = save_base("llama4", tiny, tmp_path / "base", floor_scale=64)
+    base = save_base("llama4", tiny, tmp_path / "base", floor_scale=80)
     with pytest.raises(
-        UserError, match=r"train\.max_length=128: .* from 64 tokens on, .* use at most 63, or train\.pack"
+        UserError, match=r"train\.max_length=128: in a row of more than 79 tokens .* use at most 79, or train\.pack"
     ):
         trained(base, tmp_path / "run", packing=True, max_length=128)
 

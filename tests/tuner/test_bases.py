@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
+from mote.models.tiny_copy import tiny_config, tiny_model
 from mote.tokens.routing import step_ids
 from mote.tuner import MoteConfig
 from mote.tuner.experts import plain
@@ -284,6 +285,12 @@ def refused(model: Any, complaint: str, **changes: Any) -> None:
 def test_fused_expert_weights_are_refused_by_name(family: str, targets: Any) -> None:
     fused = r"model\.layers\.0\.mlp\.experts\.\w+_proj \(\w+Experts\) holds fused 3-D expert weights.*'o_proj'"
     refused(base_model(family), fused, target_modules=targets)
+
+
+def test_blocks_of_a_gate_are_refused_with_the_layers_to_name() -> None:
+    model = tiny_model(tiny_config(transformers.RecurrentGemmaConfig()))
+    gate = r"rg_lru\.\w+_gate_weight \(RecurrentGemmaRglru\) holds 3-D weights.*target_modules=\[.*'linear_x'.*'q_proj'"
+    refused(model, gate, target_modules="all-linear")
 
 
 def test_fused_expert_weights_can_be_left_out() -> None:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mote.core.errors import UserError
 from mote.inference.batch_loop import BatchLoop
 from mote.inference.batching import Batcher
 from mote.inference.grammar import FreeText
 from mote.inference.request import Request
 from mote.models.capabilities import ABILITIES, Ability, Capabilities, capabilities_of
-from mote.models.load import set_attention
+from mote.models.load import reason, set_attention
 from mote.models.tiny_copy import VOCAB, tiny_config, tiny_model
 from mote.tokens.encode import IGNORED, Tokens
 from mote.tokens.masks import mask_form, masks_for
@@ -47,6 +48,9 @@ def checked(config: Any) -> Capabilities:
 
     Args:
         config: The base model's configuration.
+
+    Raises:
+        UserError: The model's code needs a package that is not installed, or its layers have windows of their own.
     """
     known = capabilities_of(config)
     if known.known:
@@ -86,12 +90,18 @@ def compare(config: Any) -> tuple[Ability, ...] | None:
 
 
 def copy_of(config: Any) -> Copy | None:
-    """A tiny random copy of a base model, or None if its sizes do not follow from their names."""
+    """A tiny random copy of a base model, or None if its sizes do not follow from their names.
+
+    Raises:
+        UserError: The model's code needs a package that is not installed.
+    """
     try:
         small = tiny_config(config)
         model = tiny_model(small)
         set_attention(model, "cpu")
         return Copy(model, tiny_model(small, "eager"))
+    except ImportError as error:
+        raise UserError(f"model: {config.model_type}: {reason(error)}; or use another base model") from error
     except Exception:  # whatever a model's own code raises
         return None
 

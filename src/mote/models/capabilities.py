@@ -4,12 +4,13 @@ What an architecture does with our masks and our cache was compared once and is 
 listed is compared when it is used (`mote.inference.compare_base`), and trusted with nothing before.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from mote.core.records import Frozen
 from mote.models.checked_bases import CHECKED
-from mote.models.layers import layers_of, stateful_layers
+from mote.models.layers import indexed_scaling, layers_of, stateful_layers
 
 Ability = Literal["training", "skipping", "draws", "packing", "answers"]
 ABILITIES: tuple[Ability, ...] = ("training", "skipping", "draws", "packing", "answers")
@@ -25,6 +26,14 @@ _REMEDIES: dict[str, str] = {
     "elsewhere and give the address with --engine",
 }
 
+_YES, _NO = frozenset({"yes"}), frozenset({"no"})
+# Names in a configuration that masks and caches do not depend on, and those that `layers_of` and `rope` know.
+_WITHOUT_EFFECT = re.compile(
+    r"^_|_ids?$|(^|_)act(ivation)?(_fn|_function)?$|(^|_)bias$|dropout|pdrop|dtype|init|use_cache|cache_impl|^tie_|label"
+    r"|^output_|architectures|auto_map|return_dict|problem_type|model_type|version|quantization|head_dim|key_value_heads"
+    r"|layer_types|layers_block_type|attn_idxs|attn_layer_indices|window|chunk_size|rope_parameters|rope_scaling"
+)
+
 
 class Capabilities(Frozen):
     """What a base model can do.
@@ -34,8 +43,8 @@ class Capabilities(Frozen):
         known: Whether the architecture has been compared; without that, nothing that needs masks is trusted.
         limits: What it cannot do -> why, and what to do instead. Keys are abilities and formats of `mote export`; with
             `answers` it answers one request at a time.
-        longest: Rows up to this many tokens are exact under masks: in longer ones Doge's attention chooses among the
-            tokens. None for other models.
+        longest: Rows up to this many tokens are exact under masks; in longer ones Doge's attention chooses among the
+            tokens and Llama 4's depends on their index. None for other models.
     """
 
     architecture: str
@@ -58,11 +67,39 @@ class Capabilities(Frozen):
 
 
 def architecture_of(config: Any) -> str:
-    """What a comparison holds for: the model type, its kinds of layers, and what else changes its attention."""
-    text = config.get_text_config(decoder=True)
+    """What a comparison holds for: the model type, its kinds of layers, and how it differs from its type's defaults.
+
+    Of numbers it counts whether they are 0: a size changes no mask, and a part that is there or not may.
+    """
     kinds = sorted({layer.name if layer.reach or layer.kind != "full" else "attention" for layer in layers_of(config)})
-    alibi = ["alibi"] if getattr(text, "alibi", False) else []
-    return f"{config.model_type}: {', '.join([*kinds, *alibi])}"
+    own = _flags(config.get_text_config(decoder=True).to_dict())
+    try:
+        default = _flags(type(config)().get_text_config(decoder=True).to_dict())
+    except Exception:  # whatever a model's own code raises without arguments
+        default = {}
+    changes = []
+    for name in sorted(own.keys() | default.keys()):
+        flag = own.get(name, _NO)
+        if flag != default.get(name, _NO):
+            changes.append(name if flag == _YES else f"{name}={'/'.join(sorted(flag))}")
+    return f"{config.model_type}: {', '.join([*kinds, *changes])}"
+
+
+def _flags(values: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """Name -> words of a configuration: strings, and of other values whether they are set; of lists those of all."""
+    flags: dict[str, frozenset[str]] = {}
+    for name, value in values.items():
+        if _WITHOUT_EFFECT.search(name):
+            continue
+        several = isinstance(value, list | tuple) and value
+        flags[name] = frozenset(map(_word, value)) | _YES if several else frozenset({_word(value)})
+        if isinstance(value, Mapping):
+            flags |= _flags({f"{name}.{key}": part for key, part in value.items()})
+    return flags
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else "yes" if value else "no"
 
 
 def capabilities_of(config: Any, failed: Collection[str] | None = None) -> Capabilities:
@@ -79,7 +116,8 @@ def capabilities_of(config: Any, failed: Collection[str] | None = None) -> Capab
     wrong = (*MASKED, "answers") if failed is None else failed
     limits: dict[str, str] = {ability: f"{why}; {_REMEDIES[ability]}" for ability in ABILITIES if ability in wrong}
     limits |= _export_limits(config)
-    longest = getattr(config.get_text_config(decoder=True), "keep_window_size", None)
+    scaled = indexed_scaling(config)
+    longest = getattr(config.get_text_config(decoder=True), "keep_window_size", scaled and scaled - 1)
     return Capabilities(architecture=architecture, known=known, limits=limits, longest=longest)
 
 

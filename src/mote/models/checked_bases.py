@@ -6,7 +6,7 @@ CHECKED: dict[str, tuple[str, ...]] = {
     "bloom: attention": ("skipping", "draws", "packing", "answers"),
     "cohere2: attention, sliding_attention": (),
     "cohere: attention": (),
-    "deepseek_v2: attention": ("answers",),
+    "deepseek_v2: attention, num_experts_per_tok": ("answers",),
     "deepseek_v3: attention": ("answers",),
     "doge: attention": (),
     "ernie4_5: attention": (),

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from mote.core.errors import UserError
+
 Kind = Literal["full", "sliding", "chunked", "recurrent", "none", "other"]
 FULL = "full_attention"
 _KINDS: dict[str, Kind] = {
@@ -52,8 +54,17 @@ class Layer:
 
 
 def layers_of(config: Any) -> tuple[Layer, ...]:
-    """The layers of a base model, from its configuration (of the text model, if there are several)."""
+    """The layers of a base model, from its configuration (of the text model, if there are several).
+
+    Raises:
+        UserError: Layers of one kind have windows or chunks of their own.
+    """
     config = config.get_text_config(decoder=True)
+    if own := {"sliding_window", "attention_chunk_size"} & set(getattr(config, "per_layer_attributes", None) or ()):
+        raise UserError(
+            f"model: {config.model_type} has layers with a {min(own)} of their own (per_layer_config), and masks are "
+            "made for each kind of layer; use another base model"
+        )
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)
     names = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)

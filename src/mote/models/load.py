@@ -163,7 +163,7 @@ def weights_folder(name: str, revision: str | None = None) -> Path:
             )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model: cannot load '{name}' ({_reason(error)}); check the name, the network and your access, or give "
+                f"model: cannot load '{name}' ({reason(error)}); check the name, the network and your access, or give "
                 f"a local folder or {EMBEDDED}"
             ) from error
     if not any(Path(folder).glob("*.safetensors")):
@@ -276,16 +276,17 @@ def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
         return kind.from_pretrained(folder, **kwargs)
     except OSError as error:
         raise UserError(
-            f"model: cannot load '{name}' ({_reason(error)}); check the name, the network and your access, or give a "
+            f"model: cannot load '{name}' ({reason(error)}); check the name, the network and your access, or give a "
             f"local folder or {EMBEDDED}"
         ) from error
     except _FAULTS as error:
         raise UserError(
-            f"model: transformers cannot load '{name}' for `mote` ({_reason(error)}); use another base model, or serve "
+            f"model: transformers cannot load '{name}' for `mote` ({reason(error)}); use another base model, or serve "
             "this one and give its address with --engine"
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def reason(error: Exception) -> str:
+    """The first line of an error, and the next one if it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])

@@ -192,13 +192,31 @@ def check_base(recipe: Recipe, base: Capabilities) -> None:
     for ability, (setting, used) in asked.items():
         if used and (limit := base.limits.get(ability)):
             raise UserError(f"recipe: {setting}: {limit}")
-    if base.longest is not None and settings.max_length > base.longest and base.takes_masks:
-        raise UserError(
-            f"recipe: train.max_length={settings.max_length}: the attention of {recipe.model} chooses among the tokens "
-            f"of longer rows than {base.longest}; use at most that"
-        )
+    if settings.packing:
+        check_row_length(recipe, base, settings.max_length)
     if settings.attention == "flex_attention" and not base.takes_masks:
         raise UserError(f"recipe: train.attention=flex_attention: {recipe.model} is trained without masks; use sdpa")
+
+
+def check_row_length(recipe: Recipe, base: Capabilities, row_length: int) -> None:
+    """Check that no row is so long that the base model's attention depends on what else is in it.
+
+    Args:
+        recipe: The recipe, with its method applied.
+        base: What the base model can do.
+        row_length: Tokens of the longest training row.
+
+    Raises:
+        UserError: The rows are too long to be packed or to have skipped steps.
+    """
+    settings = recipe.train
+    moved = settings.packing or settings.skip_p > 0 or bool(settings.skip_pairs)
+    if moved and base.longest is not None and row_length > base.longest and base.takes_masks:
+        raise UserError(
+            f"recipe: train.max_length={settings.max_length}: in a row of more than {base.longest} tokens the "
+            f"attention of {recipe.model} depends on what else is in the row, which packing and skipping change; use "
+            f"at most {base.longest}, or train.packing=false train.skip_p=0"
+        )
 
 
 def uses_flex_attention(recipe: Recipe, device: str) -> bool:

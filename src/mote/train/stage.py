@@ -24,7 +24,7 @@ from mote.core.recipe import Recipe
 from mote.core.records import ChainRow
 from mote.core.scheme import Chain, Scheme
 from mote.models.capabilities import Capabilities, capabilities_of
-from mote.models.layers import indexed_scaling, takes_block_mask
+from mote.models.layers import takes_block_mask
 from mote.models.linear import speed_up
 from mote.models.load import Base, default_device, fingerprint
 from mote.models.memory_estimate import advice, device_memory, training_bytes
@@ -36,6 +36,7 @@ from mote.tokens.packing import ChainDataset, collate, unrolled_length
 from mote.train.arguments import (
     check_base,
     check_gpu,
+    check_row_length,
     pushes_adapter,
     step_weights,
     training_arguments,
@@ -99,7 +100,7 @@ def train(
     config.base_fingerprint = fingerprint(base.model)
     step_weights_S = step_weights(recipe.train, config.experts, scheme.answer)
     data = _datasets(base.tokenizer, chains, scheme, recipe, config, step_weights_S)
-    _check_row_length(base, recipe, data.row_length)
+    check_row_length(recipe, capabilities, data.row_length)
     _check_rope(base, recipe, data)
     model = _add_experts(base, config, recipe, data.row_length)
     parameters = model.get_nb_trainable_parameters()  # before FSDP shards them
@@ -157,23 +158,6 @@ def _datasets(
         train=ChainDataset(rows, probabilities, recipe.seed, row_length, settings.skip_views),
         held_out=ChainDataset(held_out, torch.zeros_like(probabilities), recipe.seed) if held_out else None,
     )
-
-
-def _check_row_length(base: Base, recipe: Recipe, row_length: int) -> None:
-    """Refuse rows whose tokens the base model would scale by their index in the row where that is not their position.
-
-    Raises:
-        UserError: The rows are too long.
-    """
-    settings = recipe.train
-    moved = settings.packing or settings.skip_p > 0 or bool(settings.skip_pairs)
-    limit = indexed_scaling(base.model.config)
-    if moved and limit is not None and row_length >= limit:
-        raise UserError(
-            f"recipe: train.max_length={settings.max_length}: {base.name} scales attention by a token's index in its "
-            f"row from {limit} tokens on, which packing and skipping change; use at most {limit - 1}, or "
-            "train.packing=false train.skip_p=0"
-        )
 
 
 def _check_rope(base: Base, recipe: Recipe, data: _Datasets) -> None:

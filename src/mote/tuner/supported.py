@@ -56,9 +56,14 @@ def check_base(model: nn.Module, config: MoteConfig) -> None:
             fused = weight.ndim > 2 and weight.shape[0] > 1 and not isinstance(module, _ConvNd)
             if fused and (everything or wanted or check_target_module_exists(config, parameter)):
                 raise ValueError(
-                    f"target_modules={_shown(targets)}: {parameter} ({type(module).__name__}) holds fused 3-D expert "
-                    "weights, which cannot hold step experts; name the attention layers instead, such as "
-                    "['q_proj', 'k_proj', 'v_proj', 'o_proj']"
+                    f"target_modules={_shown(targets)}: {parameter} ({type(module).__name__}) holds "
+                    + (
+                        "fused 3-D expert weights, which cannot hold step experts; name the attention layers instead, "
+                        "such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']"
+                        if "expert" in parameter
+                        else "3-D weights, which cannot hold step experts; name the linear layers instead, "
+                        f"target_modules={_called_layers(model)}"
+                    )
                 )
         if wanted and module is head and config.markers:
             raise ValueError(
