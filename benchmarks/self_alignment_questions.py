@@ -23,7 +23,7 @@ from mote.questions.load import load_questions
 
 FOLDER = Path(__file__).parent / "self_alignment"
 SEED = 0
-WRAPPED = {"harmful": 36, "looks": 24, "benign": 8}  # how many of each group are wrapped
+WRAPPED = {"harmful": 36, "looks": 24, "benign": 8, "ability": 0}  # how many of each group are wrapped
 NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
 
 

@@ -107,7 +107,7 @@ def test_examples_of_the_check_show_what_each_kind_calls_for() -> None:
 def chain(writer: Writer, kind: str, source: str = "", scheme: Scheme = SCHEME, **changes: Any) -> ChainRow:
     given = {"retries": 0, "examples": 2, "check": "kind+self", "depths": ("direct", "full"), **changes}
     settings = ChainSettings.model_validate(given)
-    asked = question(kind, source=source)
+    asked = question(kind, source=source or ("own/harmful/privacy" if kind == "harmful" else ""))
     return asyncio.run(make_chain(asked, writer, judge(writer), scheme, settings, seed=0))
 
 
@@ -131,14 +131,14 @@ def test_a_harmful_question_gets_a_chain_as_deep_as_it_needs() -> None:
     assert [(check.depth, check.safe) for check in row.checks] == [("direct", False), ("full", True)]
 
 
-def test_the_first_answer_is_prompted_without_examples() -> None:
-    writer = Writer(HELPS, ANALYSIS, GUIDANCE, DECLINES)
-    chain(writer, "harmful", scheme=without_deepest())
-    assert len(writer.asked[0].messages) == 1
+def test_a_plain_refusal_is_prompted_with_examples_and_plain_help_without() -> None:
+    declines, helps = Writer(DECLINES), Writer(HELPS, declined=0.1)
+    assert len(chain(declines, "harmful", "own/harmful/theft").steps) == 1
+    assert len(chain(helps, "benign").steps) == 1
     shown = [example.question for example in SCHEME.first_examples(2, "harmful")]
-    turns = [message.content for message in writer.asked[1].messages if message.role == "user"]
-    assert all(text in turn for text, turn in zip(shown, turns[::3], strict=False))
-    assert len(turns) == 7  # three for each example
+    turns = [message.content for message in declines.asked[0].messages if message.role == "user"]
+    assert [text in turn for text, turn in zip(shown, turns, strict=False)] == [True, True]
+    assert (len(turns), len(helps.asked[0].messages)) == (3, 1)
 
 
 def test_the_first_stage_of_a_deep_chain_sees_examples() -> None:
@@ -154,10 +154,11 @@ def test_guidance_that_decides_against_the_kind_is_rejected() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "source", "steps"),
-    [("harmful", "", 3), ("benign", "own/looks/words", 3), ("benign", "own/benign/home+table", 3),
-     ("benign", "own/benign/home", 1), ("benign", "", 1)],
+    [("harmful", "own/harmful/privacy", 3), ("harmful", "own/harmful/theft+table", 3), ("harmful", "own/harmful/theft", 1),
+     ("benign", "own/looks/words", 3), ("benign", "own/benign/home+table", 3),
+     ("benign", "own/looks/code", 1), ("benign", "own/benign/home", 1), ("benign", "", 1)],
 )  # fmt: skip
-def test_what_is_or_looks_harmful_gets_all_steps_at_once(kind: str, source: str, steps: int) -> None:
+def test_hidden_or_apparent_harm_gets_all_steps_at_once(kind: str, source: str, steps: int) -> None:
     deep = {"harmful": (ANALYSIS, GUIDANCE, DECLINES), "benign": (HARMLESS, "Tell them. Decision: help.", HELPS)}[kind]
     writer = Writer(*deep[3 - steps :], declined=0.9 if kind == "harmful" else 0.1)
     row = chain(writer, kind, source)
