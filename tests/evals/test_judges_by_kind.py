@@ -154,8 +154,8 @@ def test_guidance_that_decides_against_the_kind_is_rejected() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "source", "steps"),
-    [("harmful", "own/harmful/privacy", 3), ("harmful", "own/harmful/theft+table", 3), ("harmful", "own/harmful/theft", 1),
-     ("benign", "own/looks/words", 3), ("benign", "own/benign/home+table", 3),
+    [("harmful", "own/harmful/privacy", 3), ("harmful", "own/harmful/theft+table", 3),
+     ("harmful", "own/harmful/theft", 1), ("benign", "own/looks/words", 3), ("benign", "own/benign/home+table", 3),
      ("benign", "own/looks/code", 1), ("benign", "own/benign/home", 1), ("benign", "", 1)],
 )  # fmt: skip
 def test_hidden_or_apparent_harm_gets_all_steps_at_once(kind: str, source: str, steps: int) -> None:

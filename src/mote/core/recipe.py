@@ -344,7 +344,7 @@ class Recipe(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Data type of the weights; `auto` is bfloat16 on a GPU and float32 on a CPU. Cost: float32 takes "
-        "twice the memory; bfloat16 is slower on many CPUs.",
+        "twice the memory; on a CPU with AVX512-BF16 or AMX bfloat16 is faster, on others much slower.",
     )
     device: str = Field(
         "auto", description="`cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one. Cost: none."
