@@ -1,13 +1,13 @@
 """The self-alignment experiment: its suite and its files."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from support.paths import ROOT, UPSTREAM
+from support.scripts import benchmark
 
 from mote.core.errors import UserError
 from mote.evals.suite_config import load_suite
@@ -20,11 +20,7 @@ FILES = ("xstest/xstest_prompts.csv", "jailbreakbench/harmful-behaviors.csv", "j
 
 @pytest.fixture(scope="module")
 def data_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("self_alignment_data", ROOT / "benchmarks/self_alignment_data.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("self_alignment_data")
 
 
 @pytest.fixture

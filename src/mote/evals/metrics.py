@@ -21,7 +21,7 @@ UNREADABLE = "unreadable"  # share of answers that neither refuse nor show that 
 
 
 class MetricScores(NamedTuple):
-    """One headline metric of a system in a mode, per prompt."""
+    """One metric of a system in a mode, per prompt; `group` is empty for a headline metric."""
 
     task: str
     metric: str
@@ -29,6 +29,7 @@ class MetricScores(NamedTuple):
     mode: str
     rows: Sequence[EvalRow]  # the rows it is computed from
     scores: Scores
+    group: str = ""  # technique, type or kind of the prompts
 
     @property
     def name(self) -> str:
@@ -43,11 +44,15 @@ def headline_scores(rows: Sequence[EvalRow], k: float) -> list[MetricScores]:
         rows: All rows.
         k: Share of the techniques in goodness@k.
     """
+    return [scored for scored in all_scores(rows, k) if not scored.group]
+
+
+def all_scores(rows: Sequence[EvalRow], k: float) -> list[MetricScores]:
+    """All metrics of all tasks, systems and modes, per prompt; arguments as in `headline_scores`."""
     return [
-        MetricScores(task, metric, system, mode, part, scores)
+        MetricScores(task, metric, system, mode, part, scores, group)
         for (task, system, mode), group_rows in _grouped(rows, lambda row: (row.task, row.system, row.mode))
         for metric, group, part, scores in _metrics(task, group_rows, k)
-        if not group
     ]
 
 
@@ -59,23 +64,20 @@ def numbers_of(rows: Sequence[EvalRow], k: float, seed: int) -> list[Number]:
         k: Share of the techniques in goodness@k.
         seed: Seed of the bootstrap.
     """
-    numbers = []
-    for (task, system, mode), group_rows in _grouped(rows, lambda row: (row.task, row.system, row.mode)):
-        for metric, group, part, scores in _metrics(task, group_rows, k):
-            numbers.append(
-                Number(
-                    system=system,
-                    mode=mode,
-                    task=task,
-                    metric=metric,
-                    group=group,
-                    judge=part[0].judge,
-                    estimate=estimate(list(scores.values()), seed),
-                    unparsed=sum(not row.parsed and row.label != ABSENT for row in part),
-                    absent=sum(row.label == ABSENT for row in part),
-                )
-            )
-    return numbers
+    return [
+        Number(
+            system=one.system,
+            mode=one.mode,
+            task=one.task,
+            metric=one.metric,
+            group=one.group,
+            judge=one.rows[0].judge,
+            estimate=estimate(list(one.scores.values()), seed),
+            unparsed=sum(not row.parsed and row.label != ABSENT for row in one.rows),
+            absent=sum(row.label == ABSENT for row in one.rows),
+        )
+        for one in all_scores(rows, k)
+    ]
 
 
 def comparisons_of(rows: Sequence[EvalRow], k: float, seed: int) -> list[Comparison]:
