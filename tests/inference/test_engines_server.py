@@ -14,7 +14,7 @@ from mote.chains.engine import Prompt
 from mote.core.errors import MoteError, UserError
 from mote.core.recipe_file import load_recipe
 from mote.core.records import Message
-from mote.inference.engines import endpoints
+from mote.inference.engines import endpoints, server
 from mote.inference.engines.endpoints import Endpoints, backoff
 from mote.inference.engines.server import ServerEngine
 
@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "FIRST_WAIT", 0.004)
     monkeypatch.setattr(endpoints, "_POLL", 0.001)
+    monkeypatch.setattr(server, "LOADING_WAIT", 0.002)
 
 
 @pytest.fixture
@@ -149,7 +150,8 @@ def test_unreachable_address_is_named(fake: FakeServer) -> None:
      ("404", r"does not serve model='some-model' \(404: .*; it serves 'this', 'that'")],
 )  # fmt: skip
 def test_refused_request_is_not_retried(fake: FakeServer, how: str, complaint: str) -> None:
-    fake.usual, fake.models = how, ("this", "that")
+    fake.usual = how
+    fake.models = ("this", "that")
     with pytest.raises(UserError, match=f"engine: {fake.address} {complaint}"):
         write(fake, ["one"])
     assert len(fake.seen) == 1
@@ -191,6 +193,22 @@ def test_server_busy_beyond_the_timeout_is_named(fake: FakeServer) -> None:
 def test_busy_replies_do_not_use_retries(fake: FakeServer) -> None:
     fake.plan.extend(["429 0"] * 10)
     assert write(fake, ["one"], retries=0) == ["about one"]
+
+
+def test_server_that_loads_its_model_is_waited_for(fake: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.plan.extend(["loading"] * 40)  # five retries would give up
+    assert write(fake, TEXTS) == ANSWERS
+    assert capsys.readouterr().err.splitlines() == [
+        f"engine: {fake.address} still loads its model (503: Loading model); waiting for it",
+        f"engine: {fake.address} has loaded its model",
+    ]
+
+
+def test_server_that_never_loads_its_model_is_named(fake: FakeServer) -> None:
+    fake.usual = "loading"
+    with pytest.raises(MoteError, match=rf"engine: {fake.address} failed \(503: Loading model\); see that the server"):
+        write(fake, ["one"], timeout=1, retries=0)
+    assert len(fake.seen) > 3
 
 
 def test_hanging_server_hits_the_timeout(fake: FakeServer) -> None:

@@ -20,9 +20,10 @@ class FakeServer:
     """A server that runs in its own thread.
 
     Each chat request gets the next behaviour in `plan`, or `usual` when that is empty. Behaviours: `ok`; `length` (a
-    truncated answer); `wait` (answers after `release`); a status such as `503`, or `429 0.1` with Retry-After; `reset`
-    (half the body, then a connection reset); `truncated` (half the body, then EOF); `garbage` (not HTTP); `not json`;
-    `html`; `text` (JSON with another content type); `no choices`; `no usage`; `no logprobs`; `null` (content null).
+    truncated answer); `wait` (answers after `release`); a status such as `503`, or `429 0.1` with Retry-After;
+    `loading` (as llama.cpp while it loads its model); `reset` (half the body, then a connection reset); `truncated`
+    (half the body, then EOF); `garbage` (not HTTP); `not json`; `html`; `text` (JSON with another content type); `no
+    choices`; `no usage`; `no logprobs`; `null` (content null).
 
     Attributes:
         longest: Maximum characters of a chat, longer ones get 400; None for no limit.
@@ -127,7 +128,10 @@ class FakeServer:
         status, _, after = how.partition(" ")
         if how == "wait":
             await self._released.wait()
-        if status.isdigit():
+        if how == "loading":
+            error = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+            writer.write(_http(503, error))
+        elif status.isdigit():
             error = {"error": {"message": f"behaves\nas {status}", "type": "x", "param": None, "code": int(status)}}
             writer.write(_http(int(status), error, **({"Retry-After": after} if after else {})))
         elif how in ("reset", "truncated"):

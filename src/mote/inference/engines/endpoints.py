@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 FIRST_WAIT = 0.5  # seconds
 LONGEST_WAIT = 30.0  # seconds
+LOADING_WAIT = 2.0  # seconds between requests to a server that still loads its model
 _STRIKES = 3  # consecutive failures that set an endpoint aside: a single one may be the request's fault
 _POLL = 0.05  # seconds between checks for a free endpoint
 
@@ -25,6 +26,7 @@ class Endpoint:
         strikes: Failures since its last response; requests that began before it was set aside do not count.
         set_aside_at: Loop time, in seconds, at which it was last set aside.
         rests_until: Loop time from which it may be used again.
+        loading: Whether its last response was that it still loads its model.
     """
 
     def __init__(self, address: str) -> None:
@@ -33,6 +35,7 @@ class Endpoint:
         self.strikes = 0
         self.set_aside_at = 0.0
         self.rests_until = 0.0
+        self.loading = False
 
     def is_free(self, now: float) -> bool:
         """Whether it may be used; an endpoint that was set aside is tried with one request at a time."""
@@ -81,7 +84,10 @@ class Endpoints:
         """Record a response."""
         if endpoint.strikes >= _STRIKES:
             print(f"engine: {endpoint.address} answers again", file=sys.stderr)
+        if endpoint.loading:
+            print(f"engine: {endpoint.address} has loaded its model", file=sys.stderr)
         endpoint.strikes = 0
+        endpoint.loading = False
 
     def failed(self, endpoint: Endpoint, began: float, reason: str) -> None:
         """Record a failed request that began at `began`; the third consecutive failure sets the endpoint aside."""
@@ -95,6 +101,13 @@ class Endpoints:
             print(f"engine: {endpoint.address} is set aside ({reason}) and tried again later", file=sys.stderr)
         endpoint.set_aside_at = asyncio.get_running_loop().time()
         endpoint.rests_until = endpoint.set_aside_at + backoff(endpoint.strikes - _STRIKES)
+
+    def loading(self, endpoint: Endpoint, reason: str) -> None:
+        """Record that the endpoint is up and still loads its model."""
+        if not endpoint.loading:
+            print(f"engine: {endpoint.address} still loads its model ({reason}); waiting for it", file=sys.stderr)
+        endpoint.strikes = 0
+        endpoint.loading = True
 
     def busy(self, endpoint: Endpoint, seconds: float) -> None:
         """Pause it for as long as it asked."""

@@ -74,6 +74,11 @@ def is_transient(error: APIStatusError) -> bool:
     return error.status_code >= 500 or error.status_code in _TRANSIENT
 
 
+def is_loading(error: APIStatusError) -> bool:
+    """Whether the server is up and still loads its model; llama.cpp answers 503 with `Loading model`."""
+    return error.status_code == 503 and "loading" in error_text(error).lower()
+
+
 def retry_after(error: APIStatusError) -> float | None:
     """Seconds from Retry-After, given as a number or a date; None without that header."""
     header = error.response.headers.get("retry-after", "").strip()

@@ -11,8 +11,16 @@ from pydantic import ValidationError
 
 from mote.chains.engine import Completion, Preference, Prompt, Refused
 from mote.core.errors import MoteError, UserError
-from mote.inference.engines.endpoints import Endpoint, Endpoints, backoff
-from mote.inference.engines.replies import REQUEST_ERRORS, Choice, Reply, error_text, is_transient, retry_after
+from mote.inference.engines.endpoints import LOADING_WAIT, Endpoint, Endpoints, backoff
+from mote.inference.engines.replies import (
+    REQUEST_ERRORS,
+    Choice,
+    Reply,
+    error_text,
+    is_loading,
+    is_transient,
+    retry_after,
+)
 
 _CONNECT = 30.0  # seconds until a machine that is off counts as such
 
@@ -43,8 +51,8 @@ class ServerEngine:
         model: Name the model is served under.
         concurrency: Maximum number of requests in flight, over all addresses.
         retries: How often a failed request is repeated: after 5xx, a broken connection, a timeout, or a reply that is
-            no chat completion. A busy server (429, or any error with Retry-After) does not use retries up; the request
-            waits until `timeout`.
+            no chat completion. A server that is busy (429, or any error with Retry-After) or still loads its model does
+            not use retries up; the request waits until `timeout`.
         timeout: Seconds one attempt may take.
     """
 
@@ -169,6 +177,9 @@ class ServerEngine:
             if not is_transient(error):
                 await self._refuse(endpoint, error)
             wait = retry_after(error)
+            if is_loading(error):
+                self._endpoints.loading(endpoint, error_text(error))
+                raise _TransientError(error_text(error), True, LOADING_WAIT if wait is None else wait) from error
             raise _TransientError(error_text(error), error.status_code == 429 or wait is not None, wait) from error
         except TimeoutError as error:
             raise _TransientError(f"no answer within {self._timeout:g} s") from error
