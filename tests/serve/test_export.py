@@ -204,7 +204,8 @@ def test_merged_model_generates_as_direct_mode(tmp_path: Path, kind: str) -> Non
     adapter = make_adapter(base, tmp_path / "adapter", question_expert="response")
     whole = mote.load(str(base), adapter)
     folder = export_merged(str(adapter), tmp_path / "out")
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     by_itself = 0
     for first in range(len(WORDS)):
         question = " ".join(WORDS[first:] + WORDS[:first])
@@ -246,7 +247,10 @@ def test_only_the_generation_prompt_ends_with_the_marker(tiny: Path, template: s
 
 def test_exports_work_without_mote(tmp_path: Path) -> None:
     """The cards' lines in a separate process: the same logits, and the answer of `mote answer --mode direct`."""
-    ids, expected, answers, script = {}, {}, {}, []
+    ids = {}
+    expected = {}
+    answers = {}
+    script = []
     for kind in ("tied", "untied"):
         base = make_tiny_model(tmp_path / kind, tied=kind == "tied")
         adapter = make_adapter(base, tmp_path / f"{kind}-adapter", question_expert="response")
@@ -347,7 +351,7 @@ def test_unexportable_adapters_are_refused(one: Path, tiny: Path, tmp_path: Path
     before = sorted(tmp_path.rglob("*"))
     for adapter, complaint in {
         lora: f"adapter: '{lora}' is a .*LORA adapter, not one of step experts",
-        tmp_path / "none": f"adapter: '{tmp_path}/none' holds no adapter that can be read",
+        tmp_path / "none": f"adapter: there is no folder '{tmp_path}/none'",
         bare: f"adapter: '{bare}' holds no tokenizer; save the one with the markers there",
         nameless: f"model: the adapter '{nameless}' names no base model; give it with --model",
     }.items():

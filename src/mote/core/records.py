@@ -272,17 +272,30 @@ def rewrite_rows(path: Path, rows: Iterable[BaseModel]) -> None:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Lock a run folder against other processes while this one writes to it.
 
+    A folder that was made for the lock is removed if the context fails before anything is written to it.
+
     Raises:
         UserError: Another process holds the folder, or it cannot be made.
     """
+    lock = folder / ".lock"
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle: IO[str] = open(folder / ".lock", "w")  # noqa: SIM115 (open for as long as the lock is held)
+        handle: IO[str] = open(lock, "w")  # noqa: SIM115 (open for as long as the lock is held)
     except OSError as error:
         raise UserError(f"out: {folder} cannot be used ({error.strerror}); give another folder with --out") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.stat()  # missing if the process that held it has failed and removed it since the file was opened
         except OSError as error:
             raise UserError(f"out: {folder} is in use by another mote process; wait for it or use --out") from error
-        yield
+        try:
+            yield
+        except BaseException:
+            if made and list(folder.iterdir()) == [lock]:
+                lock.unlink()
+                for path in made:
+                    with suppress(OSError):  # another process uses it by now
+                        path.rmdir()
+            raise

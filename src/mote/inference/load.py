@@ -1,5 +1,7 @@
 """Loads adapters and the models that answer with them: `mote.load`."""
 
+import logging
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,12 @@ from mote.models.load import Base, fingerprint, load_base
 from mote.tokens.encode import check_markers
 from mote.tuner import MoteConfig
 
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name; only base models have names without an owner
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter as it lies in its folder; its weights are not read.
+    """A trained adapter in its folder; its weights are not loaded.
 
     Attributes:
         path: Folder, or hub id.
@@ -57,11 +61,16 @@ def read_adapter(path: str | Path) -> Adapter:
         UserError: There is no adapter, it does not have step experts with markers, or its scheme cannot be read.
     """
     path = str(path)
+    if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
+        raise UserError(f"adapter: there is no folder '{path}'; give the one that `mote train` wrote, or a hub id")
+    # huggingface_hub logs every attempt; the user gets one line.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        checked = "" if Path(path).is_dir() else ", or check the hub id and the network"
         raise UserError(
-            f"adapter: '{path}' holds no adapter that can be read; give the folder that `mote train` wrote"
+            f"adapter: '{path}' holds no adapter that can be read; give the folder that `mote train` wrote{checked}"
         ) from error
     if not isinstance(config, MoteConfig) or not config.markers:
         raise UserError(f"adapter: '{path}' is a {config.peft_type} adapter, not one of step experts with markers")
