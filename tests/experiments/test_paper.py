@@ -211,7 +211,7 @@ def test_unknown_paper_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.yaml"
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
     path.write_text(yaml.safe_dump({"name": "t", "table": "table9", "recipe": recipe, "variants": [{"name": "a"}]}))
-    with pytest.raises(UserError, match="table: 'table9' is none of"):
+    with pytest.raises(UserError, match="table: 'table9' is not one of"):
         load_ablations(path)
 
 

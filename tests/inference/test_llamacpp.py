@@ -247,8 +247,8 @@ def test_files_are_made_once_for_an_adapters_weights(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": "bfloat16"}, "dtype: bfloat16 is none of the engine llamacpp"),
-        ({"device": "cuda"}, "device: cuda is none of the engine llamacpp, which runs on a CPU"),
+        ({"dtype": "bfloat16"}, "dtype: the engine llamacpp does not support bfloat16"),
+        ({"device": "cuda"}, "device: the engine llamacpp runs on a CPU, not on cuda"),
     ],
 )
 def test_settings_it_does_not_have_are_refused(tiny: Path, folder: Path, settings: Any, message: str) -> None:

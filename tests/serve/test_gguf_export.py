@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "rope-factors": ("Llama", {"rope_parameters": LLAMA3}, {}, r"no rope factors.*gguf-steps"),
     "window": ("Mistral", {"sliding_window": 64}, {}, "attention window of 64 tokens; use `mote answer`"),
     "gemma": ("Gemma2", {"query_pre_attn_scalar": 32}, {}, "'gemma2'; use --format gguf-steps"),
-    "unknown": ("Phi3", {}, {}, "'phi3' is none of .*; use `mote answer`"),
+    "unknown": ("Phi3", {}, {}, "'phi3' is not one of .*; use `mote answer`"),
     "separate": ("Llama", {}, {"whole_rows": True}, "--format peft-steps"),
     "reserved-name": ("Llama", {}, {"experts": ("end", "response")}, "another name"),
 }

@@ -83,7 +83,7 @@ class WordJudge:
         self._ask = ask
         self._words = words
         self.card = JudgeCard(
-            name=name, revision="", prompts=prompts, measures="harm", scale=f"the written word, {' or '.join(words)}"
+            name=name, revision="", prompts=prompts, measures="harm", scale=f"the generated word, {' or '.join(words)}"
         )
 
     async def judge(self, question: Sequence[Message], answer: str) -> Verdict:

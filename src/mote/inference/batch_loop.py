@@ -1,6 +1,6 @@
-"""The loop of a running batch, whatever computes it: requests wait, join, get tokens and leave.
+"""The loop of continuous batching, whatever computes the logits: requests wait, join the batch, get tokens and leave.
 
-It knows nothing of models: subclasses give waiting sequences a place and compute logits.
+It knows nothing of models: subclasses assign slots and compute logits.
 """
 
 import atexit

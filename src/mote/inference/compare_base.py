@@ -1,7 +1,7 @@
-"""What an architecture does with our masks, positions and cache, compared with separately computed sequences.
+"""Tests how an architecture handles our masks, positions and cache: results must equal separately computed sequences.
 
 The comparison runs on a tiny random copy of a base model (`mote.models.tiny_copy`) in float32 and takes about a second.
-Chains are longer than the copy's windows and chunks, so that these count.
+Chains are longer than the copy's windows and chunks, so that these matter.
 Shapes: B row, T token, S step, V vocabulary.
 """
 
@@ -25,12 +25,12 @@ from mote.tokens.packing import DrawnChain, collate, repeated_steps, segment_vis
 from mote.tokens.routing import QUESTION
 from mote.tuner.gguf.architectures import refusals
 
-TOLERANCE = 1e-4  # of the largest logit, in float32; what leaks differs by more than 0.1 of it
+TOLERANCE = 1e-4  # of the largest logit, in float32; a leak between tokens differs by more than 0.1 of it
 _STEPS = (9, 8, 7, 8)  # tokens of the question and of three steps
 _HALF = torch.full((4, 4), 0.5).tril(-1) * torch.tensor([0.0, 1, 1, 1])  # probability that a step skips an earlier one
 
 
-_COMPARED: dict[str, Capabilities] = {}  # by configuration: stages of one run ask again
+_COMPARED: dict[str, Capabilities] = {}  # by configuration: several stages of one run need it
 
 
 class Copy(NamedTuple):
@@ -44,7 +44,7 @@ Comparison = Callable[[Copy], float]  # the largest difference, in units of the 
 
 
 def checked(config: Any) -> Capabilities:
-    """The capabilities of a base model; an architecture that is not known is compared first.
+    """The capabilities of a base model; an unknown architecture is tested first.
 
     Args:
         config: The base model's configuration.
@@ -62,16 +62,16 @@ def checked(config: Any) -> Capabilities:
 
 
 def described(config: Any) -> Capabilities:
-    """`checked`, and which formats of llama.cpp the base can be written in: for the tables that users see."""
+    """`checked`, with the llama.cpp formats that the base cannot be written in: for the tables that users see."""
     base = checked(config)
     refused = {form: why for form, why in refusals(config).items() if why is not None}
     return base.model_copy(update={"limits": base.limits | refused})
 
 
 def compare(config: Any) -> tuple[Ability, ...] | None:
-    """The abilities in which a tiny random copy of a base model computes something else than it should, or fails.
+    """The abilities for which a tiny random copy of a base model gives wrong results or fails.
 
-    None if no copy can be made that computes anything.
+    None if no working copy can be made.
     """
     copy = copy_of(config)
     if copy is None:
@@ -116,7 +116,7 @@ def error_of(comparison: Comparison, copy: Copy) -> float:
 
 
 def _training(copy: Copy) -> float:
-    """Rows of plain chains, padded on the right; what a token reads must not depend on those after it."""
+    """Rows of plain chains, padded on the right; a token's logits must not depend on later tokens."""
     ids = [_ids(0, 31), _ids(1, 17)]
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     mask = (torch.arange(padded.shape[1]) < torch.tensor([[len(row)] for row in ids])).long()
@@ -166,7 +166,7 @@ def answers_of(copy: Copy, loop: BatchLoop) -> float:
     shared = [0, len(prefix), 0, len(prefix)]
     requests = [Request(ids, FreeText(()), 6, own) for ids, own in zip(prompts, shared, strict=True)]
     futures = [loop.submit(request) for request in requests]
-    loop.wait()  # also where a request fails: the model must be free for the next comparison
+    loop.wait()  # even if a request failed: the model must be idle before the next comparison
     found = [future.result() for future in futures]
     wrong = 0
     for ids, answer in zip(prompts, found, strict=True):
@@ -199,7 +199,7 @@ def _drawn(chain: Tokens, *draws: Tensor) -> DrawnChain:
 
 
 def _masked(copy: Copy, rows: Sequence[Sequence[DrawnChain]]) -> Tensor:
-    """Logits (B, T, V) of rows under the masks and positions that training makes of them."""
+    """Logits (B, T, V) of rows under the masks and positions of training."""
     batch = collate(rows, 0)
     make = masks_for(copy.model.config, mask_form(copy.model.config._attn_implementation))
     positions = batch["position_ids"]

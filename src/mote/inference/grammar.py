@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from mote.tokens.routing import Markers
 
-MIN_STEP_TOKENS = 4  # least tokens of a step with its markers, if there is a budget for the whole answer
+MIN_STEP_TOKENS = 4  # minimum tokens of a step with its markers if the whole answer has a budget
 _MINUS_INFINITY = float("-inf")
 
 
@@ -112,7 +112,7 @@ class FreeText:
 
     Args:
         stop_ids: Ids that end the turn.
-        forbidden: Ids that must not come: with the adapter off, the untrained rows of the markers.
+        forbidden: Ids that must not be generated: with the adapter off, the markers, whose rows are untrained.
     """
 
     def __init__(self, stop_ids: Collection[int], forbidden: Sequence[int] = ()) -> None:

@@ -204,8 +204,8 @@ class SlotCache(Cache):
 def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros of another tensor's dtype and device.
 
-    On a CPU they are pages of their own: what is not written takes no memory, and what is freed goes back to the system
-    at once. Slots that grow in the heap leave gaps as large as themselves.
+    On a CPU they are memory pages separate from the heap: unwritten pages take no memory, and freed ones go back to the
+    system at once. Slots that grow inside the heap leave gaps as large as themselves.
     """
     if like.device.type != "cpu" or sys.platform == "win32":
         return like.new_zeros(shape)

@@ -1,4 +1,4 @@
-"""The loop that computes a base model's requests: the running batch where its architecture allows it."""
+"""Opens the loop that computes a base model's requests: continuous batching where its architecture allows it."""
 
 import sys
 from typing import Any

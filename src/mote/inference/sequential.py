@@ -1,7 +1,7 @@
-"""Answers one after the other by transformers' `generate`, for models that the running batch cannot hold.
+"""Sequential generation by transformers' `generate`, for models that continuous batching does not support.
 
-State-space, convolution and linear-attention layers keep a state that no slot of keys and values holds; transformers'
-own cache does. Exact for every model that `generate` runs, and slower than `mote.inference.batching`.
+State-space, convolution and linear-attention layers keep a state, which our KV slots cannot store and transformers' own
+cache can. Exact for every model that `generate` runs, and slower than `mote.inference.batching`.
 Shapes: T token, V vocabulary.
 """
 
@@ -22,7 +22,7 @@ from mote.tokens.routing import Markers
 
 
 class SequentialLoop(BatchLoop):
-    """Computes one request at a time; prompts are read anew by each, also by those that follow in `Request.follow`.
+    """Computes one request at a time; each prefills its whole prompt, those that `Request.follow` returns too.
 
     Args:
         model: A causal language model, with or without an adapter.
@@ -81,7 +81,7 @@ class SequentialLoop(BatchLoop):
         return logits[0, -last:]
 
     def _generate(self, sequence: RunningSequence, row: Tensor) -> None:
-        """Generate the sequence's tokens; `generate` gets each as the only one that is possible."""
+        """Generate the sequence's tokens; `_Chosen` leaves `generate` one possible token at a time."""
         self._model.generate(
             input_ids=row,
             attention_mask=torch.ones_like(row),

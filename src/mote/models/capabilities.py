@@ -1,7 +1,7 @@
 """What a base model can do: be trained, skip steps, pack rows, answer in a running batch, be exported.
 
-What an architecture does with our masks and our cache was compared once and is listed in `CHECKED`; a model that is not
-listed is compared when it is used (`mote.inference.compare_base`), and trusted with nothing before.
+How each architecture handles our masks and our cache was tested once and is listed in `CHECKED`. A model that is not
+listed is tested on first use (`mote.inference.compare_base`); until then nothing that needs masks is enabled.
 """
 
 import re
@@ -122,7 +122,7 @@ def capabilities_of(config: Any, failed: Collection[str] | None = None) -> Capab
 
 
 def _reason(config: Any) -> str:
-    """Why an architecture cannot do what it cannot."""
+    """Why an architecture lacks its missing abilities."""
     name = config.model_type
     if stateful := stateful_layers(config):
         return f"{name} has layers that keep a state ({', '.join(stateful)}), which no mask reaches"

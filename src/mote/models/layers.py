@@ -1,4 +1,4 @@
-"""What the layers of a base model see of the tokens before them, from its configuration.
+"""Which earlier tokens each layer of a base model can see, from its configuration.
 
 Knows transformers' names for kinds of layers and nothing of steps. Models whose layers differ take a dict of masks, one
 for each of these names; all others take one mask.
@@ -84,7 +84,7 @@ def layers_of(config: Any) -> tuple[Layer, ...]:
 
 
 def stateful_layers(config: Any) -> list[str]:
-    """Names of the kinds of layers that keep a state, which goes from document to document and past every mask."""
+    """Names of the kinds of layers that keep a state, which carries over between documents and ignores masks."""
     return sorted({layer.name for layer in layers_of(config) if layer.kind == "recurrent"})
 
 

@@ -132,7 +132,7 @@ def speed_up(model: nn.Module) -> None:
     """Let the linear layers of a model use `fast_matmul` while they are frozen; names, weights and memory stay.
 
     Layers on a GPU are left alone, where looking at them would take longer than `nn.Linear` itself. The others change
-    class in place: a replaced module would lose its hooks, and every name under which the model's own code holds it.
+    class in place: a replaced module would lose its hooks and other references that the model's code holds.
     """
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu":
@@ -144,8 +144,8 @@ def lay_out_by_columns(model: nn.Module) -> None:
 
     A single row's matmul is bound by reading the weights, and takes 0.73 of the time in this layout
     (docs/decisions/0034). Values, shapes, names and memory stay. Weights that another module shares, such as a head
-    tied to the embedding, keep their layout: the embedding is read by rows. They are copied, since a checkpoint stays
-    mapped into memory, beside the weights that were laid out, for as long as one weight is a part of the file.
+    tied to the embedding, keep their layout: the embedding is read by rows. They are copied all the same: a
+    memory-mapped checkpoint stays in memory, beside the new layout, as long as any weight still points into it.
     """
     users: dict[int, int] = {}
     for module in model.modules():

@@ -17,7 +17,7 @@ from mote.core.errors import UserError
 from mote.models.attention import GROUPED_SDPA
 from mote.models.embedded import EMBEDDED, _embedded_folder
 
-# Raised by transformers for files that it cannot make a model of; its checks of configurations have their own error.
+# Raised by transformers for files that it cannot load as a model; its validation of configurations has its own error.
 _FAULTS = (
     ValueError,
     ImportError,

@@ -1,7 +1,8 @@
 """Rotary embeddings whose frequencies depend on the length of the sequence: `longrope` and `dynamic`.
 
-transformers chooses them by the largest position of a forward pass. In a batch that is the longest sequence's, and for
-a chunk of a prompt not the prompt's. Sequences of different regimes therefore go through separate forward passes.
+transformers chooses them by the largest position of a forward pass. In a batch that is the position of the longest
+sequence, and in a prefill chunk it is not the prompt's last one. Sequences of different regimes therefore go through
+separate forward passes.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def original_length(config: Any) -> int | None:
 
 
 class LengthDependentRope:
-    """The rotary embeddings of a model that change with the length.
+    """The rotary embeddings of a model that depend on the sequence length.
 
     Args:
         model: The model.
@@ -61,7 +62,7 @@ class LengthDependentRope:
         return any(rope_type == "longrope" and cached <= original < length for rope_type, original in self._ropes)
 
     def reset(self) -> None:
-        """Forget the longest sequence so far, which `dynamic` would keep the frequencies of."""
+        """Forget the longest sequence so far, whose frequencies `dynamic` would keep."""
         for module, prefix in self._dynamic:
             original = getattr(module, f"{prefix}original_inv_freq")
             setattr(module, f"{prefix}inv_freq", original.to(getattr(module, f"{prefix}inv_freq").device))

@@ -1,6 +1,7 @@
 """A tiny random copy of a base model: the same architecture and kinds of layers, with sizes that compute in no time.
 
-Knows the names that transformers' configurations give to sizes. What a copy is compared with is `mote.inference`'s.
+Knows the names that transformers' configurations give to sizes. The comparison itself is in
+`mote.inference.compare_base`.
 """
 
 from collections.abc import Mapping
@@ -88,14 +89,14 @@ def tiny_model(config: Any, attention: str | None = None, seed: int = 0) -> Any:
 
 
 def _layer_count(config: Any) -> int:
-    """The first layers among which each kind is, twice over where the last ones share the keys of earlier ones."""
+    """How many leading layers contain every kind; twice that if the last layers share keys of earlier ones."""
     names = [layer.name for layer in layers_of(config)]
     count = max([2, *(names.index(name) + 1 for name in set(names))])
     return 2 * count if getattr(config, "num_kv_shared_layers", None) else count
 
 
 def _smaller(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """A configuration's values with small sizes; lists with an entry a layer keep the first."""
+    """A configuration's values with small sizes; lists with one entry per layer are cut to the first layers."""
     whole = next((values[name] for name in _LAYERS if isinstance(values.get(name), int)), layers)
     small: dict[str, Any] = {}
     for name, value in values.items():

@@ -46,7 +46,9 @@ def find_frame(render: Render) -> Frame | None:
     dialogue = [("user", first), ("assistant", second), ("user", third)]
     try:
         text = render(dialogue, False)
-        head, between, rest = text.split(first)[0], text.split(first)[1].split(second)[0], text.split(second)[1]
+        head = text.split(first)[0]
+        between = text.split(first)[1].split(second)[0]
+        rest = text.split(second)[1]
         after_answer, after_user = rest.split(third)
         answer = render([("user", first)], True).split(first)[1]
         with_system = render([("system", first), ("user", second)], False).split(first)
@@ -59,7 +61,8 @@ def find_frame(render: Render) -> Frame | None:
     size = next(n for n in range(len(after_answer), -1, -1) if head.endswith(after_answer[len(after_answer) - n :]))
     before_user = after_answer[len(after_answer) - size :]
     after_answer = after_answer[: len(after_answer) - size]
-    before_system, after_system = with_system[0], with_system[1].split(second)[0]
+    before_system = with_system[0]
+    after_system = with_system[1].split(second)[0]
     if not after_system.endswith(before_user):
         return None
     frame = Frame(

@@ -150,7 +150,7 @@ def step_weights(settings: TrainSettings, steps: tuple[str, ...], answer: str = 
 
 
 def check_gpu(device: str) -> None:
-    """Refuse a choice of GPUs that transformers' `Trainer` would not keep to.
+    """Refuse a selection of GPUs that transformers' `Trainer` would ignore.
 
     One process trains on the first GPU that it sees, and by `nn.DataParallel` on all of them if it sees more.
 

@@ -2,8 +2,8 @@
 
 Each layer's base matmul, `lora_A` and `lora_B` are looked up once and bound into one function: a decode step then takes
 three matmuls a layer and no call of the base layer. Where all tokens are in one reasoning step, the function reads
-contiguous copies of that step's expert columns only. The functions serve every KV cache: for each sequence, the weights
-are compared once with those that they were bound from.
+contiguous copies of that step's expert columns only. The functions serve every KV cache: once per sequence, the weights
+are compared with those that were bound.
 
 The plain form in `mote.tuner.experts` is the reference.
 Shapes: B row, T token, N tokens of all rows, E expert, R rank.
@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")
 
 
 class AdaptedLinear(Protocol):
-    """What is read of a layer with step experts."""
+    """The parts of a layer with step experts that are read here."""
 
     base_layer: nn.Module
     mote_A: nn.ModuleDict

@@ -123,7 +123,9 @@ def _without_gradients(
     """
     dtype = result.dtype
     if not x.dtype == lora_A.dtype == lora_B.dtype == dtype:
-        x, lora_A, lora_B = x.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+        x = x.to(dtype)
+        lora_A = lora_A.to(dtype)
+        lora_B = lora_B.to(dtype)
     hidden = matmul(x, lora_A).mul_(expert_weights)
     if not in_place:
         return result + matmul(hidden, lora_B)

@@ -1,7 +1,8 @@
 """Carries the step of each token to the adapted layers, which see only hidden states.
 
-A hook on the model turns ids into step ids before every forward pass. What is made of them (`expert_weights`,
-`cpu_decode`) is made once per forward pass; the layers read the innermost pass of their own thread.
+A hook on the model turns ids into step ids before every forward pass. Expert weights and the CPU fast path
+(`expert_weights`, `cpu_decode`) are derived from them once per forward pass; layers read those of the innermost forward
+pass in their thread.
 Shapes: B row, T token.
 """
 

@@ -75,9 +75,9 @@ def check_base(model: nn.Module, config: MoteConfig) -> None:
                 f"target_modules={_shown(targets)}: {name} is a {type(module).__name__}, which cannot hold step "
                 f"experts ({reason}); target layers of these kinds: {_SUPPORTED}"
             )
-        if wanted and _is_read_past_its_module(model, name):
+        if wanted and _is_read_directly(model, name):
             raise ValueError(
-                f"target_modules={_shown(targets)}: {name} is a layer whose weight the model reads past its module, as "
+                f"target_modules={_shown(targets)}: {name} is never called: the model reads its weight directly, as "
                 "Mamba's fused kernels do, so experts there would be ignored; name the other layers, "
                 f"target_modules={_called_layers(model)}"
             )
@@ -115,8 +115,8 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "in_features") or hasattr(module, "infeatures")
 
 
-def _is_read_past_its_module(model: nn.Module, name: str) -> bool:
-    """Whether the code of the module around a layer takes the layer's weight and does not call it.
+def _is_read_directly(model: nn.Module, name: str) -> bool:
+    """Whether the code of the module around a layer reads the layer's weight without calling the layer.
 
     PEFT refuses such layers by a list of model types, which knows neither Jamba nor Bamba.
     """
@@ -137,7 +137,7 @@ def _called_layers(model: nn.Module) -> list[str]:
     for name, module in _base_modules(model):
         if _is_linear(module) and module is not head:
             own = name.rpartition(".")[2]
-            fits = _refusal(module) is None and not _is_read_past_its_module(model, name)
+            fits = _refusal(module) is None and not _is_read_directly(model, name)
             called[own] = called.get(own, True) and fits
     return sorted(own for own, fits in called.items() if fits and own.isidentifier())
 

@@ -101,5 +101,5 @@ def paper_table(name: str) -> PaperTable:
     """
     tables = _figures()["tables"]
     if name not in tables:
-        raise UserError(f"table: '{name}' is none of {sorted(tables)}")
+        raise UserError(f"table: '{name}' is not one of {sorted(tables)}")
     return PaperTable.model_validate(tables[name])

@@ -1,7 +1,7 @@
-"""Continuous batching over llama.cpp: requests, grammars and draws of the in-process engine, computed from GGUF files.
+"""Continuous batching over llama.cpp: the in-process engine's requests, grammars and sampling on GGUF files.
 
-A slot is a sequence of llama.cpp's KV cache. What a sequence leaves there is kept while there is room: a request that
-begins with the same tokens does not compute them again, and a prefix that several sequences share is stored once.
+A slot is a sequence of llama.cpp's KV cache. A finished sequence's tokens stay cached while there is room, so that a
+request with the same prefix does not recompute it; a prefix that several sequences share is stored once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from mote.inference.sequence import RunningSequence, common_length
 from mote.tokens.routing import NO_STEP, Markers
 
 MOST_SLOTS = 32
-_FEW = 3  # rows up to which a call for each is faster than one for all (docs/decisions/0046)
+_FEW = 3  # up to this many rows, one call per row is faster than one call for all (docs/decisions/0046)
 _PREFIXES = 8  # shared prefixes that are kept
 _CACHE_UNIT = 2048  # the cache holds a multiple of this many tokens
 
@@ -153,7 +153,7 @@ class LlamaBatcher(BatchLoop):
             if not self._slots_of and not self._fits(sequence):
                 self._open(max(sequence.capacity, min(sequence.capacity * self._slots, self._cache_tokens)))
             self._set_steps(sequence)
-            self._prefilling.append(sequence)  # from here on it fails with the batch
+            self._prefilling.append(sequence)  # from here on a failure of the batch reaches it
             self._place(sequence)
 
     def _open(self, tokens: int) -> None:
@@ -180,7 +180,7 @@ class LlamaBatcher(BatchLoop):
         return running + sequence.capacity + kept <= self._room
 
     def _place(self, sequence: RunningSequence) -> None:
-        """Give a sequence an idle slot, and what of its prompt is in the cache already."""
+        """Assign an idle slot to a sequence, and reuse the cached tokens of its prompt."""
         adapted = sequence.request.adapted
         ids = self._file_ids(sequence)
         prefix = self._shared_prefix(sequence, ids)
@@ -238,7 +238,7 @@ class LlamaBatcher(BatchLoop):
             del slot.ids[length:]
 
     def _file_ids(self, sequence: RunningSequence) -> list[int]:
-        """A prompt's ids as the file knows them: the base model may be called by another first token."""
+        """A prompt's ids for the file: in one file with all steps, another first token selects the base model."""
         ids = list(sequence.prompt)
         if self._files.base_tokens is not None and not sequence.request.adapted:
             ids[0] = self._files.base_tokens[1]
@@ -287,7 +287,7 @@ class LlamaBatcher(BatchLoop):
         return prompts
 
     def _runs(self, slot: _Slot, ids: list[int], steps: Sequence[int]) -> Iterator[_Chunk]:
-        """The ids as chunks of one step each; one chunk where the file finds the steps by itself."""
+        """The ids as chunks of one step each; a single chunk if the file routes tokens by itself."""
         start = 0
         while start < len(ids):
             stop = len(ids)
@@ -351,7 +351,7 @@ class LlamaBatcher(BatchLoop):
         return True
 
     def _drop(self, gone: Iterable[RunningSequence]) -> None:
-        """Free the slots of these sequences; what they hold stays there for now."""
+        """Free the slots of these sequences; their tokens stay cached for now."""
         for sequence in gone:
             (self._decoding if sequence in self._decoding else self._prefilling).remove(sequence)
             slot = self._slots_of.pop(sequence)

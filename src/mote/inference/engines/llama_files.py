@@ -27,7 +27,7 @@ from mote.tuner.gguf.source import Adapter, BaseWeights
 from mote.tuner.gguf.steps import StepFiles, check_steps, step_files, write_base, write_steps
 from mote.tuner.gguf.switch import base_tokens, check_switch, write_switch
 
-_VERSION = 1  # of how files are written; another one makes them anew
+_VERSION = 1  # version of the files' layout; files of other versions are not used
 _ONE_FILE = "model.gguf"
 _BASE_FILE = "base.gguf"
 _AGAIN = "run the same command again"
@@ -43,7 +43,7 @@ def check_engine(device: str, dtype: str) -> None:
     load_library()
     type_of(dtype)
     if device not in ("auto", "cpu"):
-        raise UserError(f"device: {device} is none of the engine llamacpp, which runs on a CPU; leave it out")
+        raise UserError(f"device: the engine llamacpp runs on a CPU, not on {device}; leave it out")
 
 
 def check_model(model: str, revision: str | None, device: str, dtype: str) -> None:
@@ -62,10 +62,10 @@ def type_of(dtype: str) -> Type:
     """The type of a file's matrices: `auto` is q8_0.
 
     Raises:
-        UserError: llama.cpp's files do not have this dtype here.
+        UserError: The engine does not support this dtype.
     """
     if dtype not in _TYPES:
-        raise UserError(f"dtype: {dtype} is none of the engine llamacpp; use {', '.join(_TYPES)} (auto is q8_0)")
+        raise UserError(f"dtype: the engine llamacpp does not support {dtype}; use {', '.join(_TYPES)} (auto is q8_0)")
     return _TYPES[dtype]
 
 
@@ -123,7 +123,7 @@ def base_files(model: str, tokenizer: Any, revision: str | None = None, dtype: s
 
 @dataclass(frozen=True)
 class Configurations:
-    """What stands for a transformers model whose weights llama.cpp holds."""
+    """Takes the place of a transformers model whose weights are in llama.cpp."""
 
     config: Any
     generation_config: Any

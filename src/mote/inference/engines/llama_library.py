@@ -1,4 +1,4 @@
-"""llama.cpp's C interface in the library of the wheel `xllamacpp`: the only file that knows it.
+"""Bindings to llama.cpp's C interface in the wheel `xllamacpp`; no other file calls it.
 
 The functions are those of `llama.h`. Structures are passed by value, so their layout must be that of the release they
 were written for: the wheel's version is pinned, the library's defaults are compared when it is loaded, and a context
@@ -84,7 +84,7 @@ class LlamaModel:
     Attributes:
         vocabulary: Number of logits V.
         keeps_prefixes: Whether tokens stay in the cache as long as their sequence does. In layers with a window,
-            llama.cpp overwrites a sequence's older tokens as soon as it needs room, and does not tell.
+            llama.cpp overwrites a sequence's older tokens as soon as it needs room, without notice.
 
     Raises:
         UserError: The library is not installed, or is another release.
@@ -111,11 +111,11 @@ class LlamaModel:
 
         Args:
             sequences: Maximum number of sequences.
-            tokens: Tokens that it holds, of all sequences together.
+            tokens: Number of tokens it can hold, over all sequences.
             cache_type: Type of keys and values.
 
         Raises:
-            MoteError: The memory does not suffice, or the library understands its settings otherwise.
+            MoteError: There is not enough memory, or the library interprets its settings differently.
         """
         lib = self._lib
         if self._context:
@@ -131,10 +131,10 @@ class LlamaModel:
         params.kv_unified = True
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
-            raise MoteError(f"engine: llama.cpp has no memory for {tokens} tokens; run fewer sequences at once")
+            raise MoteError(f"engine: llama.cpp has no memory for a cache of {tokens} tokens; run fewer sequences")
         given = (lib.llama_n_ctx(self._context), lib.llama_n_batch(self._context), lib.llama_n_seq_max(self._context))
         if given[0] < tokens or given[1:] != (BATCH, sequences):
-            raise MoteError(f"engine: the library {LLAMACPP} understands its settings otherwise; {_remedy()}")
+            raise MoteError(f"engine: the library {LLAMACPP} interprets its settings differently; {_remedy()}")
         self._memory = lib.llama_get_memory(self._context)
 
     def decode(
@@ -230,7 +230,7 @@ def load_library() -> Any:
     if any(
         getattr(p, name) != _DEFAULTS.get(name, 0) for p in defaults for name, kind in p._fields_ if kind != c_void_p
     ):
-        raise MoteError(f"engine: the library {LLAMACPP} has other structures than expected; {_remedy()}")
+        raise MoteError(f"engine: the structures of the library {LLAMACPP} are not those expected; {_remedy()}")
     lib.llama_log_set(_QUIET, None)
     lib.llama_backend_init()
     return lib

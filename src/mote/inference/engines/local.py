@@ -82,7 +82,8 @@ class LocalEngine:
 
     async def score(self, prompt: Prompt, reply: str) -> Likelihood:
         """See `Scorer.score`; an empty reply has 0."""
-        ids, own = self._encode(prompt.messages), encode_text(self.tokenizer, reply)
+        ids = self._encode(prompt.messages)
+        own = encode_text(self.tokenizer, reply)
         if not own:
             return Likelihood(0.0, 0)
         request = Request([*ids, *own], FreeText(()), 1, self._shared_tokens(prompt, ids), scored=len(own))

@@ -29,11 +29,11 @@ class Architecture:
 
     Attributes:
         arch: The `gguf` package's name.
-        rotary_pairs: Whether a rotated pair of q and k lies side by side, instead of half a head apart.
+        rotary_pairs: Whether llama.cpp rotates adjacent elements of q and k, instead of elements half a head apart.
         norm_plus_one: Whether transformers stores norms as the difference to one.
-        window_period: Every so many layers one has full attention, and the others a window; 0 for no windows.
-        rope_period: Every so many layers one has no rotary positions; 0 for none.
-        tied: Whether the head must be the embedding, or must not; None for either.
+        window_period: Every n-th layer has full attention, the others a window; 0 for no windows.
+        rope_period: Every n-th layer has no rotary positions; 0 if all have them.
+        tied: Whether the head must be tied to the embedding (True), must not be (False), or either (None).
         activation: Of the MLP.
         switch: Whether `graniteswitch` computes the same.
     """
@@ -93,7 +93,7 @@ def refusals(config: Any) -> dict[Form, str | None]:
 def _unsupported(config: Any) -> str | None:
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
-        return f"the architecture '{config.model_type}' is none of {', '.join(ARCHITECTURES)}"
+        return f"the architecture '{config.model_type}' is not one of {', '.join(ARCHITECTURES)}"
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != architecture.activation:
         return f"its activation '{activation}' is not {architecture.activation}"
@@ -107,7 +107,7 @@ def _unsupported_rope(config: Any, architecture: Architecture) -> str | None:
         kind = rope.get("rope_type", "default")
         known = {"default"} if architecture.window_period else {"default", "linear"}
         if kind not in known | ({"llama3"} if architecture.name == "llama" else set()):
-            return f"rope scaling '{kind}' has no place in the file"
+            return f"rope scaling '{kind}' cannot be written to the file"
         if rope.get("partial_rotary_factor", 1) != 1:
             return "only a part of each head is rotated"
     layers = range(config.num_hidden_layers)
@@ -149,7 +149,7 @@ def _unmapped(config: Any, names: Iterable[str]) -> str | None:
         try:
             gguf_name(config, name)
         except KeyError:
-            return f"'{name}' has no place in the file"
+            return f"'{name}' cannot be written to the file"
     return None
 
 
@@ -157,7 +157,7 @@ def _not_switch(config: Any) -> str | None:
     """Why `graniteswitch` cannot compute what the base model does."""
     architecture = ARCHITECTURES[config.model_type]
     if not architecture.switch:
-        return f"llama.cpp's {SWITCH} has no place for what is special about '{config.model_type}'"
+        return f"llama.cpp's {SWITCH} does not compute layers as '{config.model_type}' does"
     if (kind := config.rope_parameters.get("rope_type", "default")) != "default":
         return f"llama.cpp's {SWITCH} has no rope factors (rope scaling '{kind}')"
     for setting in ("attention_bias", "mlp_bias"):
@@ -277,7 +277,7 @@ def _read(base: BaseWeights, name: str) -> Tensor:
 
 
 def check_layers(base: BaseWeights, modules: Iterable[str]) -> None:
-    """Check that adapted layers have a place in a file.
+    """Check that the adapted layers can be written to a file.
 
     Raises:
         UserError: One has none.

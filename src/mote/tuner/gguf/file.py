@@ -30,7 +30,7 @@ _BLOCK = 32  # values of a Q8_0 block
 
 
 def usual_experts(base: Type) -> Type:
-    """The type that experts are stored in beside a base model of this type: exact where that is."""
+    """The default type of experts beside a base model of this type: f32 keeps all exact."""
     return "f32" if base == "f32" else "f16"
 
 
@@ -41,7 +41,7 @@ class Entry:
     Attributes:
         name: Its name in the file.
         shape: Its shape.
-        type: How it is stored.
+        type: Type it is stored in.
         read: Returns it in float32.
     """
 

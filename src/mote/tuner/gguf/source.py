@@ -1,4 +1,4 @@
-"""What GGUF files are made of: a base model's weights, read one tensor at a time, and a trained adapter.
+"""The sources of GGUF files: a base model's weights, read one tensor at a time, and a trained adapter.
 
 Nothing here knows the GGUF format.
 Shapes: V vocabulary, D model (in, out), M markers, E expert, R rank.
@@ -24,7 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class Adapter(Protocol):
-    """What is needed of a trained adapter; `mote.inference.load.Adapter` has it."""
+    """The part of a trained adapter that is needed here; `mote.inference.load.Adapter` implements it."""
 
     @property
     def path(self) -> str:
@@ -135,8 +135,8 @@ class Experts:
         self.config = adapter.config
         if self.config.whole_rows:
             raise UserError(
-                f"adapter: '{adapter.path}' is a model for each step (train.method=separate), which reads the question "
-                "anew for each step; use --format peft-steps"
+                f"adapter: '{adapter.path}' is a model for each step (train.method=separate), which prefills the "
+                "question again for each step; use --format peft-steps"
             )
         if adapter.config.base_fingerprint not in (None, base.fingerprint()):
             raise UserError(

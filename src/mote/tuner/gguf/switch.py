@@ -33,8 +33,8 @@ from mote.tuner.gguf.source import EMBEDDING, HEAD, Adapter, BaseWeights, Expert
 from mote.tuner.gguf.vocabulary import add_vocabulary, check_vocabulary
 
 BASE_TOKEN = "mote.base_token"  # metadata: id that opens a prompt in place of its first token, for the mode `base`
-_GAIN = 15.0  # how far start markers stand out from other tokens in the attention head that finds the slot
-_NO_TOKEN = 2**31 - 1  # minus the slot: ids that never occur, for slots that no marker names
+_GAIN = 15.0  # gain of start markers over other tokens in the attention head that selects the slot
+_NO_TOKEN = 2**31 - 1  # minus the slot: ids that never occur, for slots without a marker
 
 
 def base_tokens(adapter: Adapter, base: BaseWeights, trained: Experts) -> tuple[int, int]:

@@ -82,7 +82,7 @@ def add_vocabulary(writer: Any, tokenizer: Any, rows: int, trained: Experts | No
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(space)
-        # A piece of no merge is never the result of one, so its score does not matter.
+        # A piece that no merge produces is never looked up, so its score does not matter.
         writer.add_token_scores([-float(ranks.get(texts.get(id_, ""), len(ranks))) for id_ in range(rows)])
     else:
         writer.add_tokenizer_model("gpt2")
@@ -150,7 +150,7 @@ _ANSWERS_ONLY = """\
 
 
 def _sentencepiece(content: dict[str, Any], opens_special: bool = False) -> bool | None:
-    """Whether a sentencepiece tokenizer puts a space before each text; None if it is none.
+    """Whether a sentencepiece tokenizer puts a space before each text; None for other tokenizers.
 
     llama.cpp can put one before every text between special tokens, or before none.
 
@@ -183,7 +183,7 @@ def merge_ranks(model: dict[str, Any]) -> dict[str, int]:
 
 
 def _check_pieces(model: dict[str, Any], trained: Experts | None) -> None:
-    """Check that merging by the piece, as sentencepiece and llama.cpp do, gives what merging by pairs does.
+    """Check that merging by resulting piece (sentencepiece, llama.cpp) equals merging by pairs (the tokenizer's file).
 
     Raises:
         UserError: It does not, or a marker is a piece that can be merged.
@@ -191,7 +191,8 @@ def _check_pieces(model: dict[str, Any], trained: Experts | None) -> None:
     pairs = merge_pairs(model)
     ranks = merge_ranks(model)
     order = [ranks[a + b] for a, b in pairs]
-    known, given = model["vocab"].keys(), set(pairs)
+    known = model["vocab"].keys()
+    given = set(pairs)
     splits = ((piece[:i], piece[i:]) for piece in ranks for i in range(1, len(piece)))
     if order != sorted(order) or any(a in known and b in known and (a, b) not in given for a, b in splits):
         raise UserError(
@@ -202,7 +203,7 @@ def _check_pieces(model: dict[str, Any], trained: Experts | None) -> None:
     for text in names:
         if any(text[:i] in known and text[i:] in known for i in range(1, len(text))):
             raise UserError(
-                f"adapter: llama.cpp would make the marker {text} of its parts in a text; give the step another name"
+                f"adapter: llama.cpp would merge user text into the marker {text}; give the step another name"
             )
 
 
@@ -226,7 +227,7 @@ def _pre_tokenizer(tokenizer: Any) -> str:
 
 
 def _split(step: dict[str, Any]) -> str:
-    """What a step of a pre-tokenizer splits at; empty if at nothing."""
+    """What a step of a pre-tokenizer splits at; empty if it does not split."""
     kind = step.get("type")
     if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         return str(step["pattern"].get("Regex", "unknown"))
