@@ -97,11 +97,15 @@ def compute(llama: LlamaModel, ids: Sequence[int], steps: Sequence[int] | None) 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
     """Differences over all tokens, of the logits that both have."""
-    largest, divergence, same, tokens = 0.0, 0.0, 0, 0
+    largest = 0.0
+    divergence = 0.0
+    same = 0
+    tokens = 0
     for ours, theirs in zip(found, expected, strict=True):
         ours = ours[:, : theirs.shape[1]]
         largest = max(largest, float((ours - theirs).abs().max()))
-        log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+        log_p = theirs.log_softmax(-1)
+        log_q = ours.log_softmax(-1)
         divergence += float((log_p.exp() * (log_p - log_q)).sum())
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         tokens += len(theirs)
@@ -127,7 +131,8 @@ def main() -> None:
     folder = Path(scratch.name)
     with torch.inference_mode(False):
         path = given.adapter or random_adapter(given.model, folder / "adapter")
-    adapter, base = read_adapter(path), BaseWeights(given.model)
+    adapter = read_adapter(path)
+    base = BaseWeights(given.model)
     model = mote.load(given.model, adapter, device="cpu", dtype="float32")
     texts = dialogues(model, given.questions)
     adapted = [model.model(input_ids=torch.tensor([ids])).logits[0].clone() for ids in texts]

@@ -370,13 +370,15 @@ class Answers:
             if event.kind == "begin":
                 first.extend((time.process_time(), time.monotonic()))
 
-        cpu, wall = time.process_time(), time.monotonic()
+        cpu = time.process_time()
+        wall = time.monotonic()
         asked: dict[str, Any] = {"mode": "direct", "max_step_tokens": TOKENS - 2}
         if len(questions) == 1:
             answers = [self._model.answer(questions[0], on_event=begun, **asked)]
         else:
             answers = self._model.answer(questions, **asked)
-        ended, now = time.process_time(), time.monotonic()
+        ended = time.process_time()
+        now = time.monotonic()
         tokens = sum(answer.tokens.total for answer in answers)
         found = {"tokens": tokens, "cpu": ended - cpu, "wall": now - wall, "text": answers[0].answer}
         if first:
@@ -398,7 +400,9 @@ class Chains:
 
             from mote.questions import load_questions
         self._name = settings.get("engine", "old")
-        self._load, self._run, self._engine = load_recipe, Run, settings.get("engine")
+        self._load = load_recipe
+        self._run = Run
+        self._engine = settings.get("engine")
         self._questions = load_questions("mote:train", BLOCKS * BLOCK)
         self._base: Any = None
 
@@ -414,7 +418,8 @@ class Chains:
         if not self._engine:
             run._base = self._base
             self._base = run.base()
-        cpu, wall = time.process_time(), time.monotonic()
+        cpu = time.process_time()
+        wall = time.monotonic()
         run.chains()
         cpu, wall = time.process_time() - cpu, time.monotonic() - wall
         text = (out / "chains.jsonl").read_text()
@@ -444,13 +449,16 @@ class Plain:
         from mote.tokens.encode import encode_prompt
 
         ids = encode_prompt(self._tokenizer, (Message(role="user", content=questions[0]),))
-        cpu, wall = time.process_time(), time.monotonic()
+        cpu = time.process_time()
+        wall = time.monotonic()
         self._model.remove(0)
         token = int(self._model.decode(ids, range(len(ids)), [0] * len(ids), [len(ids) - 1])[0].argmax())
-        began, begun = time.process_time(), time.monotonic()
+        began = time.process_time()
+        begun = time.monotonic()
         for position in range(len(ids), len(ids) + TOKENS - 1):
             token = int(self._model.decode([token], [position], [0], [0])[0].argmax())
-        ended, now = time.process_time(), time.monotonic()
+        ended = time.process_time()
+        now = time.monotonic()
         return {
             "tokens": TOKENS,
             "cpu": ended - cpu,

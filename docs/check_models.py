@@ -135,7 +135,8 @@ def main() -> None:
     found: dict[str, tuple[str, ...]] = {}
     for name, model_type, values in BASES:
         config = config_of(model_type, values)
-        failed, copy = compare(config), copy_of(config)
+        failed = compare(config)
+        copy = copy_of(config)
         if copy is None or failed is None:
             raise SystemExit(f"{name}: it cannot be compared")
         alone = error_of(lambda copy: answers_of(copy, SequentialLoop(copy.model)), copy)

@@ -50,7 +50,8 @@ def step_ids(ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
 
     It depends on the token ids alone. Training, decoding and serving all route by this function: there is no gate.
     """
-    step, found = 0, []
+    step = 0
+    found = []
     for id_ in ids:
         if id_ in vocabulary.starts:
             step = vocabulary.starts.index(id_) + 1
@@ -119,7 +120,9 @@ class StepLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, routing: Routing, r: int, lora_alpha: float) -> None:
         super().__init__()
-        self.base, self.routing, self.scaling = base, routing, lora_alpha / r
+        self.base = base
+        self.routing = routing
+        self.scaling = lora_alpha / r
         experts = range(1 + len(STEPS))
         self.lora_A = nn.ParameterList([torch.randn(r, base.in_features) / base.in_features**0.5 for _ in experts])
         self.lora_B = nn.ParameterList([torch.zeros(base.out_features, r) for _ in experts])

@@ -142,7 +142,9 @@ def threaded(folder: Path, text: str = THREADED) -> Scheme:
 
 
 def test_threaded_stages_continue_one_another(tmp_path: Path) -> None:
-    scheme, asked, known = threaded(tmp_path), dialogue("U one", "A two", "U three"), {"plan": "p", "doubt": "d"}
+    scheme = threaded(tmp_path)
+    asked = dialogue("U one", "A two", "U three")
+    known = {"plan": "p", "doubt": "d"}
     prompts = [
         stage_prompt(
             scheme, name, asked, dict(list(known.items())[:number]), ChainSettings(examples=2), 7, stages=scheme.steps

@@ -67,7 +67,8 @@ def with_ddp_checkpointed(rank: int, folder: Path) -> Any:
 
 def sharded(leaves: bool) -> Any:
     """FSDP2 as torchtitan and accelerate apply it: each block, then the rest."""
-    model, mesh = adapted().train(), init_device_mesh("cpu", (WORLD,))
+    model = adapted().train()
+    mesh = init_device_mesh("cpu", (WORLD,))
     base = model.get_base_model()
     if leaves:
         for layer in [module for module in model.modules() if isinstance(module, MoteLinear)]:
@@ -113,7 +114,8 @@ def _process(scenario: Callable[[int, Path], Any], rank: int, folder: Path) -> N
 
 
 def on_two_processes(scenario: Callable[[int, Path], Any], folder: Path) -> list[Any]:
-    context, before = multiprocessing.get_context("forkserver"), dict(os.environ)
+    context = multiprocessing.get_context("forkserver")
+    before = dict(os.environ)
     context.set_forkserver_preload(MODULES)
     try:
         os.environ.update(ENVIRONMENT)

@@ -75,7 +75,8 @@ HOW: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("padded", [False, True], ids=["", "left-padded"])
 @pytest.mark.parametrize("how", HOW)
 def test_cached_equals_uncached_with_different_step_switches(how: str, padded: bool) -> None:
-    model, ids = adapted(), some_ids(length=18)
+    model = adapted()
+    ids = some_ids(length=18)
     mask = torch.ones_like(ids)
     if padded:
         ids[1, :4] = mask[1, :4] = ids[2, :7] = mask[2, :7] = 0
@@ -97,7 +98,8 @@ def test_cached_equals_uncached_with_different_step_switches(how: str, padded: b
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("guess", ["assistant", "lookup"])
 def test_assisted_generation_equals_uncached(guess: str, sampled: bool) -> None:
-    model, ids = adapted(), some_ids()[:1]
+    model = adapted()
+    ids = some_ids()[:1]
     given = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(ids)}
     how = {"assistant_model": other_llama()} if guess == "assistant" else {"prompt_lookup_num_tokens": 3}
     expected = model.generate(**given, use_cache=False)
@@ -109,14 +111,16 @@ def test_assisted_generation_equals_uncached(guess: str, sampled: bool) -> None:
 
 
 def test_adapted_model_as_assistant() -> None:
-    model, ids = other_llama(), some_ids()[:1]
+    model = other_llama()
+    ids = some_ids()[:1]
     given = {"input_ids": ids, "max_new_tokens": NEW, "do_sample": False, "logits_processor": switching(ids)}
     assert torch.equal(model.generate(**given, assistant_model=adapted()), model.generate(**given, use_cache=False))
 
 
 def test_each_new_token_uses_its_steps_expert() -> None:
     """The logits of every token that was written, against one pass over the whole text."""
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     out = model.generate(
         input_ids=ids, max_new_tokens=NEW, do_sample=False, logits_processor=switching(ids),
         output_logits=True, return_dict_in_generate=True,
@@ -133,7 +137,8 @@ def test_each_new_token_uses_its_steps_expert() -> None:
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("more", [[], [67, 2, 30, 31], [66, 20]], ids=["alone", "next turn", "in a step"])
 def test_generate_continues_from_anothers_cache(more: list[int], kind: type) -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     config = model.get_base_model().config
     cache = kind(config=config) if kind is DynamicCache else kind(config=config, max_cache_len=64)
     first = model.generate(
@@ -148,7 +153,8 @@ def test_generate_continues_from_anothers_cache(more: list[int], kind: type) -> 
 
 
 def test_generate_continues_with_the_new_tokens_alone() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     cache = out.past_key_values
     new = torch.full((3, 2), 5)
@@ -160,7 +166,8 @@ def test_generate_continues_with_the_new_tokens_alone() -> None:
 
 
 def test_prompt_can_be_prefilled_in_chunks() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     given = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**given, prefill_chunk_size=8), model.generate(**given, use_cache=False))
 
@@ -168,7 +175,8 @@ def test_prompt_can_be_prefilled_in_chunks() -> None:
 @pytest.mark.parametrize("how", ["cache alone", "context_ids", "step_ids"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_custom_decoding_loop_equals_uncached(how: str, grad: bool) -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     routing = model.peft_config["default"].routing
     expected = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, use_cache=False)
     with torch.set_grad_enabled(grad):
@@ -191,7 +199,8 @@ CACHE_CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CACHE_CHANGES)
 def test_loop_over_a_changed_cache_is_refused(change: str) -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
     cache = CACHE_CHANGES[change](cache) or cache
@@ -202,7 +211,8 @@ def test_loop_over_a_changed_cache_is_refused(change: str) -> None:
 
 def test_chunks_after_a_cache_continue_its_last_steps() -> None:
     """Chunks of several tokens, with markers and without, and adapters that take turns."""
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     expected = model(input_ids=ids).logits
     cache = DynamicCache(config=model.get_base_model().config)
     found = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([5, 4, 1, ids.shape[1] - 10], 1)]
@@ -214,7 +224,8 @@ def test_chunks_after_a_cache_continue_its_last_steps() -> None:
 
 
 def test_loop_over_an_unknown_cache_is_refused() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     cache = StaticCache(config=model.get_base_model().config, max_cache_len=64)
     model(input_ids=ids, past_key_values=cache)
     with pytest.raises(RuntimeError, match="add `context_ids=ids`, all ids of the rows so far"):
@@ -230,7 +241,8 @@ def test_loop_over_an_unknown_cache_is_refused() -> None:
 
 
 def test_loop_with_adapter_off_needs_no_context_ids() -> None:
-    model, ids = adapted(), some_ids().clamp_max(63)
+    model = adapted()
+    ids = some_ids().clamp_max(63)
     with model.disable_adapter(), torch.no_grad():
         out = model(input_ids=ids[:, :-1], use_cache=True)
         last = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values).logits
@@ -266,7 +278,8 @@ def logits_of(model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"rank_pattern": {"q_proj": 2}}], ids=str)
 @pytest.mark.parametrize("step", START)
 def test_decoding_equals_dense(step: str, changes: dict[str, Any]) -> None:
-    model, ids = adapted(**changes), in_step(step)
+    model = adapted(**changes)
+    ids = in_step(step)
     cache = DynamicCache(config=model.get_base_model().config)
     text, logits = logits_of(model, ids, past_key_values=cache)
     assert kept(model) == {list(START).index(step) + 1: sum(isinstance(m, MoteLinear) for m in model.modules())}
@@ -307,7 +320,8 @@ def change(model: Any, how: str) -> None:
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("how", ["data.copy_", "no_grad", "new data", "optimizer"])
 def test_new_weights_apply_to_the_next_text(how: str, length: int) -> None:
-    model, ids = adapted(), in_step("response", length=length)
+    model = adapted()
+    ids = in_step("response", length=length)
     _, before = logits_of(model, ids)
     change(model, how)
     text, after = logits_of(model, ids)
@@ -317,7 +331,8 @@ def test_new_weights_apply_to_the_next_text(how: str, length: int) -> None:
 
 
 def test_new_weights_apply_when_generate_continues_a_cache() -> None:
-    model, ids = adapted(), in_step("response")
+    model = adapted()
+    ids = in_step("response")
     cache = DynamicCache(config=model.get_base_model().config)
     text, _ = logits_of(model, ids, past_key_values=cache)
     change(model, "data.copy_")
@@ -328,7 +343,8 @@ def test_new_weights_apply_when_generate_continues_a_cache() -> None:
 
 def test_new_text_of_a_custom_loop_uses_new_weights() -> None:
     """A prompt of one token in a new cache is a new text, also while the old cache is kept."""
-    model, caches = adapted(), []
+    model = adapted()
+    caches = []
     for how in (None, "data.copy_", "optimizer"):
         if how:
             change(model, how)
@@ -344,7 +360,8 @@ def test_new_text_of_a_custom_loop_uses_new_weights() -> None:
 
 def test_next_turn_of_a_custom_loop_uses_new_weights() -> None:
     model = adapted()
-    ids, cache = in_step("response"), DynamicCache(config=model.get_base_model().config)
+    ids = in_step("response")
+    cache = DynamicCache(config=model.get_base_model().config)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache)
         for turn in range(2):
@@ -362,7 +379,8 @@ def test_next_turn_of_a_custom_loop_uses_new_weights() -> None:
 
 def test_training_after_decoding_works() -> None:
     """Nothing made under inference mode is kept for the backward pass."""
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     with torch.inference_mode():
         model.generate(input_ids=ids, max_new_tokens=3)
     model.train()(input_ids=ids, labels=ids).loss.backward()

@@ -214,7 +214,8 @@ class Counting(RuleJudge):
 
     def __init__(self, lasts: int) -> None:
         super().__init__()
-        self.lasts, self.judged = lasts, 0
+        self.lasts = lasts
+        self.judged = 0
 
     async def judge(self, question: Sequence[Message], answer: str) -> Verdict:
         if self.judged == self.lasts:

@@ -55,7 +55,8 @@ class Writer:
     name = "writer"
 
     def __init__(self, *texts: str, declined: float = 0.9) -> None:
-        self.texts, self.declined = list(texts), declined
+        self.texts = list(texts)
+        self.declined = declined
         self.asked: list[Prompt] = []
         self.checked: list[Prompt] = []
 

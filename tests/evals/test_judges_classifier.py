@@ -149,7 +149,8 @@ def test_batched_verdicts_equal_single_ones(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = make_tiny_model(tmp_path, tied=False)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = GUARD_TEMPLATE
     tokenizer.add_tokens(["safe", "unsafe"])
     model.resize_token_embeddings(len(tokenizer))

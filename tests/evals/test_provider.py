@@ -127,7 +127,8 @@ def test_adapter_retrained_in_place_gives_fresh_answers(tiny: Path, tmp_path: Pa
         log = answered(tmp_path / "logs", model, QUESTIONS, cache=cache)
         return [sample.output.completion for sample in log.samples or []]
 
-    first, before = ask(), fingerprint(str(folder))
+    first = ask()
+    before = fingerprint(str(folder))
     tokens = provider(tiny, folder, mode="direct").api.shared_model().tokens_computed
     assert ask() == first  # from the cache: nothing is generated
     assert provider(tiny, folder, mode="direct").api.shared_model().tokens_computed == tokens > 0
@@ -208,7 +209,8 @@ def test_prompting_provider_generates_a_schemes_steps(tiny: Path, tmp_path: Path
     log = answered(tmp_path, model, QUESTIONS)
     assert log.status == "success" and log.samples
     settings = ChainSettings(max_tokens=8, temperature=0.0, examples=1, retries=0)
-    engine, scheme = LocalEngine(load_base(str(tiny), device="cpu"), 4), load_scheme("analysis-guidance")
+    engine = LocalEngine(load_base(str(tiny), device="cpu"), 4)
+    scheme = load_scheme("analysis-guidance")
     for sample, text in zip(log.samples, QUESTIONS, strict=True):
         question = Question(id="other", messages=(Message(role="user", content=text),))
         row = asyncio.run(make_chain(question, engine, None, scheme, settings, 7))

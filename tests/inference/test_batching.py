@@ -129,7 +129,8 @@ def test_model_families_equal_plain_generation(family: str) -> None:
 
 
 def test_cache_grows_with_the_number_of_sequences(model: Any) -> None:
-    running, asked = Batcher(model, 16), requests(9)
+    running = Batcher(model, 16)
+    asked = requests(9)
     one_by_one = [running.submit(request).result(60) for request in asked]
     running.wait()
     assert {len(part) for part in (*running._cache.keys, *running._cache.values)} == {1}
@@ -154,7 +155,10 @@ def test_following_requests_reuse_the_slots_cache(
 ) -> None:
     """Every other row writes, compares words and writes again; nothing that its slot holds is computed again."""
     monkeypatch.setattr(batching, "_CHUNK_TOKENS", chunk)
-    asked, running, found, computed = requests(), Batcher(model, slots), {}, 0
+    asked = requests()
+    running = Batcher(model, slots)
+    found = {}
+    computed = 0
     for number, request in enumerate(asked):
         request.shared = 0
         expected = alone(model, request)
@@ -181,7 +185,8 @@ def test_following_requests_reuse_the_slots_cache(
 
 def test_frequency_penalty_counts_generated_tokens(model: Any) -> None:
     request = Request(random_ids(5, 3), FreeText([EOS]), 12, frequency_penalty=1.5)
-    ids, written = list(request.ids), []
+    ids = list(request.ids)
+    written = []
     while len(written) < 12 and EOS not in written:
         logits = model(input_ids=torch.tensor([ids + written])).logits[0, -1].detach()
         for token in written:

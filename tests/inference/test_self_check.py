@@ -42,7 +42,8 @@ def uncached(model: Model, question: str, mode: str, limits: Limits) -> list[int
     """What a plain mode generates, recomputed from scratch for every token."""
     prompt = encode_prompt(model.tokenizer, as_question(question).messages)
     chains = [tuple(EXPERTS.index(step) for step in chain) for chain in model.scheme.chains_of(mode)]
-    special, eos = special_ids(model.tokenizer), model.tokenizer.eos_token_id
+    special = special_ids(model.tokenizer)
+    eos = model.tokenizer.eos_token_id
     grammar = StepGrammar(chains, model.markers, special, eos, limits.max_step_tokens, limits.max_tokens)
     ids: list[int] = []
     with torch.no_grad():
@@ -65,7 +66,9 @@ def score_of(model: Model, question: str, written: list[int]) -> float:
 
 def reference(model: Model, question: str, threshold: float, limits: Limits) -> tuple[Answer, list[tuple[str, float]]]:
     """The answer of the last plain mode that is tried, and the score of each."""
-    modes, mode, tried = list(model.scheme.depths), "adaptive", []
+    modes = list(model.scheme.depths)
+    mode = "adaptive"
+    tried = []
     while True:
         ids = uncached(model, question, mode, limits)
         answer = model.read(as_question(question), ids, mode, limits)
@@ -103,7 +106,8 @@ def test_self_check_prefills_the_question_once(model: Model, shared: bool) -> No
     own = Model(model.base, model.model, model.config, model.scheme)  # with its own batch
     alike, _ = encode_choice(model.tokenizer, model.scheme.verdicts) or ([], (0, 0))
     for question in QUESTIONS:
-        asked, limits = as_question(question), Limits(MOST)
+        asked = as_question(question)
+        limits = Limits(MOST)
         before = own.batcher.tokens_computed
         items = own.submit(asked, CHECKED, limits, check_threshold=1.0, shared=shared).result(60)
         answer = own.read(asked, items, CHECKED, limits)
@@ -120,7 +124,8 @@ def test_self_check_prefills_the_question_once(model: Model, shared: bool) -> No
 
 
 def test_self_check_shares_a_batch_with_other_modes(model: Model) -> None:
-    modes, limits = ["adaptive", CHECKED, "base", "full", CHECKED, "direct", CHECKED, "analysis"], Limits(MOST)
+    modes = ["adaptive", CHECKED, "base", "full", CHECKED, "direct", CHECKED, "analysis"]
+    limits = Limits(MOST)
     questions = [as_question(QUESTIONS[i % len(QUESTIONS)]) for i in range(2 * len(modes))]
     asked = [(q, modes[i % len(modes)], i % 5 / 4) for i, q in enumerate(questions)]
     alone = [model.answer(q, m, max_step_tokens=MOST, check_threshold=t) for q, m, t in asked]
@@ -167,7 +172,8 @@ def test_events_show_checks_and_only_the_final_response(model: Model, threshold:
 
 
 def test_cut_off_self_check_reveals_no_draft(model: Model) -> None:
-    events, found = model.events(CHECKED), []
+    events = model.events(CHECKED)
+    found = []
     for id_ in uncached(model, QUESTIONS[0], "full", Limits(MOST)):
         found += list(events.token(id_))
     found += list(events.end())

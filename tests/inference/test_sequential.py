@@ -61,7 +61,8 @@ def adapted_hybrid(hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Mo
 
 
 def test_results_equal_those_of_the_running_batch(llama: Any) -> None:
-    alone, batch = SequentialLoop(llama), Batcher(llama, 4)
+    alone = SequentialLoop(llama)
+    batch = Batcher(llama, 4)
     found = [alone.submit(request).result(60) for request in every_kind_of_request()]
     alone.wait()
     expected = [batch.submit(request).result(60) for request in every_kind_of_request()]
@@ -107,7 +108,8 @@ def test_a_line_says_that_answers_come_one_at_a_time(
 
 
 def test_cancelled_request_ends_and_the_next_one_runs(llama: Any) -> None:
-    queue, begun = SequentialLoop(llama), []
+    queue = SequentialLoop(llama)
+    begun = []
 
     def cancel(token: int) -> None:
         begun.append(token)

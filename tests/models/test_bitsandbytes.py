@@ -72,7 +72,8 @@ def dequantised(layer: Any) -> Tensor:
 @every_kind
 def test_it_trains_through_the_quantised_layers(folder: Path, kind: str) -> None:
     base = prepare_model_for_kbit_training(quantised(folder, kind))
-    model, ids = get_peft_model(base, adapter()).train(), some_ids()
+    model = get_peft_model(base, adapter()).train()
+    ids = some_ids()
     assert model.is_gradient_checkpointing
     layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
     assert len(layers) == 14 and all(type(layer.base_layer).__module__.startswith("bitsandbytes") for layer in layers)
@@ -90,7 +91,8 @@ def test_it_trains_through_the_quantised_layers(folder: Path, kind: str) -> None
 
 @every_kind
 def test_checkpointed_gradients_are_the_plain_ones(folder: Path, kind: str) -> None:
-    model, ids = get_peft_model(quantised(folder, kind), adapter(init_weights=False)).train(), some_ids()
+    model = get_peft_model(quantised(folder, kind), adapter(init_weights=False)).train()
+    ids = some_ids()
     model.enable_input_require_grads()
 
     def gradients() -> Tensor:
@@ -107,10 +109,12 @@ def test_checkpointed_gradients_are_the_plain_ones(folder: Path, kind: str) -> N
 
 @every_kind
 def test_gradients_equal_those_of_the_dequantised_product(folder: Path, kind: str) -> None:
-    model, ids = get_peft_model(quantised(folder, kind), adapter(init_weights=False)).train(), some_ids()
+    model = get_peft_model(quantised(folder, kind), adapter(init_weights=False)).train()
+    ids = some_ids()
     layer = model.get_base_model().model.layers[1].mlp.down_proj
     weight = dequantised(layer.base_layer)
-    a, b = layer.mote_A["default"].weight, layer.mote_B["default"].weight
+    a = layer.mote_A["default"].weight
+    b = layer.mote_B["default"].weight
     x = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     out_grad = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(4))
     found: list[Tensor] = []
@@ -138,7 +142,8 @@ def test_gradients_equal_those_of_the_dequantised_product(folder: Path, kind: st
 @every_kind
 def test_round_trip_is_exact_and_small(folder: Path, kind: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model, ids = get_peft_model(quantised(folder, kind), adapter(init_weights=False)).eval(), some_ids()
+    model = get_peft_model(quantised(folder, kind), adapter(init_weights=False)).eval()
+    ids = some_ids()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -154,7 +159,8 @@ def test_round_trip_is_exact_and_small(folder: Path, kind: str, tmp_path: Path) 
 
 @every_kind
 def test_untrained_adapter_changes_nothing(folder: Path, kind: str) -> None:
-    base, ids = quantised(folder, kind), some_ids().clamp_max(63)
+    base = quantised(folder, kind)
+    ids = some_ids().clamp_max(63)
     with torch.no_grad():
         before = base(input_ids=ids).logits
         assert torch.equal(get_peft_model(base, adapter()).eval()(input_ids=ids).logits[..., :64], before)

@@ -39,7 +39,9 @@ def random(*size: int) -> Tensor:
 def test_fast_matmul_equals_pytorchs(rows: list[int], inputs: int, outputs: int, by_column: bool, biased: bool,
                                  strided: bool) -> None:  # fmt: skip
     """For any number of rows and axes, a weight laid out by rows or by columns, an input that is a view."""
-    x, weight, bias = random(*rows, inputs), random(outputs, inputs), random(outputs) if biased else None
+    x = random(*rows, inputs)
+    weight = random(outputs, inputs)
+    bias = random(outputs) if biased else None
     if by_column:
         weight = weight.t().contiguous().t()
     if strided:
@@ -83,7 +85,8 @@ def test_other_dtypes_and_empty_inputs_use_pytorchs_matmul(monkeypatch: pytest.M
 def test_intel_cpus_keep_pytorchs_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is what `speed_up` leaves them with, to the last digit."""
     monkeypatch.setattr(linear_module, "ONEDNN_IS_FASTER", False)
-    x, layer = random(3, 4), nn.Linear(4, 5).requires_grad_(False)
+    x = random(3, 4)
+    layer = nn.Linear(4, 5).requires_grad_(False)
     wanted = layer(x)
     speed_up(layer)
     assert torch.equal(layer(x), wanted) and torch.equal(bind(layer)(x), wanted)
@@ -103,7 +106,8 @@ def test_intel_cpus_keep_pytorchs_matmul(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_bound_matmul_is_the_layers(rows: int, fast: bool, biased: bool) -> None:
-    layer, x = nn.Linear(24, 10, bias=biased).requires_grad_(False), random(rows, 24)
+    layer = nn.Linear(24, 10, bias=biased).requires_grad_(False)
+    x = random(rows, 24)
     wanted = layer(x)
     if fast:
         speed_up(layer)
@@ -127,7 +131,8 @@ def test_a_frozen_layer_keeps_its_output_and_input_gradient(biased: bool) -> Non
 
 @pytest.mark.parametrize("trained", ["weight", "bias", "both"])
 def test_a_layer_that_is_trained_has_its_own_gradients(trained: str) -> None:
-    layer, x = nn.Linear(6, 3), random(4, 6)
+    layer = nn.Linear(6, 3)
+    x = random(4, 6)
     layer.weight.requires_grad_(trained != "bias")
     layer.bias.requires_grad_(trained != "weight")
     layer(x).sin().sum().backward()
@@ -143,7 +148,8 @@ def test_a_layer_that_is_trained_has_its_own_gradients(trained: str) -> None:
 
 def test_a_sped_up_model_is_copied_pickled_saved_and_compiled() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
-    names, x = list(model.state_dict()), random(3, 8)
+    names = list(model.state_dict())
+    x = random(3, 8)
     speed_up(model)
     wanted = model(x)
     assert list(model.state_dict()) == names

@@ -30,7 +30,9 @@ def some_chains(count: int, seed: int = 0) -> list[Tokens]:
     chains = []
     for _ in range(count):
         question = text(9)
-        ids, steps, labels = list(question), [0] * len(question), [IGNORED] * len(question)
+        ids = list(question)
+        steps = [0] * len(question)
+        labels = [IGNORED] * len(question)
         for step in rng.choice([(3,), (1, 3), (1, 2, 3)]):
             part = [62 + 2 * step, *text(12), 63 + 2 * step]
             ids, labels, steps = ids + part, labels + part, steps + [step] * len(part)

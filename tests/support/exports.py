@@ -31,7 +31,8 @@ def make_base(kind: str, folder: Path) -> Path:
 def make_adapter(base_folder: Path, folder: Path, **changes: Any) -> Path:
     """An adapter of which every part is random."""
     torch.manual_seed(1)
-    tokenizer, base = load_tokenizer(str(base_folder)), AutoModelForCausalLM.from_pretrained(base_folder)
+    tokenizer = load_tokenizer(str(base_folder))
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
     config = MoteConfig(**{"r": 4, "lora_alpha": 8, "init_weights": False, **changes})
     add_markers(tokenizer, config, base)
     config.base_fingerprint = fingerprint(base)

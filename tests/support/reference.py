@@ -8,8 +8,10 @@ from mote.tuner.layer import MoteLinear
 
 def slow_layer(layer: MoteLinear, conf: MoteConfig, x: Tensor, steps: Tensor) -> Tensor:
     """The equation of section 3.2, written out token by token and expert by expert."""
-    r, scaling = conf.r, conf.lora_alpha / conf.r
-    a, b = layer.mote_A["default"].weight, layer.mote_B["default"].weight
+    r = conf.r
+    scaling = conf.lora_alpha / conf.r
+    a = layer.mote_A["default"].weight
+    b = layer.mote_B["default"].weight
 
     def expert(index: int, token: Tensor) -> Tensor:
         part = slice(index * r, (index + 1) * r)

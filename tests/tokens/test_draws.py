@@ -25,7 +25,8 @@ HALF = skip_probabilities(0.5, {}, STEPS)
 def weighted_loss(model: Any, rows: list[list[DrawnChain]], mask: Any = sdpa_mask) -> Tensor:
     """The loss of `MoteTrainer` for weighted tokens."""
     batch = collate(rows, pad_id=0)
-    weights, labels = token_weights(batch, torch.ones(4)), batch.pop("labels")[:, 1:]
+    weights = token_weights(batch, torch.ones(4))
+    labels = batch.pop("labels")[:, 1:]
     seen = mask(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
     del batch["weights"]
     logits = model(**batch, attention_mask=seen).logits[:, :-1]
@@ -64,10 +65,12 @@ def test_a_row_of_two_draws() -> None:
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 5), st.integers(0, 10**6), st.sampled_from([0.2, 0.5, 0.9]))
 def test_every_draw_equals_the_chain_with_its_visibility(draws: int, seed: int, skip_p: float) -> None:
-    [chain], probabilities = some_chains(1, seed), skip_probabilities(skip_p, {}, STEPS)
+    [chain] = some_chains(1, seed)
+    probabilities = skip_probabilities(skip_p, {}, STEPS)
     data = ChainDataset([chain], probabilities, seed, draws=draws)
     [drawn] = data[0]
-    row, again = drawn.tokens, repeated_steps(sorted(set(chain.steps) - {0}), probabilities)
+    row = drawn.tokens
+    again = repeated_steps(sorted(set(chain.steps) - {0}), probabilities)
     labels = [label for label in row.labels if label != IGNORED]
     total = sum(weight for weight, label in zip(row.weights, row.labels, strict=True) if label != IGNORED)
     assert total == pytest.approx(sum(label != IGNORED for label in chain.labels)) and len(labels) >= total - 1e-9
@@ -106,7 +109,8 @@ def test_the_loss_and_the_gradients_are_the_mean_of_the_draws(draws: int, row_le
 
 def test_draws_that_see_each_other_have_another_loss() -> None:
     """Negative control."""
-    model, data = adapted(), ChainDataset([chain_of(1, 2, 3)], HALF, 0, draws=2)
+    model = adapted()
+    data = ChainDataset([chain_of(1, 2, 3)], HALF, 0, draws=2)
     [drawn] = data[0]
     leaking = DrawnChain(
         drawn.tokens, drawn.visibility | torch.ones(7, 7, dtype=torch.bool).triu(), drawn.question_expert
@@ -119,7 +123,8 @@ def test_all_masks_show_the_same_draws() -> None:
     """FlexAttention's mask as edges: PyTorch computes its gradients on a GPU only (tests/end_to_end/test_gpu.py)."""
     model = adapted().train()
     data = ChainDataset(some_chains(5, seed=1), HALF, 1, 160, draws=2)
-    rows, found = [data[row] for row in range(len(data))], []
+    rows = [data[row] for row in range(len(data))]
+    found = []
     torch.testing.assert_close(*(dense(form, rows) for form in (block_mask, sdpa_mask)))
     for name, mask in {"sdpa": sdpa_mask, GROUPED_SDPA: document_mask}.items():
         model.base_model.model.set_attn_implementation(name)

@@ -125,7 +125,8 @@ def slow_attention(rows: list[Row], query: Tensor, key: Tensor, value: Tensor) -
 @pytest.fixture(scope="module", autouse=True)
 def flex_gradients_on_a_cpu() -> Any:
     """PyTorch's own dense form of FlexAttention has gradients; only a check refuses them on a CPU."""
-    check, flex._validate_device = flex._validate_device, lambda *_: None
+    check = flex._validate_device
+    flex._validate_device = lambda *_: None
     with torch.compiler.set_stance("force_eager"):
         yield
     flex._validate_device = check
@@ -145,7 +146,8 @@ def test_edges_and_positions_equal_the_definition(rows: list[Row]) -> None:
 @given(batches(), st.integers(0, 10**6))
 def test_three_forms_have_the_same_outputs_and_gradients(rows: list[Row], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    length, arguments = len(rows[0].tokens), tensors(rows)
+    length = len(rows[0].tokens)
+    arguments = tensors(rows)
     given_ = [
         torch.randn(len(rows), heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, 2, 2)
@@ -171,7 +173,8 @@ def test_three_forms_have_the_same_outputs_and_gradients(rows: list[Row], seed: 
 def test_attention_document_by_document_equals_the_whole_mask(rows: list[Row], seed: int) -> None:
     """Outputs and gradients, padding aside, through the CPU's attention with and without what it knows of documents."""
     generator = torch.Generator().manual_seed(seed)
-    length, arguments = len(rows[0].tokens), tensors(rows)
+    length = len(rows[0].tokens)
+    arguments = tensors(rows)
     real = (arguments[2] != PADDING)[:, :, None, None]
     found = []
     for mask in (sdpa_mask(*arguments), document_mask(*arguments)):
@@ -205,8 +208,10 @@ def long_rows() -> list[Row]:
 
 def test_blocks_without_an_edge_are_left_out() -> None:
     arguments = tensors(long_rows())
-    blocks, edges = block_mask(*arguments), sdpa_mask(*arguments)
-    rows, count = edges.shape[0], blocks.kv_num_blocks.shape[-1]
+    blocks = block_mask(*arguments)
+    edges = sdpa_mask(*arguments)
+    rows = edges.shape[0]
+    count = blocks.kv_num_blocks.shape[-1]
     padded = torch.zeros(rows, 1, count * 128, count * 128, dtype=torch.bool)
     padded[..., : edges.shape[-1], : edges.shape[-1]] = edges
     tiles = padded.view(rows, 1, count, 128, count, 128)
@@ -277,7 +282,8 @@ def test_each_variant_in_a_masked_row_equals_the_built_chain(hidden: tuple[tuple
     Between them they hold (x, a), (x, g), (x, y), (x, a, g), (x, a, y), (x, g, y) and the whole chain. A step that sees
     another one which saw more, or less, than it would in the built chain has no equal.
     """
-    model, visibility = adapted(), visibility_without(hidden)
+    model = adapted()
+    visibility = visibility_without(hidden)
     for step in NAMES:
         seen = [s for s in range(1, step + 1) if visibility[step, s]]
         built = step_loss(model, chain_of(*seen), visibility_without(()), step)
@@ -296,7 +302,8 @@ def test_each_variant_in_a_masked_row_equals_the_built_chain(hidden: tuple[tuple
 
 def test_hidden_steps_do_matter() -> None:
     """The negative control: with everything visible the same tokens have another loss."""
-    model, chain = adapted(), chain_of(1, 2, 3)
+    model = adapted()
+    chain = chain_of(1, 2, 3)
     whole = step_loss(model, chain, visibility_without(()), 3)
     for hidden in (((3, 1),), ((3, 2),), ((3, 1), (3, 2))):
         assert abs(step_loss(model, chain, visibility_without(hidden), 3) - whole) > 1e-2
@@ -304,7 +311,8 @@ def test_hidden_steps_do_matter() -> None:
 
 def test_the_next_step_is_learnt_from_the_chain_as_generated() -> None:
     """A start marker is predicted by the token before it, so a response that sees nothing does not teach to skip."""
-    model, chain = adapted(), chain_of(1, 2, 3)
+    model = adapted()
+    chain = chain_of(1, 2, 3)
     made = step_loss(model, chain, visibility_without(()), 3, markers=True)
     skipping = step_loss(model, chain, visibility_without(((3, 1), (3, 2))), 3, markers=True)
     direct = step_loss(model, chain_of(3), visibility_without(()), 3, markers=True)
@@ -312,7 +320,8 @@ def test_the_next_step_is_learnt_from_the_chain_as_generated() -> None:
 
 
 def test_seeing_everything_is_plain_causal_attention() -> None:
-    model, chain = adapted(), chain_of(1, 2, 3)
+    model = adapted()
+    chain = chain_of(1, 2, 3)
     losses, _ = token_losses(model, [[DrawnChain(chain, visibility_without(()), 2)]])
     ids = torch.tensor([chain.ids])
     plain = model(input_ids=ids, step_ids=torch.tensor([chain.steps]), question_experts=torch.tensor([2])).logits

@@ -35,7 +35,8 @@ def test_a_batch_is_padded() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert batch["step_ids"].tolist() == [[0, 0, 1, 3], [0, 3, 0, 0]]
     assert batch["document_ids"].tolist() == [[0] * 4, [0, 0, PADDING, PADDING]]
-    first, second = data[0][0].question_expert, data[1][0].question_expert
+    first = data[0][0].question_expert
+    second = data[1][0].question_expert
     assert batch["question_experts"].tolist() == [[first] * 4, [second, second, 0, 0]]
     assert batch["visibility"].tolist() == [[[True] * 4] * 4, [[True] * 4] * 2 + [[False] * 4] * 2]
 
@@ -138,7 +139,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_rows() -> None:
     chains = some_chains(12)
     found = []
     for row_length in (None, 64):
-        data, model = dataset(chains, 0.5, row_length=row_length), adapted().train()
+        data = dataset(chains, 0.5, row_length=row_length)
+        model = adapted().train()
         batch = collate([data[row] for row in range(len(data))], pad_id=0)
         mask = sdpa_mask(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
         del batch["weights"]
@@ -155,9 +157,11 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_rows() -> None:
 
 def test_visibility_across_documents_would_change_the_loss() -> None:
     """Negative control: the same rows treated as one document have a different loss."""
-    data, model = dataset(some_chains(6), row_length=64), adapted()
+    data = dataset(some_chains(6), row_length=64)
+    model = adapted()
     batch = collate([data[row] for row in range(len(data))], pad_id=0)
-    visibility, documents = batch.pop("visibility"), batch["document_ids"]
+    visibility = batch.pop("visibility")
+    documents = batch["document_ids"]
     del batch["segment_ids"], batch["weights"]
     separate = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents)).loss
     together = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents.clamp_max(0))).loss

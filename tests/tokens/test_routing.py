@@ -10,7 +10,8 @@ token = st.integers(0, 16)
 
 def by_hand(ids: list[int], documents: list[int] | None = None) -> list[int]:
     """The definition, read token by token."""
-    steps, step = [], 0
+    steps = []
+    step = 0
     for position, id_ in enumerate(ids):
         if documents and position and documents[position] != documents[position - 1]:
             step = 0
@@ -31,7 +32,9 @@ def test_steps_are_those_of_the_last_marker(ids: list[int]) -> None:
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(token, st.booleans()), min_size=1, max_size=30))
 def test_steps_restart_with_each_document(pairs: list[tuple[int, bool]]) -> None:
-    ids, documents, number = [], [], 0
+    ids = []
+    documents = []
+    number = 0
     for id_, new in pairs:
         number += new
         ids.append(id_)

@@ -28,7 +28,8 @@ STEPS = ("analysis", "guidance", "response")
 
 @pytest.fixture(scope="module")
 def prepared(tiny: Path) -> tuple[Any, MoteConfig]:
-    tokenizer, config = AutoTokenizer.from_pretrained(tiny), MoteConfig()
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = MoteConfig()
     add_markers(tokenizer, config)
     return tokenizer, config
 
@@ -54,7 +55,8 @@ def test_markers_get_ids_once_and_turns_are_found(prepared: tuple[Any, MoteConfi
 
 
 def test_marker_rows_begin_as_prompt_end_and_end_of_turn(tiny: Path) -> None:
-    base, config = load_base(str(tiny), device="cpu"), MoteConfig()
+    base = load_base(str(tiny), device="cpu")
+    config = MoteConfig()
     add_markers(base.tokenizer, config, base.model)
     weight = base.model.get_input_embeddings().weight
     assert weight.shape[0] == len(base.tokenizer)

@@ -49,7 +49,8 @@ def tiny_llama() -> Any:
 def slow(layer: TokenGatedLinear, x: Tensor) -> Tensor:
     """Reference: a loop over tokens and experts."""
     out = layer.base_layer(x).clone()
-    config, (gate, first, second) = layer.configs["default"], parts(layer)
+    config = layer.configs["default"]
+    (gate, first, second) = parts(layer)
     for row, token in [(row, token) for row in range(x.shape[0]) for token in range(x.shape[1])]:
         vector = x[row, token]
         probabilities = torch.softmax(gate @ vector, dim=0).tolist()
@@ -90,7 +91,8 @@ def test_both_dispatches_have_the_same_outputs_and_gradients() -> None:
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_layer_runs_under_autocast(dispatch: Any) -> None:
-    layer, x = gated(dispatch=dispatch), torch.randn(2, 9, 12)
+    layer = gated(dispatch=dispatch)
+    x = torch.randn(2, 9, 12)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
     assert torch.allclose(out.float(), layer(x), atol=0.1)
@@ -127,7 +129,10 @@ def test_balance_loss_is_least_where_all_experts_are_used_evenly() -> None:
 
 def test_contrastive_loss_equals_its_formula() -> None:
     outputs = torch.tensor([[3.0, 0.0], [0.0, 0.5], [2.0, 2.0], [0.0, 0.0], [1.0, -1.0]])
-    experts, temperature, total, count = [0, 1, 0, 1, 2], 0.5, 0.0, 0
+    experts = [0, 1, 0, 1, 2]
+    temperature = 0.5
+    total = 0.0
+    count = 0
     vectors = [row / max(1.0, float(row.norm())) for row in outputs]
     for i, own in enumerate(experts):
         others = [j for j in range(5) if j != i]
@@ -142,7 +147,8 @@ def test_contrastive_loss_equals_its_formula() -> None:
 
 def test_contrastive_loss_prefers_experts_that_differ() -> None:
     experts = torch.arange(12) % 3
-    alike, distinct = torch.ones(12, 8), 4 * torch.eye(8)[experts]
+    alike = torch.ones(12, 8)
+    distinct = 4 * torch.eye(8)[experts]
     assert float(contrastive_loss(distinct, experts, 0.1)) < 1e-3 < 1 < float(contrastive_loss(alike, experts, 0.1))
     start = torch.zeros(12, 8).requires_grad_()
     contrastive_loss(start, experts, 0.1).backward()
@@ -170,14 +176,16 @@ def test_only_gates_and_experts_of_linear_layers_are_trained() -> None:
 
 def test_steps_may_be_given_and_change_nothing() -> None:
     """As in training, where the batch holds what step experts need."""
-    model, ids = on_tiny_llama(init_weights=False).eval(), torch.arange(12).reshape(2, 6)
+    model = on_tiny_llama(init_weights=False).eval()
+    ids = torch.arange(12).reshape(2, 6)
     steps = torch.tensor([[0, 0, 1, 1, 2, 2]] * 2)
     given = {"step_ids": steps, "document_ids": steps.clamp_max(PADDING), "question_experts": steps.clamp_max(0)}
     assert torch.equal(model(ids, **given).logits, model(ids).logits)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
     steps[0] = NO_STEP  # a row of the base model in a running batch
-    mixed, plain = model(ids, step_ids=steps).logits, tiny_llama()(ids).logits
+    mixed = model(ids, step_ids=steps).logits
+    plain = tiny_llama()(ids).logits
     assert torch.allclose(mixed[0], plain[0], atol=1e-6) and torch.allclose(mixed[1], model(ids).logits[1], atol=1e-5)
 
 
@@ -198,7 +206,8 @@ def test_gate_loss_is_the_mean_over_layers_and_reaches_the_gates() -> None:
 
 
 def test_what_was_trained_comes_back(tmp_path: Path) -> None:
-    model, ids = on_tiny_llama(init_weights=False, top_k=1).eval(), torch.arange(6)[None]
+    model = on_tiny_llama(init_weights=False, top_k=1).eval()
+    ids = torch.arange(6)[None]
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "TOKEN_GATED"
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()

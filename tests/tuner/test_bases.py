@@ -128,7 +128,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 @every_family
 def test_untrained_adapter_changes_nothing(family: str) -> None:
-    base, ids = base_model(family), some_ids().clamp_max(63)
+    base = base_model(family)
+    ids = some_ids().clamp_max(63)
     before = base(input_ids=ids).logits
     model = get_peft_model(base, adapter(family, init_weights=True)).eval()
     assert torch.equal(model(input_ids=ids).logits[..., :64], before)
@@ -137,7 +138,8 @@ def test_untrained_adapter_changes_nothing(family: str) -> None:
 
 @every_family
 def test_every_layer_equals_the_equation(family: str) -> None:
-    model, ids = trained(family), some_ids()
+    model = trained(family)
+    ids = some_ids()
     conf = model.peft_config["default"]
     seen: dict[MoteLinear, tuple[Tensor, Tensor]] = {}
     for layer in layers_of(model).values():
@@ -185,7 +187,8 @@ def test_gradients_of_experts_and_markers_equal_the_plain_form(family: str, monk
 
 @every_family
 def test_round_trip_is_exact_and_small(family: str, tmp_path: Path) -> None:
-    model, ids = trained(family), some_ids()
+    model = trained(family)
+    ids = some_ids()
     with torch.no_grad():
         before = model(input_ids=ids).logits
         model.save_pretrained(tmp_path)
@@ -199,7 +202,8 @@ def test_round_trip_is_exact_and_small(family: str, tmp_path: Path) -> None:
 
 @every_family
 def test_cached_generation_equals_uncached(family: str) -> None:
-    model, ids = trained(family), some_ids()
+    model = trained(family)
+    ids = some_ids()
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(**given), model.generate(**given, use_cache=False))
 
@@ -243,7 +247,8 @@ def test_embedding_grows_to_what_the_markers_need(vocab_size: int | None, rows: 
 
 @pytest.mark.parametrize("family", ["llama tied", "llama untied", "gemma3", "gpt2"])
 def test_a_further_adapter_trains_its_own_markers(family: str) -> None:
-    base, ids = base_model(family), some_ids()
+    base = base_model(family)
+    ids = some_ids()
     base.resize_token_embeddings(76, mean_resizing=False)
     model = get_peft_model(base, adapter(family)).eval()
     before = model(input_ids=ids).logits
@@ -271,7 +276,8 @@ def test_a_further_adapter_that_needs_more_rows_is_refused() -> None:
 
 def refused(model: Any, complaint: str, **changes: Any) -> None:
     """The adapter is refused, and the model is left as it was."""
-    modules, rows = dict(model.named_modules()), model.get_input_embeddings().weight.shape[0]
+    modules = dict(model.named_modules())
+    rows = model.get_input_embeddings().weight.shape[0]
     with pytest.raises(ValueError, match=complaint):
         get_peft_model(model, adapter(**changes))
     assert dict(model.named_modules()) == modules and model.get_input_embeddings().weight.shape[0] == rows
@@ -366,7 +372,8 @@ def test_targets_without_effect_are_refused(changes: dict[str, Any], complaint: 
 
 
 def test_data_parallel_is_refused_by_name() -> None:
-    model, ids = trained("llama tied").get_base_model(), some_ids()
+    model = trained("llama tied").get_base_model()
+    ids = some_ids()
     assert model(input_ids=ids).logits.isfinite().all()
     replica = model._replicate_for_data_parallel()  # what nn.DataParallel makes for each GPU
     with pytest.raises(RuntimeError, match=r"nn.DataParallel is not supported.*torchrun"):

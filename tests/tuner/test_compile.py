@@ -96,7 +96,8 @@ def test_training_is_one_graph_for_all_steps(checkpointed: bool) -> None:
 
 
 def test_question_experts_are_redrawn_in_each_run_of_a_graph() -> None:
-    model, ids = small().train(), torch.randint(3, 60, (1, 8))
+    model = small().train()
+    ids = torch.randint(3, 60, (1, 8))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         seen = {round(float(compiled(input_ids=ids, use_cache=False).logits.sum()), 2) for _ in range(20)}
@@ -152,7 +153,8 @@ def test_blocks_may_be_compiled_alone() -> None:
         whole = copy.deepcopy(model)
         for block in model.get_base_model().model.layers:
             block.compile(backend="aot_eager", fullgraph=True)
-        found, counts = loss_and_gradients(model.train(), model, ids, **given), [graphs()]
+        found = loss_and_gradients(model.train(), model, ids, **given)
+        counts = [graphs()]
         torch.testing.assert_close(found, loss_and_gradients(whole.train(), whole, ids, **given), atol=1e-5, rtol=1e-5)
         written = {"input_ids": ids, "max_new_tokens": 5, "do_sample": False}
         assert torch.equal(model.eval().generate(**written), whole.eval().generate(**written))
@@ -166,7 +168,8 @@ def test_blocks_may_be_compiled_alone() -> None:
 
 def test_writing_with_a_static_cache_compiles_once() -> None:
     """As `generate` does by itself on a GPU: no graph again while rows go from step to step."""
-    model, ids = small(), some_ids()
+    model = small()
+    ids = some_ids()
     ids[:, -1] = torch.tensor([64, 66, 68])
     how = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
     how._compile_all_devices = True
@@ -183,7 +186,8 @@ def test_inductor_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(1)
     conf = config(target_modules=["linear"], vocab_size=None, draw_question_expert=False)
-    model, ids = MoteModel(OneLayer(70), conf, "default"), some_ids()
+    model = MoteModel(OneLayer(70), conf, "default")
+    ids = some_ids()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def with_gradients(call: Any) -> list[Tensor]:

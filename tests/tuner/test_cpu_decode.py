@@ -182,7 +182,8 @@ def test_one_token_per_document_is_a_decode_step() -> None:
 def test_other_passes_take_the_plain_form(what: str) -> None:
     model = adapted().train(what == "training")
     rows = MAX_TOKENS + 1 if what == "many rows" else 2
-    ids, steps = torch.full((rows, 1), 5), torch.ones(rows, 1, dtype=torch.long)
+    ids = torch.full((rows, 1), 5)
+    steps = torch.ones(rows, 1, dtype=torch.long)
     cache = DynamicCache(config=model.get_base_model().config)
     with torch.autocast("cpu", enabled=what == "autocast"):
         assert decode_step(model, input_ids=ids, step_ids=steps, past_key_values=cache) is None
@@ -220,7 +221,8 @@ def test_the_next_sequence_sees_changed_weights(how: str, mode: Any, same_cache:
     model = adapted()
     found: list[Tensor] = []
     layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
-    cache, ids = DynamicCache(config=model.get_base_model().config), torch.tensor([[5, 6, 7]])
+    cache = DynamicCache(config=model.get_base_model().config)
+    ids = torch.tensor([[5, 6, 7]])
     call = {"input_ids": ids[:, :1], "step_ids": torch.ones(1, 1, dtype=torch.long)}
     for turn in range(3):
         if turn == 1:

@@ -35,7 +35,8 @@ def slow_steps(ids_B_T: list[list[int]], markers: Markers, documents_B_T: list[l
     """The step of each token, read one after the other."""
     rows = []
     for row, ids in enumerate(ids_B_T):
-        step, steps = 0, []
+        step = 0
+        steps = []
         for position, id_ in enumerate(ids):
             if documents_B_T and position and documents_B_T[row][position] != documents_B_T[row][position - 1]:
                 step = 0
@@ -86,7 +87,8 @@ CASES: dict[str, tuple[list[list[int]], list[list[int]] | None]] = {
 def test_every_layer_equals_the_equation(case: str, changes: dict[str, Any]) -> None:
     rows, documents = CASES[case]
     model = adapted(**changes)
-    conf, ids = model.peft_config["default"], torch.tensor(rows)
+    conf = model.peft_config["default"]
+    ids = torch.tensor(rows)
     steps = slow_steps(rows, conf.routing, documents)
     packed = {} if documents is None else {"document_ids": torch.tensor(documents)}
     check_layers(model, conf, steps, input_ids=ids, attention_mask=(ids != 0).long(), **packed)
@@ -99,7 +101,8 @@ def test_every_layer_equals_the_equation(case: str, changes: dict[str, Any]) -> 
 @pytest.mark.parametrize("cut", [1, 4, 11])
 def test_every_layer_equals_the_equation_behind_a_cache(cut: int, how: str) -> None:
     """The tokens behind a cache; their own ids hold no start marker."""
-    model, ids = adapted(), torch.tensor(MIXED)
+    model = adapted()
+    ids = torch.tensor(MIXED)
     conf = model.peft_config["default"]
     steps = slow_steps(MIXED, conf.routing)[:, cut:]
     with torch.no_grad():
@@ -110,8 +113,10 @@ def test_every_layer_equals_the_equation_behind_a_cache(cut: int, how: str) -> N
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side: str) -> None:
-    model, ids = adapted(), some_ids()[:2]
-    pad, none = torch.zeros(2, 5, dtype=torch.long), torch.ones_like(ids)
+    model = adapted()
+    ids = some_ids()[:2]
+    pad = torch.zeros(2, 5, dtype=torch.long)
+    none = torch.ones_like(ids)
     order = [pad, ids] if side == "left" else [ids, pad]
     mask = torch.cat([pad, none] if side == "left" else [none, pad], dim=1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)

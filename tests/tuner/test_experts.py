@@ -96,7 +96,9 @@ def test_only_what_the_gradients_need_is_saved() -> None:
 def test_folded_equals_plain(dtype: torch.dtype) -> None:
     given = tensors(torch.float32, (3, 1))
     table = torch.tensor([[0.1] * WIDTH, [0.5] * 4 + [0.0] * 4 + [1.5] * 4]).to(dtype)
-    x, result, weights = given["x"].to(dtype), given["result"].to(dtype), table[1].expand(3, 1, WIDTH)
+    x = given["x"].to(dtype)
+    result = given["result"].to(dtype)
+    weights = table[1].expand(3, 1, WIDTH)
     a, b = fold(given["first"], given["second"], active_columns(table)[1], dtype)
     assert a.shape == (8, 6) and b.shape == (7, 8) and a.dtype == b.dtype == dtype
     expected = plain(x.float(), result.float(), given["first"], given["second"], weights.float())
@@ -110,7 +112,8 @@ def test_folded_equals_plain(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("matmul", [linear, fast_matmul])
 def test_fused_with_the_base_layer_equals_plain(matmul: Any, with_bias: bool, dtype: torch.dtype) -> None:
     given = tensors(dtype)
-    frozen, bias = torch.randn(7, 6, dtype=dtype), torch.randn(7, dtype=dtype) if with_bias else None
+    frozen = torch.randn(7, 6, dtype=dtype)
+    bias = torch.randn(7, dtype=dtype) if with_bias else None
     x, first, second = (given[key].requires_grad_() for key in ("x", "first", "second"))
     slow = plain(x, linear(x, frozen, bias), first, second, given["weights"])
     fast = Fused.apply(x, None, first, second, given["weights"], False, matmul, frozen, bias)
@@ -142,7 +145,8 @@ def test_no_gradients_need_no_autograd_function(
 @pytest.mark.parametrize("tokens", [3, 12])
 def test_a_layer_with_other_tokens_than_the_model_is_refused(tokens: int) -> None:
     """Such as an output head that gets the last token alone: the step of its tokens is unknown."""
-    given, table = tensors(torch.float32), torch.ones(2, WIDTH)
+    given = tensors(torch.float32)
+    table = torch.ones(2, WIDTH)
     first, second = nn.Linear(6, WIDTH, bias=False), nn.Linear(WIDTH, 7, bias=False)
     route = Route(given["weights"], active_columns(table))
     with pytest.raises(RuntimeError, match="shape"):
@@ -168,12 +172,15 @@ def test_sharded_weights_are_used_through_their_modules() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_of_trained_rows_equal_a_head_with_these_rows(bias: bool) -> None:
     make = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(9, 4, generator=make).double(), torch.randn(2, 5, 4, generator=make).double())
-    ids, rows = torch.tensor([7, 2]), torch.randn(2, 4, generator=make).double()
+    weight = torch.randn(9, 4, generator=make).double()
+    x = torch.randn(2, 5, 4, generator=make).double()
+    ids = torch.tensor([7, 2])
+    rows = torch.randn(2, 4, generator=make).double()
     offset = torch.randn(9, generator=make).double() if bias else None
     found = []
     for form in ("whole", "plain", "fast"):
-        own_x, own_rows = x.clone().requires_grad_(), rows.clone().requires_grad_()
+        own_x = x.clone().requires_grad_()
+        own_rows = rows.clone().requires_grad_()
         part = None if offset is None else offset[ids]
         if form == "whole":
             out = linear(own_x, weight.index_copy(0, ids, own_rows), offset)
@@ -189,8 +196,10 @@ def test_logits_of_trained_rows_equal_a_head_with_these_rows(bias: bool) -> None
 
 def test_marker_embeddings_equal_a_matrix_with_these_rows() -> None:
     make = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(9, 4, generator=make), torch.randint(0, 9, (3, 20), generator=make)
-    ids, rows = torch.tensor([7, 2]), torch.randn(2, 4, generator=make).requires_grad_()
+    weight = torch.randn(9, 4, generator=make)
+    x = torch.randint(0, 9, (3, 20), generator=make)
+    ids = torch.tensor([7, 2])
+    rows = torch.randn(2, 4, generator=make).requires_grad_()
     whole = embedding(x, weight.index_copy(0, ids, rows))
     found = put_embeddings(embedding(x, weight), x, rows, ids)
     assert torch.equal(found, whole)

@@ -66,7 +66,10 @@ class Pair:
 
     def __init__(self, model: Model, server: LlamaServer, base_id: int) -> None:
         assert model.config is not None
-        self.model, self.server, self.base_id, self.markers = model, server, base_id, model.config.markers
+        self.model = model
+        self.server = server
+        self.base_id = base_id
+        self.markers = model.config.markers
         self.rows = model.model.get_input_embeddings().weight.shape[0]
 
     def sequence(self, messages: tuple[Message, ...], mode: str) -> tuple[list[int], int]:
@@ -121,7 +124,8 @@ def test_base_mode_equals_the_base_model(switch: Pair) -> None:
     words = torch.ones(switch.rows, dtype=torch.bool)
     words[ids_of(switch)] = False
     for end in (1, len(ids) // 2, len(ids) - 1):
-        found, expected = switch.found(ids[: end + 1], base=True), switch.expected(ids, base=True)[end]
+        found = switch.found(ids[: end + 1], base=True)
+        expected = switch.expected(ids, base=True)[end]
         torch.testing.assert_close(found[words].log_softmax(-1), expected[words].log_softmax(-1), atol=1e-3, rtol=0)
 
 

@@ -21,7 +21,8 @@ from mote.tuner.gguf.source import EMBEDDING, HEAD, BaseWeights, Experts, matrix
 @pytest.mark.parametrize("tied", [True, False])
 def test_base_on_disk_has_the_loaded_models_weights(tied: bool, tmp_path: Path) -> None:
     folder = str(make_tiny_model(tmp_path / "base", tied=tied))
-    base, model = BaseWeights(folder), load_base(folder, "cpu", "float32").model
+    base = BaseWeights(folder)
+    model = load_base(folder, "cpu", "float32").model
     assert base.tied == tied
     assert list(base.parameters) == [name for name, _ in model.named_parameters()]
     for name, parameter in model.named_parameters():

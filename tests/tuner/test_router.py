@@ -55,12 +55,14 @@ def ids_of_both() -> Tensor:
 
 
 def test_each_adapter_routes_by_its_own_markers() -> None:
-    model, ids = two_schemes(), ids_of_both()
+    model = two_schemes()
+    ids = ids_of_both()
     given = {"input_ids": ids, "max_new_tokens": 8, "do_sample": False}
     found = {}
     for name in ("default", "second", "default"):
         model.set_adapter(name)
-        logits, text = model(input_ids=ids).logits, model.generate(**given)
+        logits = model(input_ids=ids).logits
+        text = model.generate(**given)
         assert torch.equal(text, model.generate(**given, use_cache=False))
         router = model.get_base_model().mote_router
         alone = model(input_ids=ids, step_ids=router.steps(ids, ids.shape[1])[name]).logits
@@ -75,7 +77,8 @@ def test_each_adapter_routes_by_its_own_markers() -> None:
 
 
 def test_steps_are_those_of_the_active_adapters_scheme() -> None:
-    model, ids = two_schemes(), torch.tensor([[5, 64, 70, 3, 66, 72, 2, 6]])
+    model = two_schemes()
+    ids = torch.tensor([[5, 64, 70, 3, 66, 72, 2, 6]])
     router = model.get_base_model().mote_router
     assert {name: steps.tolist() for name, steps in router.steps(ids, 6).items()} == {"default": [[1, 1, 2, 2, 0, 0]]}
     model.set_adapter("second")
@@ -86,7 +89,8 @@ def test_steps_are_those_of_the_active_adapters_scheme() -> None:
 
 
 def test_a_deleted_adapters_name_may_be_given_to_another_scheme() -> None:
-    model, ids = two_schemes(), ids_of_both()
+    model = two_schemes()
+    ids = ids_of_both()
     second = model.peft_config["second"]
     model.set_adapter("second")
     expected = model(input_ids=ids).logits
@@ -108,7 +112,8 @@ def test_adapters_come_and_go_through_transformers_own_methods() -> None:
     """These do not notify the tuner when they delete an adapter."""
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         pytest.skip(f"transformers asks for PEFT {MIN_PEFT_VERSION}")
-    ids, found = some_ids(), []
+    ids = some_ids()
+    found = []
     base = tiny_llama(vocab=70)
     for mix in (0.2, 0.9):
         torch.manual_seed(1)
@@ -127,7 +132,8 @@ def test_adapters_come_and_go_through_transformers_own_methods() -> None:
 
 
 def test_tokens_without_a_step_are_read_as_the_base_reads_them() -> None:
-    model, ids = adapted().eval(), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    model = adapted().eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     steps = torch.full_like(ids, NO_STEP)
     mixed = torch.stack([steps[0], torch.ones_like(steps[1])])
     with torch.no_grad():
@@ -135,7 +141,8 @@ def test_tokens_without_a_step_are_read_as_the_base_reads_them() -> None:
         beside = model(input_ids=ids, step_ids=mixed).logits[..., :64]
     hidden = model.get_input_embeddings()(ids).detach().requires_grad_()
     model(inputs_embeds=hidden, step_ids=steps).logits[..., :64].sin().sum().backward()
-    gradient, hidden.grad = hidden.grad, None
+    gradient = hidden.grad
+    hidden.grad = None
     with model.disable_adapter():
         wanted = model(inputs_embeds=hidden).logits[..., :64]
         wanted.sin().sum().backward()
@@ -147,7 +154,8 @@ def test_tokens_without_a_step_are_read_as_the_base_reads_them() -> None:
 
 
 def test_question_experts_are_given_by_row_or_by_token() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     by_row = model(input_ids=ids, question_experts=QUESTION_EXPERTS).logits
     by_token = model(input_ids=ids, question_experts=QUESTION_EXPERTS[:, None].expand_as(ids)).logits
     assert torch.equal(by_row, by_token)
@@ -159,7 +167,8 @@ def test_question_experts_are_given_by_row_or_by_token() -> None:
 
 def test_one_expert_is_drawn_for_each_document_of_a_packed_row() -> None:
     model = adapted(experts=("analysis", "guidance", "response"), mix=1.0).train()
-    router, seen = model.get_base_model().mote_router, []
+    router = model.get_base_model().mote_router
+    seen = []
     layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
     layer.register_forward_pre_hook(
         lambda *_: seen.append(router.route("default", 4).weights[0].reshape(12, 3, 4)[..., 0])
@@ -204,7 +213,8 @@ def enable(model: Any, form: str) -> None:
     "form", ["default", "reentrant", "not reentrant", "every second", "wrapper", "wrapper reentrant"]
 )
 def test_checkpointed_gradients_are_the_plain_ones(form: str) -> None:
-    model, ids = adapted().train(), some_ids()
+    model = adapted().train()
+    ids = some_ids()
     plain = gradients(model, ids)
     enable(model, form)
     runs: list[int] = []
@@ -291,7 +301,8 @@ def test_threads_train_at_once_and_go_back_in_other_threads(form: str | None) ->
 
 
 def test_a_nested_forward_keeps_the_outer_steps() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     alone = model(input_ids=ids).logits
     other = ids.flip(0)
     inner: list[Tensor] = []
@@ -306,7 +317,8 @@ def test_a_nested_forward_keeps_the_outer_steps() -> None:
 
 
 def test_a_failed_forward_leaves_no_steps() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     with pytest.raises(IndexError):
         model(input_ids=ids + 1000)
     with pytest.raises(RuntimeError, match="step of each token is unknown"):
@@ -317,7 +329,8 @@ def test_a_failed_forward_leaves_no_steps() -> None:
 
 
 def test_a_copy_routes_decodes_and_trains_independently() -> None:
-    model, ids = adapted().train(), some_ids()
+    model = adapted().train()
+    ids = some_ids()
     enable(model, "not reentrant")
     plain = gradients(model, ids)  # leaves what a forward pass leaves
     model.eval()
@@ -326,7 +339,8 @@ def test_a_copy_routes_decodes_and_trains_independently() -> None:
     routers = [m.get_base_model().mote_router for m in (model, twin)]
     assert routers[0] is not routers[1]
     assert {layer.router for layer in twin.modules() if isinstance(layer, MoteLinear)} == {routers[1]}
-    expected, text = model(input_ids=ids).logits, model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    expected = model(input_ids=ids).logits
+    text = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     model.delete_adapter("default")
     del model
     assert torch.equal(twin(input_ids=ids).logits, expected)
@@ -335,7 +349,8 @@ def test_a_copy_routes_decodes_and_trains_independently() -> None:
 
 
 def test_a_pickled_model_is_the_same() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     text = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -359,7 +374,8 @@ def works_as_a_base(model: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_unloading_gives_the_base_back(tied: bool) -> None:
-    model, ids = adapted(tied), some_ids().clamp_max(63)
+    model = adapted(tied)
+    ids = some_ids().clamp_max(63)
     base = model.get_base_model()
     enable(model.train(), "not reentrant")
     gradients(model, ids)
@@ -377,7 +393,8 @@ def test_unloading_gives_the_base_back(tied: bool) -> None:
 
 
 def test_without_its_last_adapter_a_model_is_the_base() -> None:
-    model, ids = adapted(), some_ids().clamp_max(63)
+    model = adapted()
+    ids = some_ids().clamp_max(63)
     model.delete_adapter("default")
     logits = works_as_a_base(model.base_model.model, ids)
     torch.testing.assert_close(logits[..., :64], tiny_llama()(input_ids=ids).logits, atol=1e-6, rtol=0)

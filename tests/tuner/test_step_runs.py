@@ -55,7 +55,8 @@ def test_run_by_run_equals_plain(in_place: bool) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_run_by_run_with_the_base_layer_equals_plain(bias: bool) -> None:
-    frozen, offset = torch.randn(7, 6), torch.randn(7) if bias else None
+    frozen = torch.randn(7, 6)
+    offset = torch.randn(7) if bias else None
     found = []
     for by_run in (True, False):
         given = leaves(torch.float32)
@@ -86,7 +87,8 @@ def test_each_run_saves_the_hidden_values_of_its_own_columns() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"mix": 1.0}, {"draw_question_expert": False}], ids=str)
 def test_a_training_step_has_the_gradients_of_the_whole_form(changes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, found = some_ids(), []
+    ids = some_ids()
+    found = []
     calls: list[int] = []
     apply = FusedByRun.apply
     monkeypatch.setattr(experts.FusedByRun, "apply", lambda *given: calls.append(1) or apply(*given))
@@ -105,7 +107,8 @@ def test_a_training_step_has_the_gradients_of_the_whole_form(changes: Any, monke
 @given(st.lists(st.lists(st.integers(NO_STEP, 2), min_size=8, max_size=8), min_size=1, max_size=4))
 @settings(max_examples=50, deadline=None)
 def test_runs_hold_every_token_with_a_step_once(rows: list[list[int]]) -> None:
-    expert_weights._RUN_COST, before = 0, expert_weights._RUN_COST
+    before = expert_weights._RUN_COST
+    expert_weights._RUN_COST = 0
     try:
         runs = _faster_runs(torch.tensor(rows), COLUMNS, WIDTH + 1)
     finally:

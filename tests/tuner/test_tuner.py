@@ -54,7 +54,8 @@ def test_one_expert_is_plain_lora() -> None:
 
 
 def test_untrained_adapter_changes_nothing() -> None:
-    ids, base = some_ids(), tiny_llama()
+    ids = some_ids()
+    base = tiny_llama()
     before = base(input_ids=ids.clamp_max(63)).logits
     model = get_peft_model(base, config(init_weights=True)).eval()
     torch.testing.assert_close(model(input_ids=ids.clamp_max(63)).logits[..., :64], before, atol=0, rtol=0)
@@ -62,7 +63,8 @@ def test_untrained_adapter_changes_nothing() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip_is_exact_and_small(tied: bool, tmp_path: Path) -> None:
-    model, ids = adapted(tied), some_ids()
+    model = adapted(tied)
+    ids = some_ids()
     before = model(input_ids=ids).logits
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -77,7 +79,8 @@ def test_round_trip_is_exact_and_small(tied: bool, tmp_path: Path) -> None:
 
 
 def test_auto_model_and_load_adapter_read_it(tiny: Path, tmp_path: Path) -> None:
-    conf, tokenizer = MoteConfig(r=4, init_weights=False), AutoTokenizer.from_pretrained(tiny)
+    conf = MoteConfig(r=4, init_weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     base = LlamaForCausalLM.from_pretrained(tiny)
     add_markers(tokenizer, conf, base)
     model = get_peft_model(base, conf).eval()
@@ -106,7 +109,8 @@ def test_an_offloaded_model_computes_the_same(tied: bool) -> None:
 
 
 def test_disabling_several_adapters_and_deleting() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     first = model(input_ids=ids).logits
     with model.disable_adapter():
         off = model(input_ids=ids).logits
@@ -126,7 +130,8 @@ def test_disabling_several_adapters_and_deleting() -> None:
 
 @pytest.mark.parametrize("names", [["second", "default", "default"], ["__base__", "default", "default"]], ids=str)
 def test_an_adapter_per_row_is_refused_by_name(names: list[str]) -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     model.add_adapter("second", config())
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"adapter_names=\[.*all rows of a call are read by the active adapter"):
@@ -142,7 +147,8 @@ def test_merging_is_refused() -> None:
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"left_padded": True}])
 def test_cached_generation_equals_uncached(how: dict[str, Any]) -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     mask = torch.ones_like(ids)
     if how.pop("left_padded", False):
         ids[1, :4], mask[1, :4] = 0, 0
@@ -153,7 +159,8 @@ def test_cached_generation_equals_uncached(how: dict[str, Any]) -> None:
 
 
 def test_no_token_is_computed_twice_at_a_switch() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     counted: list[int] = []
     decoder = model.get_base_model()
     decoder.register_forward_pre_hook(
@@ -165,7 +172,8 @@ def test_no_token_is_computed_twice_at_a_switch() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_two_checkpointed_forwards_share_one_backward(reentrant: bool) -> None:
-    model, ids = adapted().train(), some_ids()
+    model = adapted().train()
+    ids = some_ids()
     model.enable_input_require_grads()
     experts = torch.tensor([1, 2, 3])
 
@@ -228,7 +236,8 @@ def test_without_ids_the_call_fails_loudly() -> None:
 
 
 def test_a_copied_model_routes_by_itself() -> None:
-    model, ids = adapted(), some_ids()
+    model = adapted()
+    ids = some_ids()
     assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
@@ -335,7 +344,8 @@ def both_loras(choice: dict[str, Any], **weights: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("choice", LORA_CHOICES.values(), ids=LORA_CHOICES)
 def test_choices_of_layers_and_ranks_are_those_of_lora(choice: dict[str, Any]) -> None:
     ours, theirs = both_loras(choice, ours=False, theirs=False)
-    state, copied = ours.state_dict(), 0
+    state = ours.state_dict()
+    copied = 0
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
             parameter.data.copy_(state[name.replace("lora_", "mote_")])
