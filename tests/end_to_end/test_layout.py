@@ -89,6 +89,18 @@ def test_files_and_functions_are_short() -> None:
     assert long == []
 
 
+def test_shape_letters_are_those_of_the_legend() -> None:
+    """The legend is the table of CONTRIBUTING.md; a module's docstring repeats the letters it uses."""
+    legend = set(re.findall(r"\| ([A-Z]) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    used = 0
+    for path in SOURCES:
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        letters = set(re.findall(r"\b([A-Z])\b", doc.partition("Shapes:")[2]))
+        assert letters <= legend, f"{module_of(path)} uses {sorted(letters - legend)}; see CONTRIBUTING.md"
+        used += bool(letters)
+    assert used > 20
+
+
 def test_no_test_module_imports_another() -> None:
     for path in TESTS:
         found = re.findall(r"^\s*(?:from|import) (test_\w+|conftest)\b", path.read_text(encoding="utf-8"), re.MULTILINE)

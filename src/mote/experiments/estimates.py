@@ -1,6 +1,6 @@
 """Rough estimates of a run's tokens, time and memory; each formula is in its function's docstring.
 
-Legend: N parameters that multiply a token, A trained parameters.
+Legend: W parameters that multiply a token, A trained parameters.
 """
 
 from dataclasses import dataclass
@@ -138,9 +138,9 @@ class RunEstimate:
         )
 
     def training(self, asked: QuestionStats) -> Stage:
-        """4 N + 6 A FLOPs per token: 6 N without the frozen weights' gradients, plus the experts in full.
+        """4 W + 6 A FLOPs per token: 6 W without the frozen weights' gradients, plus the experts in full.
 
-        Gradient checkpointing repeats the forward pass, another 2 N.
+        Gradient checkpointing repeats the forward pass, another 2 W.
         """
         settings = self.recipe.train
         rows = max(1, round(asked.count * (1 - settings.held_out)))
@@ -193,7 +193,7 @@ class RunEstimate:
     def _decoding(self, texts: float, batch: int, tokens: int) -> float:
         """Seconds to generate texts in batches; a batch takes as long as its longest text, assumed at the budget.
 
-        A decoding step takes the largest of: weights / bandwidth, 2 N * batch / reached FLOP/s, Python overhead of
+        A decoding step takes the largest of: weights / bandwidth, 2 W * batch / reached FLOP/s, Python overhead of
         the layers.
         """
         weights = active_parameters(self.shape) * BYTES[self.dtype] / self.machine.bandwidth
@@ -201,7 +201,7 @@ class RunEstimate:
         return texts / batch * tokens * max(weights, matmuls, self.shape.layers * LAYER_OVERHEAD)
 
     def _prefill(self, tokens: float) -> float:
-        """Seconds at 2 N FLOPs per token."""
+        """Seconds at 2 W FLOPs per token."""
         return 2 * active_parameters(self.shape) * tokens / (EFFICIENCY * self.machine.flops)
 
     def generation_bytes(self, asked: QuestionStats, answered: QuestionStats) -> int:

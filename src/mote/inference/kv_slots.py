@@ -3,7 +3,7 @@
 The tokens of a forward pass are concatenated without padding: first one token of each decoding sequence, then chunks of
 prompts that are prefilled. Each sequence keeps its own keys and values in a slot. A `Prefix` that several prompts share
 is stored once and read once for all of them.
-Shapes: B decoding sequence, N token of the forward pass, T token of a prefill chunk, H query head, K key head, G query
+Shapes: B decoding sequence, N token of the forward pass, T token of a prefill chunk, H query head, K key head, J query
 head of a key head, D head size, P token of a prefix, C token a slot can hold, X batch of a matmul.
 """
 
@@ -251,37 +251,37 @@ def slot_attention(
         raise RuntimeError(f"layer {index} has the window {sliding_window}, its configuration says {layer}")
     heads = key.shape[1]
     factor = scaling if scaling is not None else query.shape[-1] ** -0.5
-    grouped_K_G_N_D = query.view(heads, -1, *query.shape[2:])
+    grouped_K_J_N_D = query.view(heads, -1, *query.shape[2:])
     rows = plan.decoding
     parts = []
     if rows and softcap is None and not plan.longest_prefix:
         mask = plan.mask(layer, query.dtype)
-        parts.append(_decode_own(plan, kv, grouped_K_G_N_D[:, :, :rows], factor, mask))
+        parts.append(_decode_own(plan, kv, grouped_K_J_N_D[:, :, :rows], factor, mask))
     elif rows:
-        scaled_K_B_G_D = grouped_K_G_N_D[:, :, :rows].transpose(1, 2) * factor
-        parts.append(_decode(plan, kv, scaled_K_B_G_D, softcap, layer))
+        scaled_K_B_J_D = grouped_K_J_N_D[:, :, :rows].transpose(1, 2) * factor
+        parts.append(_decode(plan, kv, scaled_K_B_J_D, softcap, layer))
     for chunk in plan.chunks:
-        scaled_K_T_G_D = grouped_K_G_N_D[:, :, chunk.start : chunk.stop].transpose(1, 2) * factor
-        parts.append(_prefill(plan, kv, chunk, scaled_K_T_G_D, softcap, layer))
-    out_N_K_G_D = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out_N_K_G_D.flatten(1, 2)[None], None
+        scaled_K_T_J_D = grouped_K_J_N_D[:, :, chunk.start : chunk.stop].transpose(1, 2) * factor
+        parts.append(_prefill(plan, kv, chunk, scaled_K_T_J_D, softcap, layer))
+    out_N_K_J_D = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out_N_K_J_D.flatten(1, 2)[None], None
 
 
-def _decode_own(plan: BatchPlan, kv: int, query_K_G_B_D: Tensor, factor: float, mask_B_1_1_C: Tensor | None) -> Tensor:
-    """Attention (B, K, G, D) of one new token per sequence to its own slot: `_decode` without prefixes and soft cap.
+def _decode_own(plan: BatchPlan, kv: int, query_K_J_B_D: Tensor, factor: float, mask_B_1_1_C: Tensor | None) -> Tensor:
+    """Attention (B, K, J, D) of one new token per sequence to its own slot: `_decode` without prefixes and soft cap.
 
     Uses PyTorch's kernel with the query heads of a group in place of query tokens: they see the same keys.
     """
     own = slice(plan.decoding), slice(None), slice(plan.longest)
     keys = plan.cache.keys[kv][own]
     values = plan.cache.values[kv][own]
-    return scaled_dot_product_attention(query_K_G_B_D.permute(2, 0, 1, 3), keys, values, mask_B_1_1_C, scale=factor)
+    return scaled_dot_product_attention(query_K_J_B_D.permute(2, 0, 1, 3), keys, values, mask_B_1_1_C, scale=factor)
 
 
 def _prefill(
-    plan: BatchPlan, kv: int, chunk: PrefillChunk, query_K_T_G_D: Tensor, softcap: float | None, layer: Layer
+    plan: BatchPlan, kv: int, chunk: PrefillChunk, query_K_T_J_D: Tensor, softcap: float | None, layer: Layer
 ) -> Tensor:
-    """Attention (T, K, G, D) of a prefill chunk."""
+    """Attention (T, K, J, D) of a prefill chunk."""
     prefix = chunk.prefix
     keys = plan.cache.keys[kv][chunk.slot, :, : chunk.end]
     values = plan.cache.values[kv][chunk.slot, :, : chunk.end]
@@ -290,30 +290,30 @@ def _prefill(
         values = torch.cat((prefix.values[kv], values), 1)
     indices = torch.arange(prefix.length + chunk.end, device=keys.device)
     hidden = _hidden(indices[prefix.length + chunk.offset :, None], indices, layer)
-    weights = _softmax(_scores(query_K_T_G_D, keys, softcap).masked_fill_(hidden[:, None], _MINUS_INFINITY))
+    weights = _softmax(_scores(query_K_T_J_D, keys, softcap).masked_fill_(hidden[:, None], _MINUS_INFINITY))
     return _weighted_sum(weights, values).transpose(0, 1)
 
 
-def _decode(plan: BatchPlan, kv: int, query_K_B_G_D: Tensor, softcap: float | None, layer: Layer) -> Tensor:
-    """Attention (B, K, G, D) of one new token per sequence to its slot and its prefix.
+def _decode(plan: BatchPlan, kv: int, query_K_B_J_D: Tensor, softcap: float | None, layer: Layer) -> Tensor:
+    """Attention (B, K, J, D) of one new token per sequence to its slot and its prefix.
 
     One matmul computes a prefix's scores for all sequences that share it. One softmax covers prefix and slot; the
     scores of prefixes are as wide as the longest one.
     """
-    heads, rows, group, size = query_K_B_G_D.shape
-    query_B_K_G_D = query_K_B_G_D.transpose(0, 1)
-    mask = plan.mask(layer, query_K_B_G_D.dtype)
+    heads, rows, group, size = query_K_B_J_D.shape
+    query_B_K_J_D = query_K_B_J_D.transpose(0, 1)
+    mask = plan.mask(layer, query_K_B_J_D.dtype)
     shared = plan.longest_prefix
     own = slice(rows * heads), slice(plan.longest)
     keys = plan.cache.keys[kv].flatten(0, 1)[own]
     values = plan.cache.values[kv].flatten(0, 1)[own]
-    scores = query_K_B_G_D.new_full((rows, heads, group, shared + plan.longest), _MINUS_INFINITY)
-    slot_scores = _scores(query_B_K_G_D.reshape(rows * heads, 1, group, size), keys, softcap)
+    scores = query_K_B_J_D.new_full((rows, heads, group, shared + plan.longest), _MINUS_INFINITY)
+    slot_scores = _scores(query_B_K_J_D.reshape(rows * heads, 1, group, size), keys, softcap)
     slot_scores = slot_scores.view(rows, heads, group, -1)
     scores[..., shared:] = slot_scores if mask is None else slot_scores + mask
     prefixes = [(prefix, members) for prefix, members in plan.prefixes if prefix.length]
     for prefix, members in prefixes:
-        prefix_scores = _scores(query_K_B_G_D[:, members], prefix.keys[kv], softcap)
+        prefix_scores = _scores(query_K_B_J_D[:, members], prefix.keys[kv], softcap)
         if layer.reach is not None:
             indices = torch.arange(prefix.length, device=keys.device)
             hidden = _hidden(plan.positions[: plan.decoding][members, None], indices, layer)
@@ -321,11 +321,11 @@ def _decode(plan: BatchPlan, kv: int, query_K_B_G_D: Tensor, softcap: float | No
         scores[members, ..., : prefix.length] = prefix_scores.transpose(0, 1)
     weights = _softmax(scores)
     out = _weighted_sum(weights[..., shared:].reshape(rows * heads, 1, group, -1), values)
-    out_B_K_G_D = out.view(rows, heads, group, -1)
+    out_B_K_J_D = out.view(rows, heads, group, -1)
     for prefix, members in prefixes:
         part = weights[members, ..., : prefix.length].transpose(0, 1)
-        out_B_K_G_D[members] += _weighted_sum(part, prefix.values[kv]).transpose(0, 1)
-    return out_B_K_G_D
+        out_B_K_J_D[members] += _weighted_sum(part, prefix.values[kv]).transpose(0, 1)
+    return out_B_K_J_D
 
 
 def _hidden(query_position: Tensor, key_position: Tensor, layer: Layer) -> Tensor:
@@ -334,10 +334,10 @@ def _hidden(query_position: Tensor, key_position: Tensor, layer: Layer) -> Tenso
     return later if layer.reach is None else later | ~layer.within(query_position, key_position)
 
 
-def _scores(query_X_N_G_D: Tensor, keys_X_T_D: Tensor, softcap: float | None) -> Tensor:
-    """Attention scores (X, N, G, T)."""
-    shape = query_X_N_G_D.shape[:3]
-    scores = torch.bmm(query_X_N_G_D.flatten(1, 2), keys_X_T_D.transpose(1, 2)).view(*shape, -1)
+def _scores(query_X_N_J_D: Tensor, keys_X_T_D: Tensor, softcap: float | None) -> Tensor:
+    """Attention scores (X, N, J, T)."""
+    shape = query_X_N_J_D.shape[:3]
+    scores = torch.bmm(query_X_N_J_D.flatten(1, 2), keys_X_T_D.transpose(1, 2)).view(*shape, -1)
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
@@ -345,9 +345,9 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
-def _weighted_sum(weights_X_N_G_T: Tensor, values_X_T_D: Tensor) -> Tensor:
-    """Attention outputs (X, N, G, D)."""
-    return torch.bmm(weights_X_N_G_T.flatten(1, 2), values_X_T_D).view(*weights_X_N_G_T.shape[:3], -1)
+def _weighted_sum(weights_X_N_J_T: Tensor, values_X_T_D: Tensor) -> Tensor:
+    """Attention outputs (X, N, J, D)."""
+    return torch.bmm(weights_X_N_J_T.flatten(1, 2), values_X_T_D).view(*weights_X_N_J_T.shape[:3], -1)
 
 
 AttentionInterface.register(SLOTS, slot_attention)

@@ -3,7 +3,7 @@
 transformers repeats keys and values for every query head before a masked SDPA call, to stay on the GPU's fast kernels.
 The CPU kernel takes grouped heads with a mask: decoding 16 rows behind 300 tokens takes 0.76 of the time, and 0.66 with
 a preallocated cache (benchmarks/generation.json, docs/decisions/0013).
-Shapes: B row, H query head, K key head, T query, S key, D head dimension.
+Shapes: B row, H query head, K key head, T query, C key, D head dimension.
 """
 
 from typing import Any
@@ -47,9 +47,9 @@ def grouped_sdpa(
     Args:
         module: The attention layer.
         query: (B, H, T, D).
-        key: (B, K, S, D) with H a multiple of K.
-        value: (B, K, S, D).
-        attention_mask: (B, 1, T, S), bool or additive, or None for plain causal attention.
+        key: (B, K, C, D) with H a multiple of K.
+        value: (B, K, C, D).
+        attention_mask: (B, 1, T, C), bool or additive, or None for plain causal attention.
         dropout: Dropout on the weights.
         scaling: Factor on the scores.
         is_causal: Overrides the layer's setting.

@@ -1,6 +1,6 @@
 """Shapes and parameter counts of base models, to plan a run without loading the model.
 
-Legend: N parameters, V vocabulary, D hidden size, L layers, R rank, E experts.
+Legend: W parameters, V vocabulary, D hidden size, L layers, R rank, E experts.
 """
 
 import json
@@ -104,7 +104,7 @@ def linear_shapes(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 
 def count_parameters(shape: ModelShape) -> int:
-    """N = L (linear layers + 2 D) + D + V D, and V D once more for an untied output head; without biases."""
+    """W = L (linear layers + 2 D) + D + V D, and V D once more for an untied output head; without biases."""
     block = sum(inputs * outputs for inputs, outputs in linear_shapes(shape).values()) + 2 * shape.hidden
     return shape.layers * block + shape.hidden + shape.vocab * shape.hidden * (1 if shape.tied else 2)
 
@@ -164,5 +164,5 @@ def _targets(wanted: str | list[str], name: str) -> bool:
 
 
 def active_parameters(shape: ModelShape) -> int:
-    """Parameters in the matmuls of each token: N, without an embedding that is not also the output head."""
+    """Parameters in the matmuls of each token: W, without an embedding that is not also the output head."""
     return count_parameters(shape) - (0 if shape.tied else shape.vocab * shape.hidden)

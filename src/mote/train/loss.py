@@ -2,7 +2,7 @@
 
 The output head is frozen, so the forward pass can compute the gradient of the hidden states along with the loss: two
 matmuls a tile, and no logits are kept for the backward pass.
-Shapes: B row, T token, N labelled token, D model, V vocabulary, K trained row of the head.
+Shapes: B row, T token, N labelled token, D model, V vocabulary, M trained row of the head.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from mote.models.shapes import LLAMA_LIKE
 from mote.tokens.encode import IGNORED
 from mote.tuner.experts import is_whole
 
-Head = tuple[Tensor, Tensor | None, Tensor | None]  # weight (V, D), trained rows (K, D), their ids (K)
+Head = tuple[Tensor, Tensor | None, Tensor | None]  # weight (V, D), trained rows (M, D), their ids (M)
 
 
 def token_losses(logits_B_T_V: Tensor, labels_B_T: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class TiledLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, labels: Tensor, weight: Tensor, rows: Tensor | None, ids: Tensor | None) -> Tensor:
-        """x (N, D), labels (N), weight (V, D), rows (K, D), ids (K) -> losses (N) in float32."""
+        """x (N, D), labels (N), weight (V, D), rows (M, D), ids (M) -> losses (N) in float32."""
         wants_x = ctx.needs_input_grad[0]
         wants_rows = ctx.needs_input_grad[3]
         losses = x.new_empty(len(x), dtype=torch.float32)

@@ -73,7 +73,7 @@ def cohen_kappa(pairs: Pairs) -> float | None:
 
 
 def _confusion(pairs: Pairs) -> tuple[list[str], NDArray[np.int64]]:
-    """All labels (L,), and the confusion matrix (L, L)."""
+    """All labels, and the confusion matrix (labels, labels)."""
     counts = Counter(pairs)
     labels = sorted({label for pair in pairs for label in pair})
     return labels, np.array([[counts[a, b] for b in labels] for a in labels])

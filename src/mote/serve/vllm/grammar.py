@@ -1,7 +1,7 @@
 """The step grammar as a vLLM logits processor: constrains each request to the chains of its mode.
 
 vLLM adds, removes and moves requests within its batch; the grammar's state moves with its request. Base-model requests
-have no grammar and may generate no marker. Shapes: N request, V vocabulary.
+have no grammar and may generate no marker. Shapes: B request, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ class StepGrammarProcessor(LogitsProcessor):
                 self.requests[source] = replaced
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Logits (N, V), changed in place."""
+        """Logits (B, V), changed in place."""
         free: list[int] = []  # requests inside a step
         forced: list[int] = []  # requests for which ordinary tokens are masked out
         indices: list[int] = []

@@ -4,7 +4,7 @@ The question's experts are merged into the layer's weight when the model is load
 what it costs the base model. Tokens of a step get the difference between their expert weights and the question's;
 experts with equal weight in both (the shared one) drop out. Tokens of base-model requests get the negative of what was
 merged. `mote.serve.vllm.experts` is the reference implementation that the tests compare with.
-Shapes: T token, N token that gets a difference, P packed projection, E expert, R rank, C column (of E*R), S step;
+Shapes: T token, N token that gets a difference, P packed projection, E expert, R rank, S step;
 in and out are a layer's features.
 """
 
@@ -34,7 +34,7 @@ class MergedExpertWeights:
         question: Expert weights of the question (E*R,), which are merged.
         columns: Columns in which some step differs from the question; columns in which only the base model does.
         rows: Indices (N,) of the tokens with a difference; None if all have one.
-        differences: For each set of columns that this batch needs, the differences (N, 1, C).
+        differences: For each set of columns that this batch needs, the differences (N, 1, columns).
     """
 
     def __init__(self, table: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Stores the step of each token in an extra layer of vLLM's KV cache: one byte per token.
 
 Whatever vLLM does with a token's keys and values (prefix sharing, eviction, recomputation in chunks), it does with the
-token's step. Shapes: T token of the batch, N request, K cache block, C slot of a block.
+token's step. Shapes: T token of the batch, B request, C token a cache block can hold.
 """
 
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class StepMetadata(AttentionMetadata):
 
     Attributes:
         tokens: Number of tokens.
-        starts: Index of each request's first token (N + 1,).
-        lengths: Sequence length of each request, this batch included (N,).
-        blocks: Block table (N, any).
+        starts: Index of each request's first token (B + 1,).
+        lengths: Sequence length of each request, this batch included (B,).
+        blocks: Block table (B, any).
         slots: Cache slot of each token (T,).
     """
 
@@ -106,7 +106,7 @@ class StepCache(nn.Module, AttentionLayerBase):
         self.events = event_table(served.routing, vocab_size).to(get_current_vllm_config().device_config.device)
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Bind vLLM's cache (K, 1, C, 1), viewed as (K, C)."""
+        """Bind vLLM's cache (blocks, 1, C, 1), viewed as (blocks, C)."""
         self.kv_cache = kv_cache[:, 0, :, 0]
 
     def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec:

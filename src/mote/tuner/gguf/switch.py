@@ -2,7 +2,7 @@
 
 Slot 0 holds the question's experts, the others those of a step; `slots` says how start markers choose a slot. A twin of
 the token that every prompt starts with activates the base model's slot, which is zero.
-Shapes: R rank, S slot, D model (in, out).
+Shapes: R rank, D model (in, out).
 """
 
 from collections.abc import Iterator
@@ -164,7 +164,7 @@ def _experts(base: BaseWeights, experts: Experts, plan: SlotPlan, rank: int, wan
 def _stacked(
     base: BaseWeights, experts: Experts, slots: dict[int, int], module: str, index: int, shape: tuple[int, ...]
 ) -> Tensor:
-    """A (S, R, in) or B (S, out, R) of a layer; zeros where a slot has no experts, or a smaller rank."""
+    """A (slots, R, in) or B (slots, out, R) of a layer; zeros where a slot has no experts, or a smaller rank."""
     stacked = torch.zeros(shape)
     if module in experts.modules:
         for slot, step in slots.items():

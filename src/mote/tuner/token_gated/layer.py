@@ -2,7 +2,7 @@
 
 Mixtures of LoRA experts without reasoning steps work so (LoRAMoE, MixLoRA, MoLA): a linear gate, softmax, the two best
 experts with their weights normalised to sum to 1, and Switch's load-balance loss. MoELoRA adds a contrastive loss.
-Shapes: N tokens of all rows, K experts of a token, D model (in, out), E expert, R rank.
+Shapes: N tokens of all rows, D model (in, out), E expert, R rank.
 """
 
 import math
@@ -143,10 +143,10 @@ def choose(probabilities_N: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Args:
         probabilities_N: Gate probabilities (N, E).
-        top_k: Number of experts per token, K.
+        top_k: Number of experts per token.
 
     Returns:
-        Their weights (N, K), normalised to sum to 1, and their indices (N, K).
+        Their weights (N, top_k), normalised to sum to 1, and their indices (N, top_k).
     """
     weights_N, chosen_N = probabilities_N.topk(top_k, dim=-1)
     return weights_N / weights_N.sum(dim=-1, keepdim=True), chosen_N
@@ -159,7 +159,7 @@ def switch_loss(probabilities_N: Tensor, chosen_N: Tensor) -> Tensor:
 
     Args:
         probabilities_N: Gate probabilities (N, E).
-        chosen_N: Indices of the chosen experts (N, K).
+        chosen_N: Indices of the chosen experts (N, top_k).
     """
     experts = probabilities_N.shape[-1]
     share_E = one_hot(chosen_N, experts).float().mean(dim=(0, 1))
@@ -174,8 +174,8 @@ def contrastive_loss(outputs: Tensor, experts: Tensor, temperature: float) -> Te
     cosine's gradient is unbounded near 0, where every expert starts.
 
     Args:
-        outputs: Outputs of single experts, one a row (M, out).
-        experts: Expert index of each (M).
+        outputs: Outputs of single experts, one a row (N, out).
+        experts: Expert index of each (N).
         temperature: t.
 
     Returns:
