@@ -33,7 +33,7 @@ from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, Question, read_rows
 from mote.core.scheme import load_scheme
 from mote.inference.engines.local import LocalEngine
-from mote.inference.sampling import draw
+from mote.inference.sequence import draw
 from mote.models.embedded import EMBEDDED
 from mote.models.load import Base, load_base
 from mote.questions.load import load_questions

@@ -105,7 +105,7 @@ def gpu_table(script: str, folder: str) -> str:
     cards = sorted({card for card, _ in found}) or ["any GPU"]
     bars = [bar for measures in parts.PARTS.values() for measure in measures for bar in measure.bars]
     rows = [[bar.name, bar.text or "-", *(gpu_cell(found.get((card, bar.name))) for card in cards)] for bar in bars]
-    return table(["Measure", "Bar", *cards], rows)
+    return table(["Measure", "Target", *cards], rows)
 
 
 def gpu_cell(bar: Mapping[str, Any] | None) -> str:

@@ -14,7 +14,6 @@ python3 -m venv "$folder/venv"
 "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549 gguf==0.19.0
 cat > "$folder/show.py" <<'PY'
 import json
-import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -26,7 +25,7 @@ D, V, INVOKE = 32, 48, 40
 draw = np.random.default_rng(0)
 part = {name: draw.normal(size=size).astype(np.float32) for name, size in
         {"embed": (V, D), "value": (D, D), "a": (4, D), "b": (D, 4)}.items()}
-folder = Path(tempfile.mkdtemp())
+folder = Path(__file__).parent
 
 
 def write(path, architecture, fields, tensors):

@@ -301,7 +301,7 @@ def requests(scored: int = 0) -> list[Request]:
     return made
 
 
-def test_running_batch_writes_the_tokens_of_generate() -> None:
+def test_running_batch_generates_the_tokens_of_generate() -> None:
     model, _ = on_both(torch.float32)
     running = Batcher(model, 4, config().routing)
     written = [future.result(120) for future in [running.submit(request) for request in requests()]]

@@ -122,7 +122,7 @@ def test_invalid_overrides_name_the_valid_values(given: str, tiny: Path, tmp_pat
     with pytest.raises(UserError) as caught:
         load_ablations(files(tmp_path, tiny, [{"name": "a"}], [0]), [given])
     said = str(caught.value)
-    assert said.startswith(f"{key}: '{value}' will not do; give ") and f"as in {key}=[" in said
+    assert said.startswith(f"{key}: '{value}' is not valid; give ") and f"as in {key}=[" in said
 
 
 def test_intervals_use_students_t() -> None:

@@ -34,7 +34,7 @@ def test_budget_in_all() -> None:
     assert full.allowed([10, 5, 5, 5, 5, 5, 11, 12, 13, 14]) == ([], False)
 
 
-def test_reading_piece_by_piece_is_reading_at_once() -> None:
+def test_advancing_in_pieces_equals_advancing_at_once() -> None:
     draws = random.Random(0)
     grammar = ChainGrammar(CHAINS, MARKERS, EOS, max_step_tokens=3, max_tokens=12)
     for _ in range(200):

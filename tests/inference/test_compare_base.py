@@ -91,7 +91,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         checked(Gemma3nConfig())
 
 
-def test_architecture_without_a_copy_is_trusted_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_without_a_copy_enables_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capabilities, "CHECKED", {})
     monkeypatch.setattr(compare_base, "tiny_config", lambda config: 1 / 0)
     found = checked(LlamaConfig(hidden_size=64))
@@ -99,7 +99,7 @@ def test_architecture_without_a_copy_is_trusted_with_nothing(monkeypatch: pytest
     assert "training" not in found.limits  # plain rows are transformers' own
 
 
-def test_a_mask_that_shows_too_much_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leaking_mask_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def causal(segments_B_T: Tensor, *_: Any) -> Tensor:
         rows, length = segments_B_T.shape
         return torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
@@ -108,7 +108,7 @@ def test_a_mask_that_shows_too_much_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert compare(LlamaConfig()) == MASKED
 
 
-def test_a_batch_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_loses_its_cache_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     from mote.inference.kv_slots import SlotCache
 
     monkeypatch.setattr(SlotCache, "_write", staticmethod(lambda *_: None))

@@ -85,7 +85,7 @@ def test_sequences_of_all_lengths_equal_single_ones(
     assert [future.result(60) for future in futures] == expected
 
 
-def test_shared_prefixes_keep_to_one_regime(model: Any) -> None:
+def test_shared_prefixes_stay_in_one_regime(model: Any) -> None:
     asked = []
     for length in (24, 60, 29, 50):
         ids = [*prompt(20), *prompt(length)[20:]]

@@ -46,7 +46,7 @@ def test_outputs_and_gradients_equal_transformers(groups: int, queries: int, mas
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_gpu_keeps_its_own() -> None:
+def test_a_gpu_keeps_its_own_attention() -> None:
     assert default_attention("cuda:0") == "sdpa" and default_attention("cpu") == "grouped_sdpa"
 
 

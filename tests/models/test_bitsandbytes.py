@@ -70,7 +70,7 @@ def dequantised(layer: Any) -> Tensor:
 
 
 @every_kind
-def test_it_trains_through_the_quantised_layers(folder: Path, kind: str) -> None:
+def test_gradients_pass_through_quantised_layers(folder: Path, kind: str) -> None:
     base = prepare_model_for_kbit_training(quantised(folder, kind))
     model = get_peft_model(base, adapter()).train()
     ids = some_ids()

@@ -39,7 +39,7 @@ with torch.no_grad():
 """
 
 
-def test_an_adapter_comes_back_from_the_hub_as_it_went(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+def test_an_adapter_survives_a_round_trip_over_the_hub(hub: Hub, tiny: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tiny)],
         env=environment(hub, tmp_path),

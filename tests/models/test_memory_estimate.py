@@ -67,7 +67,7 @@ def test_advice_is_given_in_order_and_until_it_fits() -> None:
     assert "train.gradient_checkpointing=true" not in turned(8e9, gradient_checkpointing=True)
 
 
-def test_what_is_advised_is_what_fits() -> None:
+def test_advised_settings_fit() -> None:
     given = recipe(per_device_train_batch_size=16)
     memory = 100_000_000_000
     parts = dict(part.removeprefix("train.").split("=") for part in advice(

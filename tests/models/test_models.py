@@ -89,7 +89,7 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.model
-def test_the_embedded_model_speaks() -> None:
+def test_the_embedded_model_generates_text() -> None:
     base = load_base(EMBEDDED, device="cpu")
     assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
     ids = torch.tensor(
@@ -122,7 +122,7 @@ def test_a_layout_by_columns_changes_nothing_but_the_speed(tied: bool, tmp_path:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_layout_by_columns_lets_go_of_the_checkpoint(tmp_path: Path) -> None:
+def test_a_layout_by_columns_frees_the_checkpoint(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "mapped")
     model = load_base(str(folder), device="cpu").model
     mapped = Path("/proc/self/maps")

@@ -324,7 +324,7 @@ BAD: dict[str, tuple[object, str, list[str]]] = {
     "wrong kind": ([{"text": "a", "kind": "evil"}], "q.jsonl", ["line 1", "'evil'", "harmful", "benign"]),
     "turns no list": ([{"turns": []}], "q.jsonl", ["line 1", "turns [] is not a list"]),
     "hh without turns": ([{"chosen": "a"}], "q.jsonl", ["line 1", "Human:"]),
-    "lone surrogate": ('{"text": "\\ud800"}\n', "q.jsonl", ["line 1", "\\ud800", "mend the row"]),
+    "lone surrogate": ('{"text": "\\ud800"}\n', "q.jsonl", ["line 1", "\\ud800", "fix the row"]),
 }
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mote.core.generation import Sampling
-from mote.inference.sampling import draw
+from mote.inference.sequence import draw
 
 
 class SeededSampler(LogitsProcessor):

@@ -45,7 +45,7 @@ def test_steps_restart_with_each_document(pairs: list[tuple[int, bool]]) -> None
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(token, min_size=2, max_size=20), st.data())
-def test_steps_of_a_beginning_do_not_depend_on_the_rest(ids: list[int], data: st.DataObject) -> None:
+def test_steps_of_a_prefix_do_not_depend_on_the_rest(ids: list[int], data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, len(ids)))
     whole = step_ids(torch.tensor([ids]), MARKERS)[0, :cut]
     assert torch.equal(whole, step_ids(torch.tensor([ids[:cut]]), MARKERS)[0])

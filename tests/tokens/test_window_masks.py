@@ -88,7 +88,7 @@ def test_a_single_mask_would_lose_the_window(name: str) -> None:
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", ["gemma3", "llama4", "mistral"])
-def test_draws_of_a_row_equal_draws_in_rows_of_their_own(name: str, attention: str) -> None:
+def test_draws_of_a_row_equal_draws_in_separate_rows(name: str, attention: str) -> None:
     model = tiny_base(name)
     probabilities = torch.full((4, 4), 0.5).tril(-1)
     probabilities[:, 0] = 0

@@ -96,7 +96,7 @@ def test_push_to_hub_needs_a_repository(tiny: Path, tmp_path: Path) -> None:
         ("cuda:1", 2, False, "'cuda:1' is one of 2 GPUs, .* CUDA_VISIBLE_DEVICES=1"),
     ],
 )
-def test_gpus_that_the_trainer_would_not_keep_to_are_refused(
+def test_gpus_that_the_trainer_would_ignore_are_refused(
     monkeypatch: pytest.MonkeyPatch, device: str, count: int, launched: bool, complaint: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -155,7 +155,7 @@ def test_contrastive_loss_prefers_experts_that_differ() -> None:
     assert start.grad is not None and start.grad.isfinite().all()
 
 
-def test_contrast_reaches_the_experts() -> None:
+def test_contrastive_loss_trains_the_experts() -> None:
     layer, plain = gated(contrast=0.5), gated()
     x = torch.randn(2, 9, 12)
     layer(x)
@@ -205,7 +205,7 @@ def test_gate_loss_is_the_mean_over_layers_and_reaches_the_gates() -> None:
         gate_loss(model)
 
 
-def test_what_was_trained_comes_back(tmp_path: Path) -> None:
+def test_trained_weights_survive_saving_and_loading(tmp_path: Path) -> None:
     model = on_tiny_llama(init_weights=False, top_k=1).eval()
     ids = torch.arange(6)[None]
     model.save_pretrained(tmp_path)

@@ -109,14 +109,14 @@ def explained(model: Any, ids: Tensor) -> tuple[int, int]:
     return found.graph_break_count, found.graph_count
 
 
-def test_no_break_is_ours() -> None:
+def test_our_code_causes_no_graph_break() -> None:
     with torch.no_grad():
         theirs = explained(lora(), some_ids().clamp_max(63))
         torch._dynamo.reset()
         assert explained(small(), some_ids()) == theirs
 
 
-def test_breaks_of_others_lose_no_gates() -> None:
+def test_foreign_graph_breaks_keep_the_expert_weights() -> None:
     """In the middle of a model, with checkpointed blocks behind it, and with several threads in it."""
     model = small().train()
     expected = [loss_and_gradients(model, model, ids, question_experts=QUESTION_EXPERTS) for ids in batches()]
@@ -166,7 +166,7 @@ def test_blocks_may_be_compiled_alone() -> None:
     assert all(one <= two for one, two in zip(ours, needed(lora, ids.clamp_max(63), {}), strict=True))
 
 
-def test_writing_with_a_static_cache_compiles_once() -> None:
+def test_decoding_with_a_static_cache_compiles_once() -> None:
     """As `generate` does by itself on a GPU: no graph again while rows go from step to step."""
     model = small()
     ids = some_ids()
@@ -181,7 +181,7 @@ def test_writing_with_a_static_cache_compiles_once() -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_output_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model of one layer, since each of inductor's kernels takes seconds to compile."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(1)

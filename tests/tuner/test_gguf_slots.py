@@ -39,5 +39,5 @@ def test_plan_with_fewest_slots_is_found() -> None:
     assert slot_plan(safety, most=4) is None
 
 
-def test_chains_without_a_plan_are_told_quickly() -> None:
+def test_chains_without_a_plan_are_found_quickly() -> None:
     assert slot_plan([*NESTED, ("a", "b", "c", "d", "e", "f", "answer")]) is None

@@ -108,7 +108,7 @@ def test_a_deleted_adapters_name_may_be_given_to_another_scheme() -> None:
     assert torch.equal(model.eval()(input_ids=ids).logits, expected)
 
 
-def test_adapters_come_and_go_through_transformers_own_methods() -> None:
+def test_adapters_are_added_and_removed_by_transformers() -> None:
     """These do not notify the tuner when they delete an adapter."""
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         pytest.skip(f"transformers asks for PEFT {MIN_PEFT_VERSION}")
@@ -131,7 +131,7 @@ def test_adapters_come_and_go_through_transformers_own_methods() -> None:
 # --- who reads the question
 
 
-def test_tokens_without_a_step_are_read_as_the_base_reads_them() -> None:
+def test_tokens_without_a_step_equal_the_base_model() -> None:
     model = adapted().eval()
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     steps = torch.full_like(ids, NO_STEP)
@@ -270,7 +270,7 @@ def test_the_trainers_own_checkpointing_trains_the_same(reentrant: bool, tmp_pat
 
 
 @pytest.mark.parametrize("form", [None, "reentrant", "not reentrant"], ids=str)
-def test_threads_train_at_once_and_go_back_in_other_threads(form: str | None) -> None:
+def test_backward_passes_may_run_in_other_threads(form: str | None) -> None:
     model = adapted().train()
     weights = [p for p in model.parameters() if p.requires_grad]
     batches = [torch.roll(some_ids(), shift, dims=1) for shift in range(4)]
@@ -373,7 +373,7 @@ def works_as_a_base(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_unloading_gives_the_base_back(tied: bool) -> None:
+def test_unloading_restores_the_base(tied: bool) -> None:
     model = adapted(tied)
     ids = some_ids().clamp_max(63)
     base = model.get_base_model()

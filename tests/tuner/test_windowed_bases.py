@@ -36,7 +36,7 @@ def packed() -> tuple[list[Tensor], dict[str, Tensor]]:
 @pytest.mark.parametrize("given", ["position_ids", "document_ids", "padding"])
 @pytest.mark.parametrize("name", ["gemma3", "llama4", "mistral"])
 @torch.no_grad()
-def test_documents_of_a_row_are_read_as_alone(name: str, given: str, attention: str) -> None:
+def test_packed_documents_equal_single_ones(name: str, given: str, attention: str) -> None:
     model = adapted(name, attention)
     parts, batch = packed()
     if given != "position_ids":

@@ -146,16 +146,14 @@ def _replies(row: Row, form: str, where: str) -> list[tuple[str, str]]:
     """(Reasoning, text) of each assistant turn after the last user turn."""
     value = row[_COLUMN[form]]
     if form in ("star1", "hh-rlhf") and not isinstance(value, str):
-        raise UserError(f"import: {where}: {_COLUMN[form]} is {short(value)}, not a text; mend the row")
+        raise UserError(f"import: {where}: {_COLUMN[form]} is {short(value)}, not a text; fix the row")
     if form == "hh-rlhf":
         turns = join_turns(hh_turns(value))
         return [("", turns[-1][1])] if turns and turns[-1][0] == "assistant" else []
     if form in ("star1", "preference") and isinstance(value, str):
         return [_split(value)]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise UserError(
-            f"import: {where}: {_COLUMN[form]} is not a list of objects with role and content; mend the row"
-        )
+        raise UserError(f"import: {where}: {_COLUMN[form]} is not a list of objects with role and content; fix the row")
     last_asked = max((number for number, turn in enumerate(value) if turn.get("role") != "assistant"), default=-1)
     return [_thought_and_text(turn) for turn in value[last_asked + 1 :]]
 

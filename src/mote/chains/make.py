@@ -19,10 +19,10 @@ from mote.chains.quality import broken_rule
 from mote.chains.question_categories import Categories
 from mote.chains.refusals import Refusals
 from mote.core.errors import UserError
+from mote.core.generation import seed_of
 from mote.core.recipe import ChainSettings
 from mote.core.records import ChainRow, ChainTokens, Check, Question, StepText, append_rows, iter_rows
 from mote.core.scheme import CHECK, Chain, Scheme
-from mote.core.seeds import seed_of
 
 
 async def make_chains(

@@ -32,7 +32,7 @@ def stage_prompt(
         settings: Number of examples, sampling and token budget.
         seed: Seed of this request.
         category: Show examples of this category only.
-        stages: All stages of the chain in the making, which the examples of a threaded scheme show.
+        stages: All stages of this chain, which the examples of a threaded scheme show.
     """
     turns: list[Message] = []
     plain = scheme.bare and stage == scheme.answer and not known

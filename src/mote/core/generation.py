@@ -1,5 +1,6 @@
-"""How a text is generated: its token budgets and how its tokens are sampled."""
+"""How a text is generated: its token budgets, how its tokens are sampled, and the seed of each request."""
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -33,3 +34,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def seed_of(*parts: object) -> int:
+    """A request's seed, below 2**63; depends only on these parts, not on the machine or the order of requests."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1

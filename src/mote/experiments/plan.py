@@ -1,6 +1,6 @@
-"""What a run will make, take and need, estimated before it starts: `mote run RECIPE --dry-run`.
+"""Estimates a run's output, time and memory before it starts: `mote run RECIPE --dry-run`.
 
-Only the number of trained parameters is exact. The model need not be at hand: its shape is enough.
+Only the number of trained parameters is exact. The model's files are not needed: its shape is enough.
 """
 
 from pathlib import Path
@@ -136,7 +136,7 @@ def _base(recipe: Recipe, notes: list[str]) -> Capabilities | None:
 
     config = local_config(recipe.model, recipe.revision)
     if config is None:
-        notes.append(f"what '{recipe.model}' can do is not known before its configuration is on this machine")
+        notes.append(f"what '{recipe.model}' supports is unknown until its configuration is on this machine")
         return None
     base = described(config)
     check_base(recipe, base)
@@ -154,7 +154,7 @@ def _warnings(estimate: RunEstimate, device: str, questions: QuestionStats, answ
         warnings.append(f"generating does not fit into {_size(memory)} of {device}; use a smaller model or batch")
     elif estimate.training_bytes(questions) > memory:
         changes = " ".join(estimate.memory_advice(questions))
-        warnings.append(f"training may not fit into {_size(memory)} of {device}; turn {changes}")
+        warnings.append(f"training may not fit into {_size(memory)} of {device}; set {changes}")
     return warnings
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mote.inference.request import Request
-from mote.inference.sampling import draw
-from mote.inference.sequence import RunningSequence
+from mote.inference.sequence import RunningSequence, draw
 from mote.inference.threads import release_pool
 from mote.tokens.routing import NO_STEP, QUESTION, Markers, next_step, step_ids
 

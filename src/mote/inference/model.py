@@ -9,10 +9,9 @@ from typing import Any
 
 import mote.tuner.token_gated  # noqa: F401 (registers their adapters with PEFT)
 from mote.core.errors import UserError
-from mote.core.generation import GREEDY, Limits, Sampling
+from mote.core.generation import GREEDY, Limits, Sampling, seed_of
 from mote.core.records import Answer, AnswerTokens, Check, Finish, Question, StepText
 from mote.core.scheme import ADAPTIVE, BASE, CHECK, CHECKED, Chain, Scheme
-from mote.core.seeds import seed_of
 from mote.inference.batch_loop import BatchLoop
 from mote.inference.events import Event, Events, Token, Verdict, final_chain
 from mote.inference.grammar import FreeText, OpenStep, StepGrammar, chains_within

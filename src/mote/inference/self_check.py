@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from typing_extensions import override
 
-from mote.core.seeds import seed_of
+from mote.core.generation import seed_of
 from mote.inference.events import Token, Verdict
 from mote.inference.request import Grammar, Request
 from mote.tokens.routing import Markers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from mote.core.seeds import seed_of
+from mote.core.generation import seed_of
 from mote.inference.batch_loop import BatchLoop
 from mote.inference.events import Token, Verdict
 from mote.inference.grammar import OpenStep

@@ -1,5 +1,10 @@
-"""A request in the running batch: its prompt, what of it is cached, and the tokens generated so far."""
+"""A request in the running batch: its prompt, what of it is cached, the tokens generated so far, and the next one.
 
+Each draw depends on its sequence alone, so a sequence gets the same tokens in any batch.
+Shapes: B row, V vocabulary.
+"""
+
+import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -8,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mote.core.generation import Sampling
 from mote.inference.kv_slots import EMPTY, PrefillChunk, Prefix
 from mote.inference.request import Request
 from mote.tokens.routing import QUESTION
+
+_TOP_K = 50  # the nucleus is sought among these; sorting a whole vocabulary costs more than a small model on a CPU
 
 
 @dataclass(eq=False)
@@ -74,6 +82,32 @@ class RunningSequence:
             ids = torch.tensor(self.generated, device=logits_V.device)
             logits_V = logits_V.index_add(0, ids, logits_V.new_full((len(ids),), -penalty))
         return self.request.grammar.mask(logits_V, self.generated)
+
+
+def draw(scores_B_V: Tensor, samplings: Sequence[Sampling], generated: Sequence[int]) -> Tensor:
+    """The next token of each sequence (B).
+
+    Args:
+        scores_B_V: Logits.
+        samplings: Of each sequence; temperature 0 takes the most likely token.
+        generated: Tokens each sequence has generated so far: with its seed, all that its draw depends on.
+    """
+    if not any(sampling.temperature for sampling in samplings):
+        return scores_B_V.argmax(-1)
+    device = scores_B_V.device
+    uniform = [
+        random.Random(f"{sampling.seed}/{step}").random() for sampling, step in zip(samplings, generated, strict=True)
+    ]
+    u_B_1 = torch.tensor(uniform, device=device)[:, None]
+    temperature_B_1 = torch.tensor([sampling.temperature for sampling in samplings], device=device)[:, None]
+    top_p_B_1 = torch.tensor([sampling.top_p for sampling in samplings], device=device)[:, None]
+    top, ids = scores_B_V.float().topk(min(_TOP_K, scores_B_V.shape[-1]), dim=-1)
+    probability = (top / torch.where(temperature_B_1 > 0, temperature_B_1, 1)).softmax(-1)
+    before = probability.cumsum(-1) - probability
+    kept = torch.where(before < top_p_B_1, probability, 0)
+    cumulative = kept.cumsum(-1) / kept.sum(-1, keepdim=True)
+    index = (cumulative <= u_B_1).sum(-1, keepdim=True).clamp_max((kept > 0).sum(-1, keepdim=True) - 1)
+    return ids.gather(1, torch.where(temperature_B_1 > 0, index, 0))[:, 0]
 
 
 def by_prefix(sequences: list[RunningSequence], device: torch.device) -> list[tuple[Prefix, Tensor | slice]]:

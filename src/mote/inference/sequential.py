@@ -14,8 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from typing_extensions import override
 
 from mote.inference.batch_loop import BatchLoop
-from mote.inference.sampling import draw
-from mote.inference.sequence import RunningSequence
+from mote.inference.sequence import RunningSequence, draw
 from mote.inference.threads import release_pool
 from mote.models.kv_cache import forward_arguments
 from mote.tokens.routing import Markers

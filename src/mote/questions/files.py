@@ -171,9 +171,9 @@ def _json_list(lines: Iterator[tuple[int, str]], path: Path) -> Iterator[tuple[s
         number = first + len(before) - 1
         what = f"not valid JSON ({error.msg})" if text[error.pos :].strip() else "the file seems cut off"
         near = short(before[-1].strip())
-        raise UserError(f"questions: {path} line {number}: {what} at {near}; get it again or mend that line") from error
+        raise UserError(f"questions: {path} line {number}: {what} at {near}; get it again or fix that line") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"questions: {path}: not a list of questions ({first_line(error)}); mend it") from error
+        raise UserError(f"questions: {path}: not a list of questions ({first_line(error)}); fix it") from error
     for number, row in enumerate(rows, 1):
         yield f"row {number}", _object(row, f"questions: {path} row {number}")
 
@@ -194,7 +194,7 @@ def _csv_rows(lines: Iterator[tuple[int, str]], path: Path, delimiter: str, blan
     except csv.Error as error:
         raise UserError(
             f"questions: {path} line {blank + reader.reader.line_num}: not valid CSV ({error}); the file may be cut "
-            "off: mend the quotes there or get it again"
+            "off: fix the quotes there or get it again"
         ) from error
 
 

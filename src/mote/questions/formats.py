@@ -62,7 +62,7 @@ def _question(row: Row, filename: str) -> Question | None:
         question.model_dump_json()  # fails on lone surrogates
         return question
     except ValueError as error:
-        raise BadRow(f"{short(turns[-1][1])} is not a question ({first_line(error)}); mend the row") from error
+        raise BadRow(f"{short(turns[-1][1])} is not a question ({first_line(error)}); fix the row") from error
 
 
 def _parse(row: Row, filename: str) -> Parsed:

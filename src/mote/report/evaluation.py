@@ -115,7 +115,7 @@ class Evaluation(Frozen):
 
     @property
     def harm_judged(self) -> bool:
-        """Whether any judge measures harm; otherwise nothing may be said about harm."""
+        """Whether any judge measures harm; without one the page makes no claim about harm."""
         return any(card.measures in ("harm", "strongreject") for card in self.judges)
 
 

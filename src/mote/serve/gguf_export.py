@@ -3,25 +3,26 @@
 What the files hold is `mote.tuner.gguf`; here they get a folder with tokenizer, grammars, model card and Modelfile.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mote.core.files import atomic_folder, check_new, disk_errors, write_atomic
-from mote.core.scheme import ADAPTIVE, start_marker
+from mote.core.scheme import ADAPTIVE, Chain, start_marker
 from mote.inference.load import Adapter, read_adapter
 from mote.serve.export import base_name, check_exportable
 from mote.serve.gguf_check import check_file
 from mote.serve.modelfile import find_frame, modelfile
 from mote.tokens.encode import stop_ids
 from mote.tuner.gguf.file import Type, usual_experts
-from mote.tuner.gguf.grammar import mode_grammar
 from mote.tuner.gguf.source import BaseWeights
 from mote.tuner.gguf.steps import write_steps
 from mote.tuner.gguf.switch import write_switch
 
 MODEL = "model.gguf"
 _AGAIN = "run the same command again"
+# No special token and no marker is spelled without "<|", so a step cannot hold one.
+_TEXT = 'text ::= ([^<] | "<"+ [^<|])+'
 
 
 def export_gguf(
@@ -57,7 +58,7 @@ def export_gguf(
         scheme = trained.scheme.only(trained.config.experts)
         modes = (*scheme.depths, ADAPTIVE)
         for mode in modes:
-            write_atomic(scratch / f"{mode}.gbnf", mode_grammar(scheme.chains_of(mode), trained.config.markers))
+            write_atomic(scratch / f"{mode}.gbnf", _mode_grammar(scheme.chains_of(mode), trained.config.markers))
         stops = [trained.tokenizer.decode([id_]) for id_ in stop_ids(trained.tokenizer, base.generation)]
         write_atomic(scratch / "Modelfile", modelfile(MODEL, find_frame(_renderer(trained.tokenizer)), stops))
         check = check_file(path, trained.tokenizer, trained.config.markers)
@@ -104,6 +105,17 @@ def _renderer(tokenizer: Any) -> Any:
         return text
 
     return render
+
+
+def _mode_grammar(chains: Iterable[Chain], markers: Mapping[str, Sequence[int]]) -> str:
+    """A GBNF grammar that allows these chains; it names markers by id, so text is never one.
+
+    Args:
+        chains: The chains of a mode.
+        markers: Step -> ids of its start and end marker.
+    """
+    lines = [" ".join(f"<[{markers[step][0]}]> text <[{markers[step][1]}]>" for step in chain) for chain in chains]
+    return f"root ::= {' | '.join(lines)}\n{_TEXT}\n"
 
 
 _CARD = """---

@@ -1,4 +1,4 @@
-"""An Ollama `Modelfile` for a GGUF file: the chat template in Ollama's language, if it can be said in it.
+"""An Ollama `Modelfile` for a GGUF file: the chat template in Ollama's language, if it can be expressed in it.
 
 Ollama reads no Jinja. What a template puts before and after each message is measured by rendering; the result is used
 only if it gives the same text for other dialogues too.
@@ -95,7 +95,7 @@ def modelfile(gguf: str, frame: Frame | None, stops: Sequence[str]) -> str:
     lines = [f"FROM ./{gguf}", "PARAMETER temperature 0"]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     if frame is None:
-        lines.append("# The chat template cannot be said in Ollama's language; give prompts as raw text.")
+        lines.append("# The chat template cannot be expressed in Ollama's language; give prompts as raw text.")
     else:
         before, after = frame.around["system"]
         system = f"{{{{ if .System }}}}{_quoted(before)}{{{{ .System }}}}{_quoted(after)}"

@@ -315,7 +315,7 @@ def _say_memory(model: Any, recipe: Recipe, trainable: int, steps: int, length: 
     available = device_memory(str(model.device))
     _say(f"about {needed / 1e9:.1f} GB of {available / 1e9:.1f} GB of {model.device.type} memory will be needed")
     if needed > available:
-        _say(f"it may not fit; turn {' '.join(advice(*estimated, available))}")
+        _say(f"it may not fit; set {' '.join(advice(*estimated, available))}")
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a recomputed block reads the steps of its own forward pass.
+"""Gradient checkpointing: a recomputed block uses the steps of its original forward pass.
 
 The recomputation may run in another thread, after other forward passes.
 """

@@ -241,7 +241,7 @@ def _checksum(weight: Tensor) -> Tensor:
     """A weighted sum of each row (rows), which changes with any element by more than rounding.
 
     Autograd does not count every write (`weight.data`, other libraries' kernels). Reading all experts of SmolLM2-135M
-    takes 5 ms, making the copies anew 36 ms.
+    takes 5 ms, making the copies again 36 ms.
     """
     return weight.float() @ _factors(weight.shape[1])
 

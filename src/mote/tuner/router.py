@@ -252,7 +252,7 @@ class Router:
     def prepare_inputs(
         self, prepare: Callable[..., dict[str, Any]], input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """`prepare_inputs_for_generation` that adds the steps of the new tokens; only here all ids are at hand.
+        """`prepare_inputs_for_generation` that adds the steps of the new tokens; all ids are available only here.
 
         Args:
             prepare: The model's own.

@@ -123,7 +123,7 @@ def load_ablations(path: Path, overrides: Sequence[str] = ()) -> Ablations:
         raise UserError(f"recipe: {path} cannot be read ({error.strerror}); recipes/paper/ has some") from error
     except (yaml.YAMLError, ValidationError, TypeError, AttributeError, KeyError) as error:
         if isinstance(error, ValidationError) and (key := str(error.errors()[0]["loc"][0])) in own:
-            raise UserError(f"{key}: '{own[key]}' will not do; give {_OWN[key]}") from error
+            raise UserError(f"{key}: '{own[key]}' is not valid; give {_OWN[key]}") from error
         raise UserError(f"recipe: {path} is not a recipe of ablations: {first_line(error)}") from error
     if wanted.table is not None:
         paper_table(wanted.table)  # an unknown name must not fail after hours of training

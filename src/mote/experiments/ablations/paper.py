@@ -80,7 +80,7 @@ class PaperComparison(Strict):
         of_paper: The paper's columns.
         percent: The columns in percent.
         lines: Row by row, ours above the paper's.
-        says: What the paper's text says about it.
+        says: What the paper's text states about it.
         differences: How the set-ups differ, one sentence each.
     """
 

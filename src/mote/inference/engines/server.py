@@ -203,8 +203,7 @@ class ServerEngine:
             raise UserError(f"{where} does not serve model='{self.name}' ({reason}); it serves {names}") from error
         if error.status_code not in REQUEST_ERRORS:
             raise UserError(
-                f"{where} refuses to work ({reason}); mend that, then run the same command again: finished "
-                "rows are kept"
+                f"{where} refuses to work ({reason}); fix that, then run the same command again: finished rows are kept"
             ) from error
         raise Refused(
             f"{where} refuses a request ({reason}); if it is too long for the server, fewer chains.examples, "

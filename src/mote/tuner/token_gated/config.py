@@ -29,7 +29,7 @@ class TokenGatedConfig(MoteConfig):
     """
 
     gated_experts: int = field(default=4, metadata={"help": "experts of a layer"})
-    top_k: int = field(default=2, metadata={"help": "experts that a token goes through"})
+    top_k: int = field(default=2, metadata={"help": "number of experts per token"})
     balance: float = field(default=0.01, metadata={"help": "factor of the load-balance loss"})
     contrast: float = field(default=0.0, metadata={"help": "factor of the contrastive loss"})
     temperature: float = field(default=0.1, metadata={"help": "temperature of the contrastive loss"})
