@@ -41,7 +41,7 @@ MINUTES = 9  # of a part; no measure is begun that would take longer
 
 
 @dataclass(frozen=True)
-class Bar:
+class Target:
     """A number to measure; without limits it is only reported."""
 
     name: str
@@ -56,7 +56,7 @@ class Bar:
         return None if self.at_least is None else f"at least {self.at_least:.2f}"
 
     def row(self, value: Any, dry: bool) -> dict[str, Any]:
-        """The bar with what was measured; the numbers of a dry run are not judged."""
+        """The target with what was measured; the numbers of a dry run are not judged."""
         number = value["median"] if isinstance(value, dict) else value
         met = None
         if self.at_most is not None and not dry:
@@ -64,7 +64,7 @@ class Bar:
         elif self.at_least is not None and not dry:
             met = number >= self.at_least
         quartiles = {"quartiles": [value["lower"], value["upper"]]} if isinstance(value, dict) else {}
-        return {"name": self.name, "value": number, **quartiles, "bar": self.text, "met": met}
+        return {"name": self.name, "value": number, **quartiles, "target": self.text, "met": met}
 
 
 @dataclass(frozen=True)
@@ -73,75 +73,75 @@ class Measure:
 
     name: str
     minutes: float
-    bars: tuple[Bar, ...]
+    targets: tuple[Target, ...]
     take: Callable[[Setting], Found]
 
 
 # --- parts
 
 
-def decoding_bars(how: str, sizes: tuple[str, ...]) -> Iterator[Bar]:
+def decoding_targets(how: str, sizes: tuple[str, ...]) -> Iterator[Target]:
     for size in sizes:
-        yield Bar(f"decoding, {how}: {size}, four experts over LoRA r=32", at_most=1.0)
-        yield Bar(f"decoding, {how}: {size}, LoRA r=32 again (A/A)")
+        yield Target(f"decoding, {how}: {size}, four experts over LoRA r=32", at_most=1.0)
+        yield Target(f"decoding, {how}: {size}, LoRA r=32 again (A/A)")
 
 
-def training_bars(how: str) -> tuple[Bar, ...]:
+def training_targets(how: str) -> tuple[Target, ...]:
     return (
-        Bar(f"training step, {how}: four experts over LoRA r=32", at_most=1.0),
-        Bar(f"training step, {how}: LoRA r=32 again (A/A)"),
-        Bar(f"training step, {how}: four experts over LoRA r=64"),
-        Bar(f"training step, {how}: four experts over the frozen base", at_most=1.1 if how == "compiled" else None),
-        Bar(f"training step, {how}: masked adapters over four experts"),
+        Target(f"training step, {how}: four experts over LoRA r=32", at_most=1.0),
+        Target(f"training step, {how}: LoRA r=32 again (A/A)"),
+        Target(f"training step, {how}: four experts over LoRA r=64"),
+        Target(f"training step, {how}: four experts over the frozen base", at_most=1.1 if how == "compiled" else None),
+        Target(f"training step, {how}: masked adapters over four experts"),
     )
 
 
 PARTS: dict[str, tuple[Measure, ...]] = {
     "correct": (
         Measure("tests", 6, (
-            Bar("share of the tests that pass", at_least=1.0), Bar("tests that ran"),
-            Bar("largest relative error, float32"), Bar("largest relative error, bfloat16"),
+            Target("share of the tests that pass", at_least=1.0), Target("tests that ran"),
+            Target("largest relative error, float32"), Target("largest relative error, bfloat16"),
         ), correct),
     ),
     "training": (
         Measure("eager", 4, (
-            *training_bars("eager"), Bar("training step, eager: token-gated over four experts", at_least=1.8),
+            *training_targets("eager"), Target("training step, eager: token-gated over four experts", at_least=1.8),
         ), training(False, ("peft-4-masks", "token-gated"))),
     ),
-    "compiled": (Measure("compiled", 8, training_bars("compiled"), training(True, ("peft-4-masks",))),),
+    "compiled": (Measure("compiled", 8, training_targets("compiled"), training(True, ("peft-4-masks",))),),
     "memory": (
-        Measure("eager", 2, (Bar("peak memory, eager: four experts over LoRA r=32", at_most=1.02),), memory(False)),
+        Measure("eager", 2, (Target("peak memory, eager: four experts over LoRA r=32", at_most=1.02),), memory(False)),
         Measure("compiled", 6, (
-            Bar("peak memory, compiled: four experts over LoRA r=32", at_most=1.02),
+            Target("peak memory, compiled: four experts over LoRA r=32", at_most=1.02),
         ), memory(True)),
     ),
     "skipping": (
         Measure("masks", 4, (
-            Bar("masked over causal attention: long rows", at_most=1.05),
-            Bar("masked over causal attention: packed rows", at_most=1.05),
-            Bar("masked over causal attention: one chain a row", at_most=1.05),
-            Bar("causal attention again (A/A): long rows"),
+            Target("masked over causal attention: long rows", at_most=1.05),
+            Target("masked over causal attention: packed rows", at_most=1.05),
+            Target("masked over causal attention: one chain a row", at_most=1.05),
+            Target("causal attention again (A/A): long rows"),
         ), masks),
         Measure("seven data sets", 4, (
-            Bar("FLOPs: one pass over the seven data sets", at_most=0.30),
-            Bar("time: one pass over the seven data sets", at_most=0.35),
-            Bar("time: one pass again (A/A)"),
+            Target("FLOPs: one pass over the seven data sets", at_most=0.30),
+            Target("time: one pass over the seven data sets", at_most=0.35),
+            Target("time: one pass again (A/A)"),
         ), skipping),
     ),
     "decoding": (
-        Measure("eager", 4, tuple(decoding_bars("eager", SIZES)), decoding(False)),
+        Measure("eager", 4, tuple(decoding_targets("eager", SIZES)), decoding(False)),
         Measure("running batch", 4, tuple(
-            Bar(f"running batch over generate, tokens per second: {size}") for size in SIZES
+            Target(f"running batch over generate, tokens per second: {size}") for size in SIZES
         ), running_batch),
     ),
     "compiled-decoding": (
-        Measure("one row", 8, tuple(decoding_bars("compiled", SIZES[:1])), decoding(True)),
+        Measure("one row", 8, tuple(decoding_targets("compiled", SIZES[:1])), decoding(True)),
     ),
     "real": (
         Measure("self-alignment", 8, (
-            Bar("0.5B model: questions"), Bar("0.5B model: accepted chains"),
-            Bar("0.5B model: generated tokens per second, chains"),
-            Bar("0.5B model: held-out loss, mote"), Bar("0.5B model: held-out loss, lora-x2"),
+            Target("0.5B model: questions"), Target("0.5B model: accepted chains"),
+            Target("0.5B model: generated tokens per second, chains"),
+            Target("0.5B model: held-out loss, mote"), Target("0.5B model: held-out loss, lora-x2"),
         ), self_alignment),
     ),
 }  # fmt: skip
@@ -175,19 +175,24 @@ def run_part(name: str, given: Setting, out: Path, again: bool) -> bool:
         try:
             found = measure.take(given)
             raw = found.pop("raw", None)
-            bars = [bar.row(found[bar.name], given.dry) for bar in measure.bars if bar.name in found]
-            done[measure.name] = {"bars": bars, "seconds": round(time.monotonic() - started, 1), "raw": raw}
+            targets = [target.row(found[target.name], given.dry) for target in measure.targets if target.name in found]
+            done[measure.name] = {"targets": targets, "seconds": round(time.monotonic() - started, 1), "raw": raw}
             whole &= found.get("share of the tests that pass", 1.0) == 1.0
         except Exception as error:  # the next measure may still work
             traceback.print_exc()
             done[measure.name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
             whole = False
         out.mkdir(parents=True, exist_ok=True)
-        bars = [bar for taken in done.values() for bar in taken.get("bars", ())]
-        write_json(path, {"part": name, "card": card, "dry_run": given.dry, "bars": bars, "measures": done, **here})
-        for bar in done[measure.name].get("bars", ()):
-            verdict = {True: "met", False: "NOT MET", None: ""}[bar["met"]]
-            print(f"{verdict:<8}{bar['value']:>10} {bar['name']}" + (f" ({bar['bar']})" if bar["bar"] else ""))
+        targets = [target for taken in done.values() for target in taken.get("targets", ())]
+        write_json(
+            path, {"part": name, "card": card, "dry_run": given.dry, "targets": targets, "measures": done, **here}
+        )
+        for target in done[measure.name].get("targets", ()):
+            verdict = {True: "met", False: "NOT MET", None: ""}[target["met"]]
+            print(
+                f"{verdict:<8}{target['value']:>10} {target['name']}"
+                + (f" ({target['target']})" if target["target"] else "")
+            )
     return whole
 
 

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/gpu.py: each function takes a `Setting` and gives bar -> number, and "raw".
+"""The measurements of benchmarks/gpu.py: each function takes a `Setting` and gives target -> number, and "raw".
 
 A number is a float, or a dict of median and quartiles (`mote.experiments.bench.timing.paired`).
 """

@@ -256,8 +256,8 @@ PARTS["eight, 2 threads"] = lambda given: eight(given, 2)
 PARTS["chains"] = chains
 PARTS["quickstart"] = quickstart
 PARTS["in process"] = in_process
-# Name, part, path of the value in it, bar, whether less is better.
-BARS: list[tuple[str, str, str, float, bool]] = [
+# Name, part, path of the value in it, target, whether less is better.
+TARGETS: list[tuple[str, str, str, float, bool]] = [
     ("one answer, f32, over 0bfe07a", "answer", "over_old/llamacpp f32/median", 2.8, False),
     ("one answer, q8_0, over 0bfe07a", "answer", "over_old/llamacpp q8_0/median", 4.5, False),
     ("one answer, f32, over llama.cpp's base", "answer", "over_plain_f32/llamacpp f32/median", 0.90, False),
@@ -272,15 +272,17 @@ BARS: list[tuple[str, str, str, float, bool]] = [
 ]
 
 
-def bars(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The bars whose part was measured."""
+def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The targets whose part was measured."""
     found = []
-    for name, part, path, bar, less in BARS:
+    for name, part, path, target, less in TARGETS:
         if part in parts:
             value = parts[part]
             for key in path.split("/"):
                 value = value[key]
-            found.append({"name": name, "value": value, "bar": bar, "met": value <= bar if less else value >= bar})
+            found.append(
+                {"name": name, "value": value, "target": target, "met": value <= target if less else value >= target}
+            )
     return found
 
 
@@ -330,15 +332,16 @@ def main() -> None:
         result = {
             "what": "mote's llama.cpp engine and in-process engine over the in-process engine of 0bfe07a",
             "shape": {"model": MODEL, "tokens": TOKENS, "rounds": given.rounds, "chains": CHAINS},
-            "bars": bars(parts),
+            "targets": targets(parts),
             "parts": parts,
             **environment(),
         }
         result["versions"][LLAMACPP] = LLAMACPP_VERSION
         write_json(given.out, result)
         print(name, json.dumps(part), flush=True)
-    for bar in result["bars"]:
-        print(f"{'met ' if bar['met'] else 'MISS'} {bar['value']:8.3f}  bar {bar['bar']:5.2f}  {bar['name']}")
+    for target in result["targets"]:
+        verdict = "met " if target["met"] else "MISS"
+        print(f"{verdict} {target['value']:8.3f}  target {target['target']:5.2f}  {target['name']}")
 
 
 # --- in a worker, whose package may be that of 0bfe07a

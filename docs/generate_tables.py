@@ -90,7 +90,7 @@ def options_table(*words: str) -> str:
 
 
 def gpu_table(script: str, folder: str) -> str:
-    """Every bar of benchmarks/gpu.py with what each card gave.
+    """Every target of benchmarks/gpu.py with what each card gave.
 
     Args:
         script: The script.
@@ -101,19 +101,24 @@ def gpu_table(script: str, folder: str) -> str:
         sys.path.append(folder_of_scripts)
     parts = importlib.import_module(Path(script).stem)
     files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS.parent / folder).glob("*.json"))]
-    found = {(file["card"], bar["name"]): bar for file in files if not file["dry_run"] for bar in file["bars"]}
+    found = {
+        (file["card"], target["name"]): target for file in files if not file["dry_run"] for target in file["targets"]
+    }
     cards = sorted({card for card, _ in found}) or ["any GPU"]
-    bars = [bar for measures in parts.PARTS.values() for measure in measures for bar in measure.bars]
-    rows = [[bar.name, bar.text or "-", *(gpu_cell(found.get((card, bar.name))) for card in cards)] for bar in bars]
+    targets = [target for measures in parts.PARTS.values() for measure in measures for target in measure.targets]
+    rows = [
+        [target.name, target.text or "-", *(gpu_cell(found.get((card, target.name))) for card in cards)]
+        for target in targets
+    ]
     return table(["Measure", "Target", *cards], rows)
 
 
-def gpu_cell(bar: Mapping[str, Any] | None) -> str:
-    """A measured bar as text."""
-    if bar is None:
+def gpu_cell(target: Mapping[str, Any] | None) -> str:
+    """A measured target as text."""
+    if target is None:
         return "not measured"
-    quartiles = " ({:.4g} to {:.4g})".format(*bar["quartiles"]) if "quartiles" in bar else ""
-    return f"{bar['value']:.4g}{quartiles}{' **not met**' if bar['met'] is False else ''}"
+    quartiles = " ({:.4g} to {:.4g})".format(*target["quartiles"]) if "quartiles" in target else ""
+    return f"{target['value']:.4g}{quartiles}{' **not met**' if target['met'] is False else ''}"
 
 
 TABLES: Mapping[str, Any] = {

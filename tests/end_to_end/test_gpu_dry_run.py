@@ -75,9 +75,11 @@ def test_every_part_runs_with_what_such_a_machine_has(python: Path, tmp_path: Pa
     for name, measures in parts.items():
         found = json.loads((tmp_path / "out" / f"{name}-cpu.json").read_text())
         assert found["dry_run"] and found["versions"]["trl"] == "not installed"
-        rows = {row["name"]: row for row in found["bars"]}
-        bars = [bar for measure in measures for bar in measure.bars]
-        assert [bar.name for bar in bars] == list(rows) and all(rows[bar.name]["bar"] == bar.text for bar in bars)
+        rows = {row["name"]: row for row in found["targets"]}
+        targets = [target for measure in measures for target in measure.targets]
+        assert [target.name for target in targets] == list(rows) and all(
+            rows[target.name]["target"] == target.text for target in targets
+        )
         assert all(row["value"] > 0 for row in rows.values()), rows
     tests = json.loads((tmp_path / "out" / "correct-cpu.json").read_text())["measures"]["tests"]["raw"]
     assert len(tests) > 40 and {test["outcome"] for test in tests} == {"passed", "skipped"}
@@ -90,7 +92,7 @@ def test_without_a_gpu_a_part_is_refused(python: Path) -> None:
 
 
 def measure(gpu: Any, name: str, take: Any, minutes: float = 1) -> Any:
-    return gpu.Measure(name, minutes, (gpu.Bar(f"{name} over itself", at_most=1.0),), take)
+    return gpu.Measure(name, minutes, (gpu.Target(f"{name} over itself", at_most=1.0),), take)
 
 
 def test_a_part_goes_on_with_what_is_missing_or_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +113,13 @@ def test_a_part_goes_on_with_what_is_missing_or_failed(tmp_path: Path, monkeypat
     assert not gpu.run_part("one", gpu.DRY, tmp_path, False)
     found = json.loads((tmp_path / "one-cpu.json").read_text())
     assert found["measures"]["breaks"] == {"failed": "RuntimeError: out of memory"}
-    assert [row["name"] for row in found["bars"]] == ["works over itself"]
+    assert [row["name"] for row in found["targets"]] == ["works over itself"]
     assert gpu.run_part("one", gpu.DRY, tmp_path, False) and calls == ["breaks", "works", "breaks"]
-    rows = {row["name"]: row for row in json.loads((tmp_path / "one-cpu.json").read_text())["bars"]}
+    rows = {row["name"]: row for row in json.loads((tmp_path / "one-cpu.json").read_text())["targets"]}
     assert rows["works over itself"] == {
-        "name": "works over itself", "value": 1.0, "quartiles": [0.9, 1.1], "bar": "at most 1.00", "met": None,
+        "name": "works over itself", "value": 1.0, "quartiles": [0.9, 1.1], "target": "at most 1.00", "met": None,
     }  # fmt: skip
-    assert [gpu.Bar("x", *limits).row(1.5, False)["met"] for limits in ((), (1.5,), (1.4,), (None, 1.6))] == [
+    assert [gpu.Target("x", *limits).row(1.5, False)["met"] for limits in ((), (1.5,), (1.4,), (None, 1.6))] == [
         None, True, False, False,
     ]  # fmt: skip
     assert gpu.run_part("one", gpu.DRY, tmp_path, True) and len(calls) == 5
