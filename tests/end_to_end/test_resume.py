@@ -380,7 +380,7 @@ def test_chains_of_other_settings_are_set_aside_and_restored(tmp_path: Path, rec
     own = ["chains", "--recipe", str(recipe), "--out", str(folder)]
     before = (folder / "chains.jsonl").read_bytes()
     code, printed = processes.finish([*own, "chains.max_tokens=16"], tmp_path / "log")
-    assert code == 0 and "differ in chains.max_tokens; they are in chains-" in printed
+    assert code == 0 and "differ in chains.max_tokens; they were moved to chains-" in printed
     (aside,) = folder.glob("chains-*.jsonl")
     assert aside.read_bytes() == before and lines(folder / "chains.jsonl") == QUESTIONS
     short = (folder / "chains.jsonl").read_bytes()
@@ -389,7 +389,7 @@ def test_chains_of_other_settings_are_set_aside_and_restored(tmp_path: Path, rec
     (aside,) = folder.glob("chains-*.jsonl")
     assert aside.read_bytes() == short
     code, printed = processes.finish([*own, "chains.max_tokens=16", "chains.keep_old=true"], tmp_path / "log3")
-    assert code == 0 and "they stay" in printed and (folder / "chains.jsonl").read_bytes() == before
+    assert code == 0 and "they are kept" in printed and (folder / "chains.jsonl").read_bytes() == before
 
 
 def test_stages_refuse_results_of_other_settings(tmp_path: Path, recipe: Path, reference: Folder) -> None:

@@ -185,7 +185,7 @@ def test_invalid_suite_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"own.yaml' is not a valid suite: tasks.0.task"):
         load_suite(str(path))
     path.write_text(json.dumps({"name": "own", "tasks": [{"task": "xstest", "file": file} for file in ("x", "y")]}))
-    with pytest.raises(UserError, match="the task xstest is there twice, and results are told apart by task; keep one"):
+    with pytest.raises(UserError, match="the task xstest appears twice, but results are identified by task; keep one"):
         load_suite(str(path))
 
 

@@ -366,7 +366,7 @@ def test_gradient_checkpointing_saves_memory_and_is_exact(base: Any) -> None:
         ({"model": "a"}, "shape: 'tiny' and --model 'a' exclude each other"),
         ({"rows": 0}, "rows: 0 is too few"),
         ({"dtype": "int3"}, "dtype: 'int3' is not known; use some of float32"),
-        ({"device": "cuda"}, "device: 'cuda' is not there; use cpu"),
+        ({"device": "cuda"}, "device: 'cuda' is not available; use cpu"),
     ],
 )
 def test_invalid_bench_settings_are_refused(given: dict[str, Any], message: str) -> None:

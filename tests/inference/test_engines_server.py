@@ -165,7 +165,7 @@ def test_address_without_v1_path_is_explained(fake: FakeServer) -> None:
         finally:
             await engine.close()
 
-    with pytest.raises(UserError, match=r"404: .*Not Found.*give the address that ends in /v1"):
+    with pytest.raises(UserError, match=r"404: .*Not Found.*give the address ending in /v1"):
         asyncio.run(main())
 
 

@@ -1,7 +1,7 @@
-"""Other people's answers -> chains: a teacher's (STAR-1, any `messages` file) and preferred ones (HH-RLHF, TRL).
+"""Existing answers -> chains: a teacher's (STAR-1, any `messages` file) and preferred ones (HH-RLHF, TRL).
 
 An imported chain has at most two steps: the reasoning, whatever its length, is the analysis, and what the user would
-read is the response. It counts as safe on its source's word; nothing is checked here.
+read is the response. It counts as safe because its source says so; nothing is checked here.
 """
 
 import re

@@ -19,7 +19,7 @@ from mote.core.words import words_of
 
 _STEM = 4  # letters in which two forms of a word agree
 _SHOWN, _MOST_SHOWN = 0.6, 6  # share of the question's own words that a closed step has, counted up to so many words
-_OWN = 0.15  # share of a closed step's words that it may bring itself
+_OWN = 0.15  # maximum share of new words in a closed step
 
 
 class Categories:
@@ -75,13 +75,13 @@ class Categories:
         if step in rules.forms and not re.fullmatch(rules.forms[step], text, re.DOTALL):
             return "form"
         asked = self._topic(question[-1].content)
-        said = self._topic(text)
-        if self._scheme.infers_categories and not asked & said:
+        shown = self._topic(text)
+        if self._scheme.infers_categories and not asked & shown:
             return "off-topic"
         if step in rules.closed:
             known = self._topic(" ".join([*(message.content for message in question), *earlier]))
-            few = len(asked & said) < _SHOWN * min(len(asked), _MOST_SHOWN)
-            if few or len(said - known) > _OWN * len(said):
+            few = len(asked & shown) < _SHOWN * min(len(asked), _MOST_SHOWN)
+            if few or len(shown - known) > _OWN * len(shown):
                 return "off-topic"
         return None
 

@@ -1,4 +1,4 @@
-"""Dialogues made regular, as chat templates want them: user and assistant alternate, and the user speaks first."""
+"""Normalises dialogues for chat templates: user and assistant alternate, and the user speaks first."""
 
 import re
 from collections.abc import Iterable, Sequence

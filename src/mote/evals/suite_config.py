@@ -73,7 +73,7 @@ class Suite(Strict):
         names = [task.task for task in tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(
-                f"the task {twice} is there twice, and results are told apart by task; keep one, or make a second suite"
+                f"the task {twice} appears twice, but results are identified by task; keep one, or make a second suite"
             )
         return tasks
 

@@ -140,7 +140,7 @@ class Run:
         ids = {question.id for question in iter_rows(questions, Question)}
         done = sum(row.id in ids for row in iter_rows(path, ChainRow))
         if done == len(ids):
-            self.stages.reuse("chains", made_by, f"{len(ids)} chains are there")
+            self.stages.reuse("chains", made_by, f"{len(ids)} chains exist")
             return
         with self.stages.record("chains", made_by, path) as result:
             with Progress("chains", "questions") as progress:
@@ -175,11 +175,11 @@ class Run:
             return
         self.stages.forget("chains")
         if self.recipe.chains.keep_old:
-            print(f"chains: those that are there differ in {changed}; they stay (chains.keep_old)", file=sys.stderr)
+            print(f"chains: existing chains differ in {changed}; they are kept (chains.keep_old)", file=sys.stderr)
             return
         aside = _chains_of_settings(path, old)
         path.rename(aside)
-        print(f"chains: those that are there differ in {changed}; they are in {aside.name} now", file=sys.stderr)
+        print(f"chains: existing chains differ in {changed}; they were moved to {aside.name}", file=sys.stderr)
         own = _chains_of_settings(path, made_by)
         if own.exists():
             own.rename(path)
@@ -198,7 +198,7 @@ class Run:
             "train": recipe.train.model_dump(mode="json"),
         }
         if (adapter / "adapter_config.json").exists():
-            self.stages.reuse("train", made_by, f"{adapter} is there")
+            self.stages.reuse("train", made_by, f"{adapter} exists")
         else:
             with self.stages.record("train", made_by, checkpoints) as result:
                 self._train(rows, chains)
@@ -239,7 +239,7 @@ class Run:
             **self._answer_engine(),
         }
         if done == total:
-            self.stages.reuse(stage, made_by, f"{total} answers are there")
+            self.stages.reuse(stage, made_by, f"{total} answers exist")
             return
         with self.stages.record(stage, made_by, folder) as result:
             model = self._load_adapter(adapter)
@@ -267,7 +267,7 @@ class Run:
             **self._answer_engine(),
         }
         if (folder / "summary.json").exists() and self.stages.settings("eval") == made_by:
-            self.stages.reuse("eval", made_by, f"{folder / 'summary.json'} is there")
+            self.stages.reuse("eval", made_by, f"{folder / 'summary.json'} exists")
             return
         with self.stages.record("eval", made_by, folder) as result:
             self._base = None  # Inspect loads its own

@@ -20,7 +20,7 @@ GROUPED_SDPA = "grouped_sdpa"
 class DocumentMask(Tensor):
     """A bool mask (B, 1, T, T) that knows the documents of its rows, none of which attends to another.
 
-    Whatever is computed from it is a plain mask: models that combine masks (Doge) get the attention of any other mask.
+    Operations on it return a plain mask, so that models that combine masks (Doge) are computed as with any other mask.
 
     Attributes:
         documents: Of each row, in order: the length of each document, and whether its mask is plainly causal.

@@ -1,6 +1,6 @@
-"""Checks written GGUF files by loading them in llama.cpp, where its wheel is installed.
+"""Checks GGUF files after writing by loading them in llama.cpp, if its wheel is installed.
 
-Run as a program, it loads a file and answers on stdout: on some invalid files llama.cpp ends its process.
+Run as a program, it loads a file and answers on stdout: some invalid files make llama.cpp abort its process.
 """
 
 import json
@@ -28,7 +28,8 @@ PROBES = (
 def check_file(path: Path, tokenizer: Any, markers: Mapping[str, Sequence[int]], loras: Sequence[Path] = ()) -> str:
     """Load a file, and compare how it splits chats with its tokenizer; nothing where the engine is not installed.
 
-    A chat that is split otherwise is no error, since a client may send ids; one line on stderr says so.
+    A chat that llama.cpp tokenises differently is not an error, since a client may send ids; one line on stderr reports
+    it.
 
     Args:
         path: The file.

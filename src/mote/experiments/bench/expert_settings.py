@@ -69,7 +69,7 @@ def choose_settings(
     """
     device = default_device() if device == "auto" else device
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device: '{device}' is not there; use cpu")
+        raise UserError(f"device: '{device}' is not available; use cpu")
     on_gpu = device.startswith("cuda")
     if model and shape:
         raise UserError(f"shape: '{shape}' and --model '{model}' exclude each other; give one of them")

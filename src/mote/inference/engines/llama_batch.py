@@ -210,7 +210,7 @@ class LlamaBatcher(BatchLoop):
         return common_length(slot.ids, ids[:-1])
 
     def _shared_prefix(self, sequence: RunningSequence, ids: list[int]) -> _Slot | None:
-        """The slot that holds the prefix a prompt shares with others; computed unless it is there."""
+        """The slot that holds the prefix a prompt shares with others; computed unless it is cached."""
         length = sequence.request.shared
         adapted = sequence.request.adapted
         if not (0 < length < len(ids) and self._model.keeps_prefixes):

@@ -193,12 +193,12 @@ class ServerEngine:
         where = f"engine: {endpoint.address}"
         reason = error_text(error)
         if error.status_code in (401, 403):
-            raise UserError(f"{where} refuses the key ({reason}); set OPENAI_API_KEY to one it takes") from error
+            raise UserError(f"{where} refuses the key ({reason}); set OPENAI_API_KEY to a valid one") from error
         if error.status_code == 404:
             try:
                 served = [model.id async for model in self._clients[endpoint.address].models.list()]
             except (OpenAIError, ClientError, ValueError) as missing:
-                raise UserError(f"{where} is not there ({reason}); give the address that ends in /v1") from missing
+                raise UserError(f"{where} is no OpenAI API ({reason}); give the address ending in /v1") from missing
             names = ", ".join(f"'{name}'" for name in served)
             raise UserError(f"{where} does not serve model='{self.name}' ({reason}); it serves {names}") from error
         if error.status_code not in REQUEST_ERRORS:

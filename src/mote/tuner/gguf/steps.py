@@ -1,7 +1,7 @@
 """A base model as one GGUF file, and a LoRA for the question and for each step: for every architecture known here.
 
 The base file holds the trained rows of the markers and is the base model otherwise, so that all adapters of one base
-differ in these rows only. Switching LoRAs at start markers is the reader's part (docs/decisions/0045).
+differ in these rows only. The program that reads the files must switch LoRAs at start markers (docs/decisions/0045).
 """
 
 from collections.abc import Iterator

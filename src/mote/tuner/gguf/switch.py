@@ -38,7 +38,7 @@ _NO_TOKEN = 2**31 - 1  # minus the slot: ids that never occur, for slots without
 
 
 def base_tokens(adapter: Adapter, base: BaseWeights, trained: Experts) -> tuple[int, int]:
-    """The token that opens every prompt, and its twin behind all others, which opens one for the base model."""
+    """The token that opens every prompt, and its twin (the last id), which opens prompts for the base model."""
     return opening_id(adapter.tokenizer), vocabulary_rows(base, trained)
 
 
