@@ -30,17 +30,20 @@ def packages() -> list[str]:
 
 
 def results(reports: list[Path]) -> tuple[str, list[str]]:
-    """The table of results, and the names of the tests that failed."""
-    counts: dict[str, Counter[str]] = {}
-    failed = []
+    """The table of results, and the names of the tests that failed; of a test in several reports the last counts."""
+    found = {}
     for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
         outcome = next((name for name in OUTCOMES if case.find(name) is not None), "passed")
         outcome = "failed" if outcome in ("failure", "error") else outcome
-        counts.setdefault(case.attrib["classname"].split(".")[1], Counter())[outcome] += 1
-        if outcome == "failed":
-            failed.append(case.attrib["name"])
+        module = case.attrib["classname"] or case.attrib["name"]  # no class: a module that was skipped as a whole
+        found[module, case.attrib["name"]] = outcome
+    counts: dict[str, Counter[str]] = {}
+    for (module, _), outcome in found.items():
+        counts.setdefault(module.split(".")[1], Counter())[outcome] += 1
+    failed = [name for (_, name), outcome in found.items() if outcome == "failed"]
     counts["all"] = sum(counts.values(), Counter())
-    lines = [", ".join(f"{name} {version(name)}" for name in LIBRARIES) + ":", ""]
+    commits = dict.fromkeys(report.parent.name.removeprefix("newest-") for report in reports)
+    lines = [", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f"; commit {', '.join(commits)}:", ""]
     lines += ["| Tests | Passed | Failed | Skipped |", "|---|---|---|---|"]
     lines += [f"| {name} | {c['passed']} | {c['failed']} | {c['skipped']} |" for name, c in sorted(counts.items())]
     return "\n".join(lines), failed

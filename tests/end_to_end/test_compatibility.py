@@ -4,12 +4,14 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
+from compatibility import results
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "src").rglob("*.py"))}
-LIBRARIES = ("transformers", "peft", "trl", "torch", "accelerate", "gguf")
+LIBRARIES = ("transformers", "peft", "trl", "torch", "accelerate", "gguf", "vllm")
 DOCUMENTED = {"torch.nn.attention.flex_attention", "torch.autograd.function", "torch.nn.functional"}
 
 
@@ -42,7 +44,9 @@ def used() -> Iterator[str]:
                 yield node.attr
             elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in LIBRARIES:
                 library, _, module = node.module.partition(".")
-                if module and library != "torch" and node.module not in DOCUMENTED:
+                if module and library == "vllm":
+                    yield f"vllm.{module.partition('.')[0]}"
+                elif module and library != "torch" and node.module not in DOCUMENTED:
                     yield module
                 yield from (alias.name for alias in node.names if private(alias.name))
 
@@ -82,3 +86,18 @@ def test_the_versions_are_those_of_pyproject_and_constraints() -> None:
         assert f">={lowest}" in need and tested == pinned[name.replace("-", "_")]
         top = need.partition("<")[2]
         assert not top or [int(n) for n in newest.split(".")[:2]] < [int(n) for n in top.split(".")[:2]]
+
+
+def test_the_last_report_of_a_test_counts(tmp_path: Path) -> None:
+    reports = []
+    for commit, outcome in [("a1", "<failure/>"), ("b2", "")]:
+        reports.append(tmp_path / f"newest-{commit}" / "models.xml")
+        reports[-1].parent.mkdir()
+        reports[-1].write_text(
+            f'<testsuite><testcase classname="tests.models.test_rope" name="test_it">{outcome}</testcase>'
+            '<testcase classname="" name="tests.serve.test_vllm"><skipped/></testcase></testsuite>'
+        )
+    table, failed = results(reports[:1])
+    assert failed == ["test_it"] and "| models | 0 | 1 | 0 |" in table and "; commit a1:" in table
+    table, failed = results(reports)
+    assert not failed and "| models | 1 | 0 | 0 |\n| serve | 0 | 0 | 1 |" in table and "; commit a1, b2:" in table
