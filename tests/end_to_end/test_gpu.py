@@ -43,7 +43,7 @@ HALF = skip_probabilities(0.5, {}, ("analysis", "guidance", "response"))
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
-    """Each shape and dtype is compiled anew, and beyond a limit FlexAttention would run uncompiled."""
+    """Each shape and dtype is compiled again, and beyond a limit FlexAttention would run uncompiled."""
     torch._dynamo.reset()
 
 

@@ -132,7 +132,7 @@ def test_a_harmful_question_gets_a_chain_as_deep_as_it_needs() -> None:
     assert [(check.depth, check.safe) for check in row.checks] == [("direct", False), ("full", True)]
 
 
-def test_a_plain_refusal_is_prompted_with_examples_and_plain_help_without() -> None:
+def test_plain_refusals_see_examples_and_plain_help_sees_none() -> None:
     declines, helps = Writer(DECLINES), Writer(HELPS, declined=0.1)
     assert len(chain(declines, "harmful", "own/harmful/theft").steps) == 1
     assert len(chain(helps, "benign").steps) == 1

@@ -5,7 +5,7 @@ Knows layer types and quantisation methods; knows nothing of markers, routing or
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -81,7 +81,12 @@ def check_base(model: nn.Module, config: MoteConfig) -> None:
                 "Mamba's fused kernels do, so experts there would be ignored; name the other layers, "
                 f"target_modules={_called_layers(model)}"
             )
-    for target in [] if targets is None or isinstance(targets, str) else targets:
+    _check_names([] if targets is None or isinstance(targets, str) else targets, names)
+
+
+def _check_names(targets: Iterable[str], names: Sequence[str]) -> None:
+    """Check that each target is the name of a module, or the end of one."""
+    for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise ValueError(
                 f"target_modules: {target!r} is the name of no layer of this base, so nothing would be adapted for it; "
