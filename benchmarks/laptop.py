@@ -122,11 +122,11 @@ def ratios(speed: dict[str, list[float]], over: str) -> dict[str, Any]:
 def answer(given: Settings, threads: int) -> dict[str, Any]:
     """One answer of one step, with step experts: the last tokens, behind the prompt."""
     workers = {
-        "old": Worker(given, "answers", old=True, threads=threads),
-        "A/A": Worker(given, "answers", old=True, threads=threads),
-        "in process": Worker(given, "answers", threads=threads),
-        "llamacpp f32": Worker(given, "answers", threads=threads, engine="llamacpp", dtype="float32"),
-        "llamacpp q8_0": Worker(given, "answers", threads=threads, engine="llamacpp"),
+        "old": Worker(given, "answers", old=True, threads=threads, batch_size=1),
+        "A/A": Worker(given, "answers", old=True, threads=threads, batch_size=1),
+        "in process": Worker(given, "answers", threads=threads, batch_size=1),
+        "llamacpp f32": Worker(given, "answers", threads=threads, batch_size=1, engine="llamacpp", dtype="float32"),
+        "llamacpp q8_0": Worker(given, "answers", threads=threads, batch_size=1, engine="llamacpp"),
         "plain f32": Worker(given, "plain", threads=threads, dtype="float32"),
         "plain q8_0": Worker(given, "plain", threads=threads),
     }
@@ -361,9 +361,8 @@ class Answers:
     def __init__(self, settings: dict[str, Any]) -> None:
         import mote
 
-        engine = {"engine": settings["engine"]} if "engine" in settings else {}
-        dtype = settings.get("dtype", "auto")
-        self._model = mote.load(MODEL, adapter=settings["adapter"], device="cpu", dtype=dtype, **engine)
+        given = {"device": "cpu"} | settings
+        self._model = mote.load(MODEL, **given)
 
     def measure(self, questions: list[str]) -> dict[str, Any]:
         """Answer the questions together; of one alone also what decoding took, from its first token on."""

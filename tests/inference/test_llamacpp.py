@@ -1,8 +1,11 @@
 """The llama.cpp engine against the in-process one: the same tokens in float32, and the same use of the cache."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,29 @@ def test_the_next_turn_computes_only_what_is_new(model: Model, reference: Model)
     assert second.steps == reference.answer(turns, "full", max_step_tokens=6).steps
 
 
+def test_a_retry_computes_its_prompt_no_second_time(tiny: Path) -> None:
+    base = open_base(str(tiny))
+    batcher = LlamaBatcher(base_files(str(tiny), base.tokenizer, dtype="float32"), 1)
+    engine = LocalEngine(base, 1, batcher)
+    lead = (Message(role="user", content="how do I answer"), Message(role="assistant", content="analysis"))
+    asked = [
+        Prompt((*lead, Message(role="user", content=text)), 3, temperature=1, seed=seed, shared=2)
+        for text, seed in (("kill a process on this computer", 1), ("is it safe?", 1))
+    ]
+
+    async def ask() -> list[int]:
+        computed = []
+        for prompt in (*asked, replace(asked[0], seed=2)):
+            before = batcher.tokens_computed
+            written = await engine.write(prompt)
+            computed.append(batcher.tokens_computed - before - written.tokens)
+        await engine.close()
+        return computed
+
+    first, second, retry = asyncio.run(ask())
+    assert first > second > retry == 0  # of the prompt only the last token, whose logits are needed
+
+
 def test_a_shared_question_is_computed_once(model: Model) -> None:
     question = as_question("one question for every mode of the same model and computer")
     prompt = len(encode_prompt(model.tokenizer, question.messages))
@@ -223,6 +249,20 @@ def test_chain_requests_equal_the_in_process_engines(tiny: Path) -> None:
     assert scored == pytest.approx(expected[2], abs=1e-4)
 
 
+def test_a_text_in_the_cache_is_scored_as_a_new_one(tiny: Path) -> None:
+    base = open_base(str(tiny))
+    engine = LocalEngine(base, 1, LlamaBatcher(base_files(str(tiny), base.tokenizer, dtype="float32"), 1))
+    prompt = Prompt((Message(role="user", content="how do I answer"),), 4)
+
+    async def ask() -> list[float]:
+        means = [(await engine.score(prompt, "kill a process")).mean for _ in range(2)]
+        await engine.close()
+        return means
+
+    first, again = asyncio.run(ask())
+    assert again == pytest.approx(first, abs=1e-4)
+
+
 def test_a_gguf_file_is_a_base_model(tiny: Path) -> None:
     base = open_base(str(tiny))
     files = base_files(str(tiny), base.tokenizer, dtype="float32")
@@ -242,6 +282,21 @@ def test_files_are_made_once_for_an_adapters_weights(
         said = capsys.readouterr().err
         assert ("writing" in said) == (number in (0, 2, 3)), said
     assert len(list((tmp_path / "cache" / "mote" / "gguf").iterdir())) == 3
+
+
+def test_one_answer_at_a_time_takes_the_faster_form(tiny: Path, folder: Path, reference: Model) -> None:
+    own = load(str(tiny), folder, dtype="float32", batch_size=1, engine="llamacpp")
+    assert isinstance(own.batcher, LlamaBatcher) and own.batcher._files.loras
+    assert text_of(own.answer(QUESTIONS, "full", max_step_tokens=6)) == text_of(
+        reference.answer(QUESTIONS, "full", max_step_tokens=6)
+    )
+    own.batcher.close()
+
+
+def test_a_script_ends_with_a_model_that_is_loaded(tiny: Path, folder: Path) -> None:
+    script = f"import mote; model = mote.load({str(tiny)!r}, {str(folder)!r}, engine='llamacpp'); model.answer('safe?')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

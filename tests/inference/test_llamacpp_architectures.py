@@ -18,6 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Qwen3": {"tie_word_embeddings": False},
     "SmolLM3": {"num_hidden_layers": 4},
+    "Phi3": {"tie_word_embeddings": False},
     "Gemma2": {"num_hidden_layers": 4, **WINDOWS},
     "Gemma3": {"num_hidden_layers": 7, **WINDOWS},
 }

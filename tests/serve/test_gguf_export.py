@@ -94,12 +94,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "qwen": ("Qwen2", {}, {}, r"'qwen2'; use --format gguf-steps"),
+    "qwen": ("Qwen2", {}, {}, r"'qwen2' does; use --format gguf-steps"),
     "biases": ("Llama", {"attention_bias": True}, {}, r"attention_bias.*gguf-steps"),
     "rope-factors": ("Llama", {"rope_parameters": LLAMA3}, {}, r"no rope factors.*gguf-steps"),
     "window": ("Mistral", {"sliding_window": 64}, {}, "attention window of 64 tokens; use `mote answer`"),
-    "gemma": ("Gemma2", {"query_pre_attn_scalar": 32}, {}, "'gemma2'; use --format gguf-steps"),
-    "unknown": ("Phi3", {}, {}, "'phi3' is not one of .*; use `mote answer`"),
+    "gemma": ("Gemma2", {"query_pre_attn_scalar": 32}, {}, "'gemma2' does; use --format gguf-steps"),
+    "fused": ("Phi3", {}, {}, "'phi3' does; use --format gguf-steps"),
+    "fused-window": ("Phi3", {"sliding_window": 64}, {}, "attention window of 64 tokens; use `mote answer`"),
+    "unknown": ("Olmo3", {}, {}, "'olmo3' is not one of .*; use `mote answer`"),
     "separate": ("Llama", {}, {"whole_rows": True}, "--format peft-steps"),
     "reserved-name": ("Llama", {}, {"experts": ("end", "response")}, "another name"),
 }

@@ -342,7 +342,7 @@ class Run:
         return LocalEngine(self.base(), self.recipe.chains.batch_size)
 
     def _llamacpp_engine(self) -> Engine:
-        from mote.inference.engines.llama_batch import LlamaBatcher
+        from mote.inference.engines.llama_batch import CHAIN_SLOTS, LlamaBatcher
         from mote.inference.engines.llama_files import base_files, check_model, open_base
         from mote.inference.engines.local import LocalEngine
 
@@ -350,7 +350,7 @@ class Run:
         check_model(recipe.model, recipe.revision, recipe.device, recipe.dtype)
         base = open_base(recipe.model, recipe.revision)
         files = base_files(recipe.model, base.tokenizer, recipe.revision, recipe.dtype)
-        slots = recipe.chains.batch_size
+        slots = min(recipe.chains.batch_size, CHAIN_SLOTS)  # more wait in the engine
         return LocalEngine(base, slots, LlamaBatcher(files, slots))
 
     @asynccontextmanager

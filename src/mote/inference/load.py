@@ -97,7 +97,8 @@ def load(
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         revision: Hub revision of the base model.
-        batch_size: Maximum number of answers in flight; more requests wait.
+        batch_size: Maximum number of answers in flight; more requests wait. llama.cpp answers faster with 1, one
+            question at a time.
         engine: What computes the answers; llama.cpp runs on a CPU, from GGUF files that are made on first use
             (`dtype`: `auto` is q8_0, `float32`, `float16`).
 
@@ -153,7 +154,7 @@ def _load_llamacpp(
     if adapter is None:
         batcher = LlamaBatcher(base_files(model, base.tokenizer, revision, dtype), batch_size)
         return Model(base, base.model, None, load_scheme("safety"), batch_size, batcher)
-    files = adapter_files(adapter, model, revision, dtype)
+    files = adapter_files(adapter, model, revision, dtype, batch_size)
     base = Base(base.name, base.model, adapter.tokenizer)
     batcher = LlamaBatcher(files, batch_size, adapter.config.routing)
     return Model(base, base.model, adapter.config, adapter.scheme.only(adapter.config.experts), batch_size, batcher)

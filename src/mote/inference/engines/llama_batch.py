@@ -23,8 +23,12 @@ from mote.inference.sequence import RunningSequence, common_length
 from mote.tokens.routing import NO_STEP, Markers
 
 MOST_SLOTS = 32
+# Every token costs 0.5 us for each token in the cache, of whatever sequence, and beyond 8 rows a forward pass is hardly
+# cheaper a row; so this many long prompts at once are the fastest (docs/decisions/0046).
+CHAIN_SLOTS = 8
 _FEW = 3  # up to this many rows, one call per row is faster than one call for all (docs/decisions/0046)
 _PREFIXES = 8  # shared prefixes that are kept
+_SPARE = 4  # ended sequences kept beside a full batch: a retry begins as they do
 _CACHE_UNIT = 2048  # the cache holds a multiple of this many tokens
 
 
@@ -160,11 +164,12 @@ class LlamaBatcher(BatchLoop):
         """Make an empty cache for this many tokens."""
         self._room = 0
         tokens = -(-tokens // _CACHE_UNIT) * _CACHE_UNIT
-        self._model.open(self._slots + _PREFIXES, tokens, self._files.cache)
+        own = self._slots + _SPARE
+        self._model.open(own + _PREFIXES, tokens, self._files.cache)
         self._room = tokens
         self._lora = None
-        slots = [_Slot(number, []) for number in range(self._slots + _PREFIXES)]
-        self._idle, self._prefixes = slots[: self._slots], slots[self._slots :]
+        slots = [_Slot(number, []) for number in range(own + _PREFIXES)]
+        self._idle, self._prefixes = slots[:own], slots[own:]
 
     def _fits(self, sequence: RunningSequence) -> bool:
         """Whether there is room for one more sequence, with what idle slots hold given up if needed."""
@@ -184,9 +189,9 @@ class LlamaBatcher(BatchLoop):
         adapted = sequence.request.adapted
         ids = self._file_ids(sequence)
         prefix = self._shared_prefix(sequence, ids)
-        known = [prefix] if prefix else [*self._slots_of.values(), *self._idle]
-        source = max(known, key=lambda slot: self._common(slot, ids, adapted), default=None)
-        found = self._common(source, ids, adapted) if source else 0
+        known = [*([prefix] if prefix else []), *self._slots_of.values(), *self._idle]
+        source = max(known, key=lambda slot: self._common(slot, sequence.request, ids), default=None)
+        found = self._common(source, sequence.request, ids) if source else 0
         slot = source if source in self._idle else self._idle[0]
         assert slot is not None
         self._idle.remove(slot)
@@ -198,16 +203,16 @@ class LlamaBatcher(BatchLoop):
                 self._model.copy(source.number, slot.number, found)
                 slot.ids = ids[:found]
         slot.adapted = adapted
-        slot.prefix = prefix
-        slot.shared = found if prefix else 0
+        slot.prefix = prefix if source is prefix else None
+        slot.shared = found if slot.prefix else 0
         sequence.cached = found
         self._slots_of[sequence] = slot
 
-    def _common(self, slot: _Slot, ids: Sequence[int], adapted: bool) -> int:
-        """How many tokens of a prompt a slot holds; the last one is always computed, for its logits."""
-        if slot.adapted != adapted or not self._model.keeps_prefixes:
+    def _common(self, slot: _Slot, request: Request, ids: Sequence[int]) -> int:
+        """How many tokens of a prompt a slot holds; the last one is always computed, and so are scored ones."""
+        if slot.adapted != request.adapted or not self._model.keeps_prefixes:
             return 0
-        return common_length(slot.ids, ids[:-1])
+        return common_length(slot.ids, ids[: len(ids) - 1 - request.scored])
 
     def _shared_prefix(self, sequence: RunningSequence, ids: list[int]) -> _Slot | None:
         """The slot that holds the prefix a prompt shares with others; computed unless it is cached."""
@@ -343,7 +348,7 @@ class LlamaBatcher(BatchLoop):
         sequence.request = following
         sequence.prompt = following.ids
         sequence.generated = []
-        sequence.cached = self._common(slot, self._file_ids(sequence), following.adapted)
+        sequence.cached = self._common(slot, following, self._file_ids(sequence))
         self._cut(slot, sequence.cached)
         self._set_steps(sequence)
         self._decoding.remove(sequence)

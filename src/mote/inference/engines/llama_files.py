@@ -21,13 +21,13 @@ from mote.core.machine import gguf_folder
 from mote.inference.engines.llama_batch import GgufFiles
 from mote.inference.engines.llama_library import CacheType, load_library
 from mote.models.load import Base, completed, load_config, load_generation_config, load_tokenizer
-from mote.tuner.gguf.architectures import refusals
-from mote.tuner.gguf.file import Type, usual_experts
+from mote.tuner.gguf.architectures import Form, refusals
+from mote.tuner.gguf.file import Type
 from mote.tuner.gguf.source import Adapter, BaseWeights
 from mote.tuner.gguf.steps import StepFiles, check_steps, step_files, write_base, write_steps
 from mote.tuner.gguf.switch import base_tokens, check_switch, write_switch
 
-_VERSION = 1  # version of the files' layout; files of other versions are not used
+_VERSION = 2  # version of the files' layout; files of other versions are not used
 _ONE_FILE = "model.gguf"
 _BASE_FILE = "base.gguf"
 _AGAIN = "run the same command again"
@@ -69,38 +69,45 @@ def type_of(dtype: str) -> Type:
     return _TYPES[dtype]
 
 
-def adapter_files(adapter: Adapter, model: str, revision: str | None = None, dtype: str = "auto") -> GgufFiles:
-    """The files of a trained adapter: one with all steps where that is exact, else a LoRA for each step.
+def adapter_files(
+    adapter: Adapter, model: str, revision: str | None = None, dtype: str = "auto", sequences: int = 1
+) -> GgufFiles:
+    """The files of a trained adapter, in the form that is faster for as many sequences at once.
 
     Raises:
         UserError: Neither form can compute what the adapter does.
         MoteError: The files cannot be written.
     """
     kind = type_of(dtype)
-    experts = usual_experts(kind)
     base = BaseWeights(model, revision)
     try:
         trained = check_steps(adapter, base)
     except UserError as error:
         reason = str(error).rpartition("; ")[0]  # the remedy is that of an export
         raise UserError(f"engine: llamacpp cannot run this adapter: {reason}; use --engine transformers") from error
-    folder = _folder(Path(adapter.path).name or "adapter", kind, base.fingerprint(), _fingerprint(adapter))
-    try:
-        check_switch(adapter, base)
-        one_file = True
-    except UserError:  # checked above: the steps can be written
-        one_file = False
+    form = _form(adapter, base, sequences)
+    folder = _folder(Path(adapter.path).name or "adapter", kind, form, base.fingerprint(), _fingerprint(adapter))
     if not folder.is_dir():
-        form = "gguf" if one_file else "gguf-steps"
         with _making(folder, {"adapter": adapter.path, "model": model, "type": kind, "form": form}) as scratch:
-            if one_file:
-                write_switch(scratch / _ONE_FILE, adapter, base, kind, experts)
+            if form == "gguf":
+                write_switch(scratch / _ONE_FILE, adapter, base, kind, kind)
             else:
-                write_steps(scratch, adapter, base, kind, experts)
-    if one_file:
+                write_steps(scratch, adapter, base, kind, kind)
+    if form == "gguf":
         return GgufFiles(folder / _ONE_FILE, (), base_tokens(adapter, base, trained), _cache(kind))
     files: StepFiles = step_files(folder, adapter.config.experts)
     return GgufFiles(files.base, tuple(files.loras.values()), cache=_cache(kind))
+
+
+def _form(adapter: Adapter, base: BaseWeights, sequences: int) -> Form:
+    """One file if several sequences run: with LoRAs those in different steps need a forward pass for each step."""
+    if sequences == 1:
+        return "gguf-steps"
+    try:
+        check_switch(adapter, base)
+    except UserError:
+        return "gguf-steps"
+    return "gguf"
 
 
 def base_files(model: str, tokenizer: Any, revision: str | None = None, dtype: str = "auto") -> GgufFiles:

@@ -202,7 +202,8 @@ class LlamaModel:
             self._model = None
 
     def __del__(self) -> None:
-        self.close()
+        if not sys.is_finalizing():  # freeing logs, and there is no interpreter to log to
+            self.close()
 
 
 @cache

@@ -21,6 +21,7 @@ Form = Literal["gguf", "gguf-steps"]
 SWITCH = "graniteswitch"
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 LINEAR = (*(f"self_attn.{name}" for name in (*ATTENTION, "o_proj")), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+FUSED = ("self_attn.qkv_proj", "mlp.gate_up_proj")  # several of them as one layer: Phi 3
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ ARCHITECTURES = {
     "granite": Architecture(MODEL_ARCH.GRANITE, rotary_pairs=True, switch=True),
     "qwen2": Architecture(MODEL_ARCH.QWEN2),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "phi3": Architecture(MODEL_ARCH.PHI3),
     "olmo2": Architecture(MODEL_ARCH.OLMO2, tied=False),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, rotary_pairs=True, rope_period=4),
     "seed_oss": Architecture(MODEL_ARCH.SEED_OSS),
@@ -283,7 +285,8 @@ def check_layers(base: BaseWeights, modules: Iterable[str]) -> None:
         UserError: One has none.
     """
     for module in modules:
-        if not any(f".{module}".endswith(f".{layer}") for layer in LINEAR) or f"{module}.weight" not in base.parameters:
+        known = any(f".{module}".endswith(f".{layer}") for layer in (*LINEAR, *FUSED))
+        if not known or f"{module}.weight" not in base.parameters:
             raise UserError(
                 f"adapter: it adapts {module}, which llama.cpp computes without experts; train with "
                 f"target_modules from {sorted(layer.rpartition('.')[2] for layer in LINEAR)}"
