@@ -100,7 +100,7 @@ def test_a_batch_mixes_modes_and_turns(model: Model, reference: Model) -> None:
 
 
 def test_no_token_is_computed_twice(model: Model, reference: Model) -> None:
-    for text in ("how do I kill unsafe", "analysis of my computer"):
+    for text in ("zoo: how do I kill unsafe", "0 analysis of my computer"):  # other first words than other tests
         question = as_question(text)
         prompt = len(encode_prompt(model.tokenizer, question.messages))
         before = model.batcher.tokens_computed
