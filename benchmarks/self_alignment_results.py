@@ -17,6 +17,7 @@ A run again replaces the rows of the same model, split, methods, seeds, modes an
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,14 +164,15 @@ def mean_of(strata: Sequence[Mapping[str, float]]) -> float:
 
 
 def value_of(strata: Sequence[Scores], seed: int) -> Estimate:
-    """A number with its interval: as `mote eval` estimates it, and for several strata by a bootstrap within each."""
-    if len(strata) == 1:
-        return estimate([*strata[0].values()], seed)
-    n = sum(map(len, strata))
-    if not all(strata):
-        return Estimate(value=None, low=None, high=None, n=n, method="bootstrap")
-    low, high = np.percentile(resampled_means(strata, seed), [2.5, 97.5])
-    return Estimate(value=mean_of(strata), low=float(low), high=float(high), n=n, method="bootstrap")
+    """A number as `mote eval` estimates it; the interval over several strata comes from theirs (Zou and Donner 2008)."""
+    parts = [estimate([*scores.values()], seed) for scores in strata]
+    n = sum(part.n for part in parts)
+    if len(parts) == 1 or not all(strata):
+        return parts[0] if len(parts) == 1 else Estimate(value=None, low=None, high=None, n=n, method="none")
+    value = mean_of(strata)
+    below = math.hypot(*((part.value or 0) - (part.low or 0) for part in parts)) / len(parts)
+    above = math.hypot(*((part.high or 0) - (part.value or 0) for part in parts)) / len(parts)
+    return Estimate(value=value, low=value - below, high=value + above, n=n, method=parts[0].method)
 
 
 def common(first: Sequence[Scores], second: Sequence[Scores]) -> tuple[list[Scores], list[Scores]]:

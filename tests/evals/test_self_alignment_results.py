@@ -78,6 +78,8 @@ def test_means_over_both_tasks_weigh_each_task_alike(script: ModuleType, folder:
     unsafe = one(rows, mode="adaptive", task="unsafe", metric="refusal_on_unsafe")
     assert (unsafe["value"], unsafe["n"], unsafe["tokens"]) == (pytest.approx((1 / 2 + 1 / 4) / 2), 6, 20.0)
     assert unsafe["lower"] < unsafe["value"] < unsafe["upper"]
+    none = one(rows, method="base", task="unsafe", metric="refusal_on_unsafe")
+    assert none["value"] == none["lower"] == 0 and 0.2 < none["upper"] < 0.66  # Wilson's: 0.66 of two, 0.49 of four
     safe = one(rows, mode="adaptive", task="safe", metric="not_overrefuse")
     assert (safe["value"], safe["n"], safe["tokens"]) == (pytest.approx((1 / 2 + 0) / 2), 3, 40.0)
 
