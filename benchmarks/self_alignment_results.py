@@ -164,7 +164,7 @@ def mean_of(strata: Sequence[Mapping[str, float]]) -> float:
 
 
 def value_of(strata: Sequence[Scores], seed: int) -> Estimate:
-    """A number as `mote eval` estimates it; the interval over several strata comes from theirs (Zou and Donner 2008)."""
+    """A number as `mote eval` estimates it; the interval over strata comes from theirs (Zou and Donner 2008)."""
     parts = [estimate([*scores.values()], seed) for scores in strata]
     n = sum(part.n for part in parts)
     if len(parts) == 1 or not all(strata):
