@@ -281,7 +281,7 @@ def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
             for key in path.split("/"):
                 value = value[key]
             found.append(
-                {"name": name, "value": value, "target": target, "met": value <= target if less else value >= target}
+                {"name": name, "value": value, "bar": target, "met": value <= target if less else value >= target}
             )
     return found
 
@@ -332,16 +332,15 @@ def main() -> None:
         result = {
             "what": "mote's llama.cpp engine and in-process engine over the in-process engine of 0bfe07a",
             "shape": {"model": MODEL, "tokens": TOKENS, "rounds": given.rounds, "chains": CHAINS},
-            "targets": targets(parts),
+            "bars": targets(parts),
             "parts": parts,
             **environment(),
         }
         result["versions"][LLAMACPP] = LLAMACPP_VERSION
         write_json(given.out, result)
         print(name, json.dumps(part), flush=True)
-    for target in result["targets"]:
-        verdict = "met " if target["met"] else "MISS"
-        print(f"{verdict} {target['value']:8.3f}  target {target['target']:5.2f}  {target['name']}")
+    for bar in result["bars"]:
+        print(f"{'met ' if bar['met'] else 'MISS'} {bar['value']:8.3f}  bar {bar['bar']:5.2f}  {bar['name']}")
 
 
 # --- in a worker, whose package may be that of 0bfe07a
