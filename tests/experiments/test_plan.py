@@ -163,7 +163,7 @@ def test_settings_that_the_base_cannot_do_are_refused(tmp_path: Path) -> None:
 def test_unknown_base_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = planned(model="no-such/model", shape=TINY)
-    assert result.base is None and any("what 'no-such/model' can do" in note for note in result.notes)
+    assert result.base is None and any("what 'no-such/model' supports" in note for note in result.notes)
 
 
 def test_unknown_model_shape_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_a_structure_with_one_more_field_is_noticed(name: str, monkeypatch: pyte
         for function, (result, arguments) in llama_library._FUNCTIONS.items()
     }
     monkeypatch.setattr(llama_library, "_FUNCTIONS", changed)
-    with pytest.raises(MoteError, match="other structures than expected"):
+    with pytest.raises(MoteError, match="structures of the library xllamacpp are not those expected"):
         load_library()
 
 

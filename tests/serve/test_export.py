@@ -437,7 +437,7 @@ def test_command_prints_the_written_folders(
         (["--adapter", "ONE", "--out", "OUT", "--format", "merged", "--mode", "full"], "mode: 'full' cannot be merged"),
         (["--adapter", "ONE", "--out", "OUT", "--format", "merged", "--dtype", "float8"], "recipe: dtype='float8'"),
         (["--adapter", "ONE", "--out", "ONE", "--format", "merged"], "out: ONE exists and is not empty"),
-        (["--adapter", "OUT", "--out", "OUT", "--format", "merged"], "adapter: 'OUT' holds no adapter that can be"),
+        (["--adapter", "OUT", "--out", "OUT", "--format", "merged"], "adapter: there is no folder 'OUT'"),
     ],
 )
 def test_mistakes_are_one_line(
