@@ -161,6 +161,15 @@ def test_threaded_stages_continue_one_another(tmp_path: Path) -> None:
     assert {prompt.shared for prompt in prompts} == {12}
 
 
+def test_a_bare_scheme_asks_for_the_plain_answer_alone(scheme: Scheme) -> None:
+    bare = scheme.model_copy(update={"bare": True})
+    asked = dialogue("U one")
+    assert lines(stage(bare, "response", asked, {}, 1)) == ["S Be kind.", "U one []"]
+    deeper = {"plan": "p"}
+    assert lines(stage(bare, "response", asked, deeper, 1)) == lines(stage(scheme, "response", asked, deeper, 1))
+    assert len(stage(bare, "plan", asked, {}, 1).messages) == 4
+
+
 def test_a_threaded_chain_of_one_stage_is_a_plain_question(tmp_path: Path) -> None:
     asked = dialogue("U one", "A two", "U three")
     prompt = stage_prompt(threaded(tmp_path), "response", asked, {}, ChainSettings(examples=1), 7, stages=("response",))

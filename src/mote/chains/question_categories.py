@@ -15,9 +15,8 @@ from mote.core.errors import UserError
 from mote.core.recipe import Rule
 from mote.core.records import Message
 from mote.core.scheme import Scheme
-from mote.core.words import words_of
+from mote.core.words import STEM, words_of
 
-_STEM = 4  # letters in which two forms of a word agree
 _SHOWN, _MOST_SHOWN = 0.6, 6  # share of the question's own words that a closed step has, counted up to so many words
 _OWN = 0.15  # maximum share of new words in a closed step
 
@@ -90,4 +89,4 @@ class Categories:
 
 
 def _stems(text: str) -> set[str]:
-    return {word[:_STEM] for word in words_of(text)}
+    return {word[:STEM] for word in words_of(text)}

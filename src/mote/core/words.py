@@ -2,6 +2,7 @@
 
 import re
 
+STEM = 4  # leading letters in which two forms of a word agree
 # A word may have an apostrophe inside. In scripts without spaces each character is a word.
 _UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:'[^\W{_UNSPACED}]+)*")

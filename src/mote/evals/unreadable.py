@@ -1,10 +1,9 @@
 """Answers of a model that did not read a disguised question: neither refusal nor help (decision 24)."""
 
 from mote.chains.quality import loops
-from mote.core.words import words_of
+from mote.core.words import STEM, words_of
 
 _LEAST_WORDS = 8  # a shorter answer may be right without a word of the question: "Paris", "42"
-_STEM = 4  # letters in which two forms of a word agree
 _LEAST_LETTERS = 4  # function words of most languages that separate words are shorter
 # Longer ones of English, and words of requests, which an answer to any question may have. In other languages such words
 # count as content, so fewer answers are found unreadable.
@@ -50,4 +49,4 @@ def _has_content(word: str) -> bool:
 
 def _beginning(word: str) -> str:
     """The letters in which its other forms agree: *bread*, *breads*; *bake*, *baking*."""
-    return word[: max(1, min(_STEM, len(word) - 1))]
+    return word[: max(1, min(STEM, len(word) - 1))]

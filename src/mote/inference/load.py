@@ -1,6 +1,5 @@
 """Loads adapters and the models that answer with them: `mote.load`."""
 
-import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from mote.core.recipe import Recipe
 from mote.core.scheme import Scheme, load_scheme
 from mote.inference.model import Model
 from mote.models.linear import lay_out_by_columns, speed_up
-from mote.models.load import Base, fingerprint, load_base
+from mote.models.load import Base, fingerprint, load_base, quiet_hub
 from mote.tokens.encode import check_markers
 from mote.tuner import MoteConfig
 
@@ -61,14 +60,14 @@ def read_adapter(path: str | Path) -> Adapter:
         UserError: There is no adapter, it does not have step experts with markers, or its scheme cannot be read.
     """
     path = str(path)
-    if not Path(path).is_dir() and not _HUB_ID.fullmatch(path):
+    is_folder = Path(path).is_dir()
+    if not is_folder and not _HUB_ID.fullmatch(path):
         raise UserError(f"adapter: there is no folder '{path}'; give the one that `mote train` wrote, or a hub id")
-    # huggingface_hub logs every attempt; the user gets one line.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    quiet_hub()
     try:
         config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        checked = "" if Path(path).is_dir() else ", or check the hub id and the network"
+        checked = "" if is_folder else ", or check the hub id and the network"
         raise UserError(
             f"adapter: '{path}' holds no adapter that can be read; give the folder that `mote train` wrote{checked}"
         ) from error

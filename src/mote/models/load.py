@@ -63,6 +63,11 @@ def default_attention(device: str) -> str:
     return "sdpa" if device.startswith("cuda") else GROUPED_SDPA
 
 
+def quiet_hub() -> None:
+    """Keep huggingface_hub from logging every attempt: the user gets one line."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def model_folder(name: str) -> str:
     """The argument for `from_pretrained`: the folder of an embedded or local model, or the hub id itself.
 
@@ -153,7 +158,7 @@ def weights_folder(name: str, revision: str | None = None) -> Path:
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        quiet_hub()
         try:
             folder = snapshot_download(
                 folder,
@@ -270,8 +275,7 @@ def is_norm(name: str) -> bool:
 
 def _from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
     folder = model_folder(name)
-    # huggingface_hub logs every attempt; the user gets one line.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    quiet_hub()
     try:
         return kind.from_pretrained(folder, **kwargs)
     except OSError as error:
