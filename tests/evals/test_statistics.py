@@ -50,6 +50,14 @@ def test_pairs_are_of_the_same_prompts() -> None:
     assert paired({"a": 1.0}, {"b": 1.0}).p is None
 
 
+def test_a_single_prompt_has_no_interval() -> None:
+    assert mean([0.679]).model_dump(include={"low", "high"}) == {"low": None, "high": None}
+    alone = paired({"a": 0.25}, {"a": 0.75})
+    assert (alone.difference, alone.low, alone.high, alone.p) == (0.5, None, None, None)
+    binary = paired({"a": 0.0}, {"a": 1.0})
+    assert (binary.low, binary.high, binary.p) == (None, None, 1.0)  # McNemar's test needs no spread
+
+
 def test_paired_test_is_more_powerful_than_unpaired() -> None:
     draw = np.random.default_rng(0)
     hard = draw.normal(5, 3, 60)  # prompts differ by much more than the systems do

@@ -37,9 +37,9 @@ class Paired(Frozen):
 
     Attributes:
         difference: Mean of the second minus mean of the first.
-        low: Lower end of the difference's 95 % interval (paired bootstrap).
+        low: Lower end of the difference's 95 % interval (paired bootstrap); none for a single prompt.
         high: Upper end.
-        p: Two-sided p value.
+        p: Two-sided p value; none for a single prompt unless its scores are 0 or 1.
         test: `mcnemar` (exact) if every score is 0 or 1, else `paired bootstrap`.
         n: Prompts scored for both.
     """
@@ -74,7 +74,7 @@ def mean(scores: Sequence[float], seed: int = 0) -> Estimate:
     """The mean over prompts, with a percentile bootstrap interval."""
     if not scores:
         return Estimate(value=None, low=None, high=None, n=0, method="bootstrap")
-    low, high = _interval(_means(np.asarray(scores, dtype=float), seed))
+    low, high = _interval(_means(np.asarray(scores, dtype=float), seed), len(scores))
     return Estimate(value=float(np.mean(scores)), low=low, high=high, n=len(scores), method="bootstrap")
 
 
@@ -97,13 +97,13 @@ def paired(first: Mapping[str, float], second: Mapping[str, float], seed: int = 
     a, b = (np.asarray([scores[key] for key in both], dtype=float) for scores in (first, second))
     differences = b - a
     resampled = _means(differences, seed)
-    low, high = _interval(resampled)
+    low, high = _interval(resampled, len(both))
     binary = {*a.tolist(), *b.tolist()} <= {0.0, 1.0}
-    p = (
-        mcnemar(int(np.sum(differences < 0)), int(np.sum(differences > 0)))
-        if binary
-        else _two_sided(resampled - differences.mean(), float(differences.mean()))
-    )
+    p: float | None
+    if binary:
+        p = mcnemar(int(np.sum(differences < 0)), int(np.sum(differences > 0)))
+    else:
+        p = _two_sided(resampled - differences.mean(), float(differences.mean())) if len(both) > 1 else None
     return Paired(
         difference=float(differences.mean()),
         low=low,
@@ -167,7 +167,10 @@ def _means(values_N: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray([values_N[draw.integers(0, len(values_N), len(values_N))].mean() for _ in range(RESAMPLES)])
 
 
-def _interval(resampled: np.ndarray) -> tuple[float, float]:
+def _interval(resampled: np.ndarray, n: int) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of the mean of `n` prompts; none for one prompt, which always resamples to itself."""
+    if n == 1:
+        return None, None
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)
 
