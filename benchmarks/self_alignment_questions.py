@@ -1,4 +1,4 @@
-"""Training questions of the self-alignment recipes: those of self_alignment/own.yaml, plain and wrapped.
+"""Training questions of the self-alignment recipes: those of self_alignment/own.yaml and harmless.yaml, plain and wrapped.
 
 Every plain question is kept. Some are wrapped in addition, drawn with a fixed seed, with the same wrappings for harmful
 and harmless questions (self_alignment/framings.yaml). The rows are interleaved so that any beginning of the file has
@@ -23,7 +23,11 @@ from mote.questions.load import load_questions
 
 FOLDER = Path(__file__).parent / "self_alignment"
 SEED = 0
-WRAPPED = {"harmful": 36, "looks": 24, "benign": 8, "ability": 0}  # how many of each group are wrapped
+WRAPPED = {  # how many of each group are wrapped; the files in the order in which their draws are made
+    "own.yaml": {"harmful": 36, "looks": 24, "benign": 8, "ability": 0},
+    "harmless.yaml": {"looks": 24, "benign": 8, "ability": 0},
+}
+LEFT_OUT = {"own-looks-safe-context-07+test-bench"}  # answered with water on burning oil, each time it was asked
 NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
 
 
@@ -71,16 +75,18 @@ def main() -> None:
     framings = [(row["name"], row["text"]) for row in read("framings.yaml")]
     rows: list[tuple[float, Question]] = []
     plain: list[Question] = []
-    for group, topics in read("own.yaml").items():
-        own = [asked(group, topic, n, text) for topic, texts in topics.items() for n, text in enumerate(texts, 1)]
-        chosen = rng.sample(own, WRAPPED[group])
-        mixed = own + [wrapped(one, *framing) for one, framing in zip(chosen, cycle(framings), strict=False)]
-        rng.shuffle(mixed)
-        plain += own
-        rows += [((place + rng.random()) / len(mixed), question) for place, question in enumerate(mixed)]
+    for file, counts in WRAPPED.items():
+        for group, topics in read(file).items():
+            own = [asked(group, topic, n, text) for topic, texts in topics.items() for n, text in enumerate(texts, 1)]
+            chosen = rng.sample(own, counts[group])
+            mixed = own + [wrapped(one, *framing) for one, framing in zip(chosen, cycle(framings), strict=False)]
+            rng.shuffle(mixed)
+            plain += own
+            rows += [((place + rng.random()) / len(mixed), question) for place, question in enumerate(mixed)]
     if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps(plain, file)]:
-        raise SystemExit("\n".join(["questions of an evaluation; change own.yaml:", *found]))
-    rewrite_rows(FOLDER / "questions.jsonl", [question for _, question in sorted(rows, key=lambda row: row[0])])
+        raise SystemExit("\n".join(["questions of an evaluation; change them:", *found]))
+    ordered = [question for _, question in sorted(rows, key=lambda row: row[0])]
+    rewrite_rows(FOLDER / "questions.jsonl", [question for question in ordered if question.id not in LEFT_OUT])
 
 
 if __name__ == "__main__":
