@@ -1,4 +1,4 @@
-"""Training questions of the self-alignment recipes: those of self_alignment/own.yaml and harmless.yaml, plain and wrapped.
+"""Training questions of the self-alignment recipes: of self_alignment/own.yaml and harmless.yaml, plain and wrapped.
 
 Every plain question is kept. Some are wrapped in addition, drawn with a fixed seed, with the same wrappings for harmful
 and harmless questions (self_alignment/framings.yaml). The rows are interleaved so that any beginning of the file has

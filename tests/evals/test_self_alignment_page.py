@@ -1,4 +1,4 @@
-"""The results page of the self-alignment experiment: its tables are those of the numbers, and harmful text is left out."""
+"""The results page of the self-alignment experiment: tables are those of the numbers, harmful text is left out."""
 
 import argparse
 import json
@@ -57,7 +57,9 @@ def test_goals_are_compared_with_what_was_measured(page: ModuleType, results: di
 
 def test_tables_hold_the_numbers(page: ModuleType, results: dict[str, Any]) -> None:
     numbers = page.numbers_table(results).splitlines()
-    assert any(line.startswith("| refuses unsafe prompts, XSTest | 0.0 (") and "| 8 | 40 → 10 |" in line for line in numbers)
+    assert any(
+        line.startswith("| refuses unsafe prompts, XSTest | 0.0 (") and "| 8 | 40 → 10 |" in line for line in numbers
+    )
     modes = page.modes_table(results).splitlines()
     assert [line.split(" | ")[-1] for line in modes[2:]] == ["40 |", "10 |", "40 |"]
     assert "<svg" in page.plot(results["rows"])
