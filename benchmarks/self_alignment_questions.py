@@ -1,4 +1,4 @@
-"""Training questions of the self-alignment recipes: of self_alignment/own.yaml and harmless.yaml, plain and wrapped.
+"""Training questions of the self-alignment recipes: of three files in self_alignment/, plain and wrapped.
 
 Every plain question is kept. Some are wrapped in addition, drawn with a fixed seed, with the same wrappings for harmful
 and harmless questions (self_alignment/framings.yaml). The rows are interleaved so that any beginning of the file has
@@ -26,6 +26,7 @@ SEED = 0
 WRAPPED = {  # how many of each group are wrapped; the files in the order in which their draws are made
     "own.yaml": {"harmful": 36, "looks": 24, "benign": 8, "ability": 0},
     "harmless.yaml": {"looks": 24, "benign": 8, "ability": 0},
+    "contrast.yaml": {"harmful": 20},
 }
 LEFT_OUT = {"own-looks-safe-context-07+test-bench"}  # answered with water on burning oil, each time it was asked
 NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
