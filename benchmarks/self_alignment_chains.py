@@ -35,10 +35,10 @@ def stripped(row: ChainRow) -> ChainRow:
     return row.model_copy(update={"checks": checks, "steps": steps})
 
 
-def draw(rows: Sequence[ChainRow]) -> list[ChainRow]:
-    """The chains that are read; sorted by id first, since rows are written in completion order."""
+def draw(rows: Sequence[ChainRow], count: int = DRAWN) -> list[ChainRow]:
+    """So many accepted chains, by default those that are read, whatever the order in which they were written."""
     accepted = sorted((row for row in rows if row.accepted), key=lambda row: row.id)
-    return random.Random(SEED).sample(accepted, min(DRAWN, len(accepted)))
+    return random.Random(SEED).sample(accepted, min(count, len(accepted)))
 
 
 def as_page(rows: Sequence[ChainRow]) -> str:

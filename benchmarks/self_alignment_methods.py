@@ -9,14 +9,14 @@ step, and all others in `adaptive`. Trainings and evaluations that are done are 
 
 import argparse
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import self_alignment_results as results
+from self_alignment_chains import draw
 
 from mote.core.files import write_json
 from mote.core.records import ChainRow, read_rows, rewrite_rows
@@ -33,14 +33,8 @@ RUNS = [
     ("mote-no-share", 0), ("mote", 1), ("lora-x2", 1), ("mote", 2), ("lora-x2", 2),
 ]  # fmt: skip
 DIRECT = ("response-only",)  # methods that answer in the mode `direct`
-SEED, DRAWN, HELD_OUT, EPOCHS = 0, 120, 0.15, 2
+DRAWN, HELD_OUT, EPOCHS = 120, 0.15, 2
 LOSSES = {"eval_loss": "loss", "eval_loss_response": "loss_response"}  # name in metrics.jsonl -> metric
-
-
-def drawn(rows: Sequence[ChainRow]) -> list[ChainRow]:
-    """The chains that are trained on, in the order of their ids."""
-    accepted = sorted((row for row in rows if row.accepted), key=lambda row: row.id)
-    return sorted(random.Random(SEED).sample(accepted, min(DRAWN, len(accepted))), key=lambda row: row.id)
 
 
 def train(given: argparse.Namespace, method: str, seed: int) -> Path:
@@ -95,7 +89,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="the first N trainings, to try it")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    rewrite_rows(given.out / "chains.jsonl", drawn(read_rows(CHAINS, ChainRow)))
+    rewrite_rows(given.out / "chains.jsonl", draw(read_rows(CHAINS, ChainRow), DRAWN))
     folders = [evaluate(given, "eval-base", BASE, {})]
     names = []
     losses: list[dict[str, Any]] = []

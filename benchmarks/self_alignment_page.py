@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from self_alignment_results import ALL_PROMPTS, read_evaluation
+from self_alignment_results import ALL_PROMPTS, OUT, read_evaluation
 
 from mote.chains.judge import COMPLIANCE
 from mote.core.files import write_atomic
@@ -32,7 +32,6 @@ from mote.report.pages import DASH
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results" / "self-alignment.md"
 PLOT = ROOT / "docs" / "img" / "self-alignment.svg"
-RESULTS = ROOT / "benchmarks" / "self_alignment.json"
 TABLE = re.compile(r"(<!-- self-alignment: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LARGE, SMALL = "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 SEED, DRAWN, CUT = 0, 10, 400  # answers of each kind, and the characters that are shown of one
@@ -291,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=Path, metavar="EVAL", help="folder of `mote eval --out`")
     given = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = json.loads(OUT.read_text(encoding="utf-8"))
     answers = read_evaluation(given.answers).rows if given.answers else None
     write_atomic(PAGE, filled(PAGE.read_text(encoding="utf-8"), results, answers))
     write_atomic(PLOT, plot(results["rows"]))

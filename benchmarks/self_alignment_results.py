@@ -170,6 +170,8 @@ def value_of(strata: Sequence[Scores], seed: int) -> Estimate:
     if len(parts) == 1 or not all(strata):
         return parts[0] if len(parts) == 1 else Estimate(value=None, low=None, high=None, n=n, method="none")
     value = mean_of(strata)
+    if any(part.low is None for part in parts):  # a mean of one prompt
+        return Estimate(value=value, low=None, high=None, n=n, method="none")
     below = math.hypot(*((part.value or 0) - (part.low or 0) for part in parts)) / len(parts)
     above = math.hypot(*((part.high or 0) - (part.value or 0) for part in parts)) / len(parts)
     return Estimate(value=value, low=value - below, high=value + above, n=n, method=parts[0].method)

@@ -23,6 +23,7 @@ XSTEST = """id,prompt,type,label
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     benchmark("self_alignment_results")
+    benchmark("self_alignment_chains")
     return benchmark("self_alignment_methods")
 
 
@@ -57,6 +58,6 @@ def test_methods_are_trained_and_compared(
 
 def test_the_chains_are_the_same_each_time(script: ModuleType) -> None:
     rows = script.read_rows(script.CHAINS, script.ChainRow)
-    chosen = script.drawn(rows)
-    assert len(chosen) == script.DRAWN and chosen == script.drawn(rows[::-1])
+    chosen = script.draw(rows, script.DRAWN)
+    assert len(chosen) == script.DRAWN and chosen == script.draw(rows[::-1], script.DRAWN)
     assert {row.kind for row in chosen} == {"harmful", "benign"}

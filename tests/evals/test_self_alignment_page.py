@@ -72,10 +72,10 @@ def test_an_answer_that_helps_with_harm_is_left_out(page: ModuleType) -> None:
 
 
 def test_the_page_has_the_tables_of_the_file(page: ModuleType) -> None:
-    if not page.RESULTS.exists():
+    if not page.OUT.exists():
         pytest.skip("no experiment was committed yet")
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text, json.loads(page.RESULTS.read_text(encoding="utf-8")), None) == text
+    assert page.filled(text, json.loads(page.OUT.read_text(encoding="utf-8")), None) == text
 
 
 def test_text_around_tables_stays(page: ModuleType, results: dict[str, Any], tmp_path: Path) -> None:
