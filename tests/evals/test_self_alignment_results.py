@@ -142,6 +142,6 @@ def test_system_without_a_method_is_refused(script: ModuleType, tmp_path: Path, 
         script.read_evaluation(tmp_path / "none")
 
 
-def test_a_mean_of_one_prompt_leaves_its_mean_over_tasks_without_interval(script: ModuleType) -> None:
+def test_a_mean_over_one_prompt_has_no_interval(script: ModuleType) -> None:
     found = script.value_of([{"a": 3.0, "b": 5.0}, {"c": 8.0}], 0)
     assert (found.value, found.low, found.high, found.n) == (6.0, None, None, 3)
