@@ -20,6 +20,7 @@ from typing import Any
 from self_alignment_results import ALL_PROMPTS, OUT, read_evaluation
 
 from mote.chains.judge import COMPLIANCE
+from mote.core.errors import UserError
 from mote.core.files import write_atomic
 from mote.core.scheme import ADAPTIVE, BASE
 from mote.evals.metrics import UNREADABLE
@@ -290,8 +291,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=Path, metavar="EVAL", help="folder of `mote eval --out`")
     given = parser.parse_args()
+    if not OUT.exists():
+        raise SystemExit(f"error: {OUT} does not exist yet; run benchmarks/self_alignment_results.py first")
     results = json.loads(OUT.read_text(encoding="utf-8"))
-    answers = read_evaluation(given.answers).rows if given.answers else None
+    try:
+        answers = read_evaluation(given.answers).rows if given.answers else None
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     write_atomic(PAGE, filled(PAGE.read_text(encoding="utf-8"), results, answers))
     write_atomic(PLOT, plot(results["rows"]))
 

@@ -83,3 +83,10 @@ def test_text_around_tables_stays(page: ModuleType, results: dict[str, Any], tmp
     filled = page.filled(text, results, None)
     assert filled.startswith("Before.") and filled.endswith("After.\n") and "old" not in filled
     assert page.filled(filled, results, None) == filled
+
+
+def test_a_missing_result_is_named(page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "OUT", tmp_path / "none.json")
+    monkeypatch.setattr("sys.argv", ["self_alignment_page.py"])
+    with pytest.raises(SystemExit, match=r"none\.json does not exist yet; run .*self_alignment_results\.py first"):
+        page.main()
