@@ -107,6 +107,18 @@ def test_no_gradients_are_computed_under_no_grad(tiny: Path) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_skipped_head_reads_no_strided_slice(tiny: Path) -> None:
+    """PyTorch copies a frozen bfloat16 head on a CPU for one (findings/logits_to_keep_copies_the_head.sh)."""
+    model = trained(tiny)
+    inputs, labels = batch(model)
+    head = plain_head(model)
+    assert head is not None
+    seen: list[Tensor] = []
+    model.get_base_model().get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    tiled_losses(model, inputs, labels, head)
+    assert [(tuple(x.shape[:2]), x.is_contiguous()) for x in seen] == [((2, 1), True)]
+
+
 def test_full_logits_are_never_materialised(tiny: Path) -> None:
     model = trained(tiny)
     inputs, labels = batch(model)

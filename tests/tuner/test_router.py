@@ -404,3 +404,22 @@ def test_data_parallel_is_refused_by_name() -> None:
     replica = adapted().get_base_model()._replicate_for_data_parallel()  # as nn.DataParallel makes one for each GPU
     with pytest.raises(RuntimeError, match=r"nn\.DataParallel is not supported: start one process per GPU"):
         replica(input_ids=some_ids())
+
+
+# --- logits_to_keep
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 3])
+def test_kept_logits_read_no_strided_slice(keep: int) -> None:
+    """PyTorch copies a frozen bfloat16 head on a CPU for one (findings/logits_to_keep_copies_the_head.sh)."""
+    model = adapted()
+    ids = some_ids(rows=2)
+    whole = model(input_ids=ids).logits
+    seen: list[bool] = []
+    model.get_base_model().get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].is_contiguous())
+    )
+    last = model(input_ids=ids, logits_to_keep=keep).logits
+    assert seen == [True]
+    torch.testing.assert_close(last, whole[:, -keep:], atol=1e-5, rtol=0)

@@ -141,19 +141,22 @@ def _chunked_masks(starts_B_T: Tensor, positions: Tensor, config: Any) -> Any:
     return make_masks(alike, visible, starts_B_T.cumsum(1), positions.expand(len(starts_B_T), -1))
 
 
-def all_tokens(call: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Forward arguments that keep every token to the last layer.
+def kept_positions(call: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Forward arguments that name the positions of `logits_to_keep` where their number has side effects.
 
     From transformers 5.24 on, Gemma 4 computes its layers without keys and values of their own for the last
-    `logits_to_keep` tokens only; given positions instead of a number, it computes all tokens, as the steps are known.
+    `logits_to_keep` tokens only, and experts need all. On a CPU, PyTorch copies a frozen bfloat16 head for each row
+    where a number makes transformers cut a slice that is not contiguous (findings/logits_to_keep_copies_the_head.sh).
     """
     keep = call.get("logits_to_keep")
     ids = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if not isinstance(keep, int) or keep == 0 or ids is None or ids.shape[1] <= keep:
+        return {}
     shared = config is not None and getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None)
-    if not shared or not isinstance(keep, int) or keep == 0 or ids is None:
+    if not shared and ids.device.type != "cpu":
         return {}
     length = ids.shape[1]
-    return {"logits_to_keep": torch.arange(max(length - keep, 0), length, device=ids.device)}
+    return {"logits_to_keep": torch.arange(length - keep, length, device=ids.device)}
 
 
 def has_past(call: Mapping[str, Any]) -> bool:

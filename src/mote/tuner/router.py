@@ -25,7 +25,7 @@ from mote.tuner.checkpointing import bind_checkpoints, unbind_checkpoints
 from mote.tuner.config import MoteConfig
 from mote.tuner.cpu_decode import CpuDecoder, DecodeStep
 from mote.tuner.expert_weights import ExpertWeights, Route, Routes
-from mote.tuner.forward_args import all_tokens, cache_length, has_past, packed_documents, separate_documents
+from mote.tuner.forward_args import cache_length, has_past, kept_positions, packed_documents, separate_documents
 
 
 class Forward(NamedTuple):
@@ -170,7 +170,7 @@ class Router:
         documents = kwargs.pop("document_ids", None)
         question_experts = kwargs.pop("question_experts", None)
         call = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        args, kwargs = self._replaced(args, kwargs, all_tokens(call, getattr(model, "config", None)))
+        args, kwargs = self._replaced(args, kwargs, kept_positions(call, getattr(model, "config", None)))
         packed = documents is not None
         if documents is None and context is None:
             documents = packed_documents(call)
