@@ -44,8 +44,8 @@ def tiled_losses(model: nn.Module, inputs: dict[str, Any], labels_B_T: Tensor, h
     found: list[Tensor] = []
     decoder = next(module for module in model.modules() if isinstance(module, PeftModel)).get_base_model().get_decoder()
     hook = decoder.register_forward_hook(lambda *call: found.append(call[2].last_hidden_state))
-    # The model's own head need not run. A number instead of positions would hand it a slice that is not contiguous, for which
-    # PyTorch copies a frozen bfloat16 head on a CPU: a quarter of an update's time with a vocabulary of 150,000.
+    # The model's own head need not run. Given a number instead of positions, it would get a slice that is not
+    # contiguous, for which PyTorch copies a frozen bfloat16 head on a CPU: seconds with a vocabulary of 150,000.
     first = torch.zeros(1, dtype=torch.long, device=labels_B_T.device)
     try:
         model(**inputs, logits_to_keep=first)
