@@ -206,7 +206,7 @@ def in_process(given: Settings) -> dict[str, Any]:
 def stages(given: Settings, name: str, old: bool, *engine: str) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of the stages chains and answer, each a fresh command; GGUF files are made anew."""
     shutil.rmtree(given.work / "cache" / "mote" / "gguf", ignore_errors=True)
-    root = given.old.absolute() if old else Path(__file__).parents[1]  # recipes differ in `eval` alone, unknown to 0bfe07a
+    root = given.old.absolute() if old else Path(__file__).parents[1]  # 0bfe07a knows no `eval`
     recipe = ["--recipe", str(root / "recipes" / "quickstart.yaml")]
     out = str(given.work / f"quickstart-{name}")
     found = {}

@@ -232,7 +232,11 @@ def folded(key: tuple[str, str, str], answers: Mapping[str, EvalRow]) -> str:
     """One prompt and its two answers."""
     task, _, technique = key
     title = f"{answers[BASE].kind}, {task}" + (f", {technique}" if technique else "")
-    parts = [f"<details><summary>{escape(shortened(answers[BASE].question, 120))} <i>({title})</i></summary>", ""]
+    question = escape(shortened(answers[BASE].question, 120))
+    if answers[BASE].kind == "harmful":
+        parts = [f"<details><summary><i>{title}</i></summary>", "", f"<p><b>Prompt</b>: {question}</p>"]
+    else:
+        parts = [f"<details><summary>{question} <i>({title})</i></summary>", ""]
     for mode, name in ((BASE, "Base"), (ADAPTIVE, "Step experts")):
         row = answers[mode]
         harmful = row.kind == "harmful" and row.label == COMPLIANCE
