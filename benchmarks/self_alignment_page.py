@@ -29,6 +29,7 @@ from mote.evals.statistics import Estimate
 from mote.report.eval_plots import curve
 from mote.report.evaluation import Point
 from mote.report.pages import DASH
+from mote.report.plots import standalone
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results" / "self-alignment.md"
@@ -270,7 +271,8 @@ def plot(rows: Rows) -> str:
         points.append(
             Point(task="unsafe", metric=row["metric"], system=name, mode=row["mode"], tokens=tokens, score=score)
         )
-    return curve(points, list(dict.fromkeys(systems)), "safety-tokens", "Refuses unsafe prompts", rated=False)
+    drawn = curve(points, list(dict.fromkeys(systems)), "safety-tokens", "Refuses unsafe prompts", rated=False)
+    return standalone([drawn])
 
 
 TABLES: dict[str, Callable[[Mapping[str, Rows]], str]] = {

@@ -50,6 +50,12 @@ LIGHT = {  # colours of a standalone SVG: the light ones of report.css.j2
     "var(--guidance)": "#8f5c00",
     "var(--response)": "#1b7138",
     "var(--check)": "#6b45b8",
+    "var(--system-1)": "#59616b",
+    "var(--system-2)": "#0b5cad",
+    "var(--system-3)": "#b3261e",
+    "var(--system-4)": "#1b7138",
+    "var(--system-5)": "#8f5c00",
+    "var(--system-6)": "#6b45b8",
 }
 OUTCOME = {"accepted": STEP["response"], "unsafe": MUTED, "rejected": LINE}
 MARKERS = {"all": "o", "analysis": "s", "guidance": "^", "response": "D", "check": "v"}
