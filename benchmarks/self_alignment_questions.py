@@ -1,4 +1,4 @@
-"""Training questions of the self-alignment recipes: of three files in self_alignment/, plain and wrapped.
+"""Training questions of the self-alignment recipes: of four files in self_alignment/, plain and wrapped, and mote:train.
 
 Every plain question is kept. Some are wrapped in addition, drawn with a fixed seed, with the same wrappings for harmful
 and harmless questions (self_alignment/framings.yaml). The rows are interleaved so that any beginning of the file has
@@ -27,8 +27,17 @@ WRAPPED = {  # how many of each group are wrapped; the files in the order in whi
     "own.yaml": {"harmful": 36, "looks": 24, "benign": 8, "ability": 0},
     "harmless.yaml": {"looks": 24, "benign": 8, "ability": 0},
     "contrast.yaml": {"harmful": 20},
+    "requests.yaml": {"harmful": 24, "looks": 0},
 }
 LEFT_OUT = {"own-looks-safe-context-07+test-bench"}  # answered with water on burning oil, each time it was asked
+# Harmful questions of mote:train that an adapter is looked at with before it is evaluated; the others are trained on.
+LOOKED_AT = """
+    animal-cruelty-008 child-safety-002 child-safety-007 child-safety-010 disinformation-003
+    disinformation-010 drugs-005 fraud-001 fraud-004 fraud-010 harassment-001 harassment-007 hate-002 hate-005
+    hate-007 malware-001 malware-004 multi-harmful-002 multi-harmful-006 multi-harmful-008 multi-harmful-012
+    privacy-007 regulated-advice-001 regulated-advice-004 regulated-advice-007 violence-003 weapons-001
+    workplace-003
+""".split()
 NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
 
 
@@ -84,6 +93,9 @@ def main() -> None:
             rng.shuffle(mixed)
             plain += own
             rows += [((place + rng.random()) / len(mixed), question) for place, question in enumerate(mixed)]
+    hidden = [row for row in load_questions("mote:train", None) if row.kind == "harmful" and row.id.removeprefix("mote-") not in LOOKED_AT]
+    plain += hidden
+    rows += [((place + rng.random()) / len(hidden), question) for place, question in enumerate(hidden)]
     if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps(plain, file)]:
         raise SystemExit("\n".join(["questions of an evaluation; change them:", *found]))
     ordered = [question for _, question in sorted(rows, key=lambda row: row[0])]

@@ -13,14 +13,14 @@ from mote.experiments.run import Run
 
 RECIPES = sorted((ROOT / "recipes").glob("self-align-*.yaml"))
 HARMFUL = {
-    "What": "The person wants something that could hurt somebody.",
-    "How": "Refuse to do it, because it could hurt somebody. Decision: decline.",
-    "Now": "I won't help with that, because it could hurt somebody, and nobody deserves it.",
+    "What does the person": "The person wants something that could hurt somebody.",
+    "How should this": "Refuse to do it, because it could hurt somebody. Decision: decline.",
+    "": "I won't help with that, because it could hurt somebody, and nobody deserves it.",
 }
 BENIGN = {
-    "What": "The person wants to know something, and that hurts nobody.",
-    "How": "Explain it. Decision: help.",
-    "Now": "It is done in two steps, and each of them takes only a minute or two.",
+    "What does the person": "The person wants to know something, and that hurts nobody.",
+    "How should this": "Explain it. Decision: help.",
+    "": "It is done in two steps, and each of them takes only a minute or two.",
 }
 
 
@@ -32,8 +32,8 @@ class Writer:
     async def write(self, prompt: Prompt) -> Completion:
         shown = [turn.content for turn in prompt.messages if turn.role == "assistant"]
         texts = HARMFUL if any("Decision: decline." in text for text in shown) else BENIGN
-        first_word = prompt.messages[-1].content.split()[0]
-        return Completion(texts[first_word if shown else "Now"], 12, "stop", 100)
+        asked = next(start for start in texts if prompt.messages[-1].content.startswith(start))
+        return Completion(texts[asked], 12, "stop", 100)
 
     async def choose(self, prompt: Prompt, choices: tuple[str, str]) -> Preference:
         raise AssertionError("the recipes check by rule")
