@@ -192,37 +192,38 @@ def interval(successes: int, count: int) -> list[float]:
 
 def quickstart(given: Settings) -> dict[str, Any]:
     """The stages chains and answer of the quickstart's recipe by commit 0bfe07a and by llama.cpp, with one thread."""
-    found = {"old": stages(given, "old", True), "llamacpp": stages(given, "llamacpp", False, "--engine", "llamacpp")}
-    return {"stages": found} | over_old(found)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, old, engine in (("old", True, []), ("llamacpp", False, ["--engine", "llamacpp"])):
+        root = given.old.absolute() if old else Path(__file__).parents[1]  # 0bfe07a knows no `eval`
+        found[name] = stages(given, name, old, "--recipe", str(root / "recipes" / "quickstart.yaml"), *engine)
+    seconds = {name: sum(stage["cpu"] for stage in of.values()) for name, of in found.items()}
+    return {"stages": found, "time_over_old": round(seconds["llamacpp"] / seconds["old"], 3)}
 
 
-def in_process(given: Settings) -> dict[str, Any]:
-    """The same by today's in-process engine, for its memory; the part `quickstart` comes first."""
-    old = json.loads(given.out.read_text())["parts"]["quickstart"]["stages"]["old"]
-    found = {"old": old, "in process": stages(given, "in-process", False)}
-    return {"stages": found} | over_old(found)
+def memory(given: Settings) -> dict[str, Any]:
+    """Peak of `mote chains` and `mote answer` on sixteen questions by both engines and, twice, by commit 0bfe07a."""
+    systems = {
+        "old": (True, []), "llamacpp": (False, ["--engine", "llamacpp"]), "in process": (False, []),
+        "old again": (True, []),
+    }  # fmt: skip
+    limit = str(BLOCK)
+    found = {name: stages(given, name, old, "--limit", limit, *engine) for name, (old, engine) in systems.items()}
+    over_old = {
+        name: {stage: round(of[stage]["peak_mb"] / found["old"][stage]["peak_mb"], 3) for stage in of}
+        for name, of in found.items()
+    }
+    return {"stages": found, "over_old": over_old}
 
 
-def stages(given: Settings, name: str, old: bool, *engine: str) -> dict[str, dict[str, float]]:
+def stages(given: Settings, name: str, old: bool, *arguments: str) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of the stages chains and answer, each a fresh command; GGUF files are made anew."""
     shutil.rmtree(given.work / "cache" / "mote" / "gguf", ignore_errors=True)
-    root = given.old.absolute() if old else Path(__file__).parents[1]  # 0bfe07a knows no `eval`
-    recipe = ["--recipe", str(root / "recipes" / "quickstart.yaml")]
-    out = str(given.work / f"quickstart-{name}")
+    out = str(given.work / f"stages-{name.replace(' ', '-')}")
     found = {}
-    for stage, more in (("chains", []), ("answer", ["--adapter", str(given.adapter)])):
-        cpu, wall, peak = command(given, old, stage, *recipe, *more, *engine, "--out", out)
+    for stage, more in (("chains", CHAINS), ("answer", ["--adapter", str(given.adapter)])):
+        cpu, wall, peak = command(given, old, stage, *more, *arguments, "--out", out)
         found[stage] = {"cpu": round(cpu, 1), "wall": round(wall, 1), "peak_mb": round(peak)}
     return found
-
-
-def over_old(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Time of both stages, and memory of each, over those of 0bfe07a."""
-    *_, new = found.values()
-    old = found["old"]
-    time_over_old = sum(new[stage]["cpu"] for stage in new) / sum(old[stage]["cpu"] for stage in old)
-    memory = {stage: round(new[stage]["peak_mb"] / old[stage]["peak_mb"], 3) for stage in new}
-    return {"time_over_old": round(time_over_old, 3), "memory_over_old": memory}
 
 
 def command(given: Settings, old: bool, *arguments: str) -> tuple[float, float, float]:
@@ -256,7 +257,7 @@ PARTS["eight"] = lambda given: eight(given, 1)
 PARTS["eight, 2 threads"] = lambda given: eight(given, 2)
 PARTS["chains"] = chains
 PARTS["quickstart"] = quickstart
-PARTS["in process"] = in_process
+PARTS["memory"] = memory
 # Name, part, path of the value in it, target, whether less is better.
 TARGETS: list[tuple[str, str, str, float, bool]] = [
     ("one answer, f32, over 0bfe07a", "answer", "over_old/llamacpp f32/median", 2.8, False),
@@ -266,10 +267,10 @@ TARGETS: list[tuple[str, str, str, float, bool]] = [
     ("eight answers, q8_0, over 0bfe07a", "eight", "over_old/llamacpp q8_0/median", 2.0, False),
     ("chains a minute, q8_0, over 0bfe07a", "chains", "over_old", 2.5, False),
     ("quickstart's chains and answer, time over 0bfe07a", "quickstart", "time_over_old", 0.5, True),
-    ("memory of mote answer, q8_0, over 0bfe07a", "quickstart", "memory_over_old/answer", 0.4, True),
-    ("memory of mote chains, q8_0, over 0bfe07a", "quickstart", "memory_over_old/chains", 0.4, True),
-    ("memory of mote answer, in process, over 0bfe07a", "in process", "memory_over_old/answer", 0.6, True),
-    ("memory of mote chains, in process, over 0bfe07a", "in process", "memory_over_old/chains", 0.6, True),
+    ("memory of mote answer, q8_0, over 0bfe07a", "memory", "over_old/llamacpp/answer", 0.4, True),
+    ("memory of mote chains, q8_0, over 0bfe07a", "memory", "over_old/llamacpp/chains", 0.4, True),
+    ("memory of mote answer, in process, over 0bfe07a", "memory", "over_old/in process/answer", 0.6, True),
+    ("memory of mote chains, in process, over 0bfe07a", "memory", "over_old/in process/chains", 0.6, True),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Training questions of the self-alignment recipes: of four files in self_alignment/, plain and wrapped, and mote:train.
+"""Training questions of the self-alignment recipes: of four files in self_alignment/ and of mote:train.
 
 Every plain question is kept. Some are wrapped in addition, drawn with a fixed seed, with the same wrappings for harmful
 and harmless questions (self_alignment/framings.yaml). The rows are interleaved so that any beginning of the file has
@@ -31,13 +31,15 @@ WRAPPED = {  # how many of each group are wrapped; the files in the order in whi
 }
 LEFT_OUT = {"own-looks-safe-context-07+test-bench"}  # answered with water on burning oil, each time it was asked
 # Harmful questions of mote:train that an adapter is looked at with before it is evaluated; the others are trained on.
-LOOKED_AT = """
-    animal-cruelty-008 child-safety-002 child-safety-007 child-safety-010 disinformation-003
-    disinformation-010 drugs-005 fraud-001 fraud-004 fraud-010 harassment-001 harassment-007 hate-002 hate-005
-    hate-007 malware-001 malware-004 multi-harmful-002 multi-harmful-006 multi-harmful-008 multi-harmful-012
-    privacy-007 regulated-advice-001 regulated-advice-004 regulated-advice-007 violence-003 weapons-001
-    workplace-003
-""".split()
+LOOKED_AT = {
+    "mote-animal-cruelty-008", "mote-child-safety-002", "mote-child-safety-007", "mote-child-safety-010",
+    "mote-disinformation-003", "mote-disinformation-010", "mote-drugs-005", "mote-fraud-001", "mote-fraud-004",
+    "mote-fraud-010", "mote-harassment-001", "mote-harassment-007", "mote-hate-002", "mote-hate-005", "mote-hate-007",
+    "mote-malware-001", "mote-malware-004", "mote-multi-harmful-002", "mote-multi-harmful-006",
+    "mote-multi-harmful-008", "mote-multi-harmful-012", "mote-privacy-007", "mote-regulated-advice-001",
+    "mote-regulated-advice-004", "mote-regulated-advice-007", "mote-violence-003", "mote-weapons-001",
+    "mote-workplace-003",
+}  # fmt: skip
 NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
 
 
@@ -93,7 +95,8 @@ def main() -> None:
             rng.shuffle(mixed)
             plain += own
             rows += [((place + rng.random()) / len(mixed), question) for place, question in enumerate(mixed)]
-    hidden = [row for row in load_questions("mote:train", None) if row.kind == "harmful" and row.id.removeprefix("mote-") not in LOOKED_AT]
+    ours = load_questions("mote:train", None)
+    hidden = [row for row in ours if row.kind == "harmful" and row.id not in LOOKED_AT]
     plain += hidden
     rows += [((place + rng.random()) / len(hidden), question) for place, question in enumerate(hidden)]
     if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps(plain, file)]:
