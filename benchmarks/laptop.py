@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,10 @@ def memory(given: Settings) -> dict[str, Any]:
         "old again": (True, []),
     }  # fmt: skip
     limit = str(BLOCK)
-    found = {name: stages(given, name, old, "--limit", limit, *engine) for name, (old, engine) in systems.items()}
+    found = {
+        name: stages(given, name, old, "--limit", limit, *engine, chains=CHAINS)
+        for name, (old, engine) in systems.items()
+    }
     over_old = {
         name: {stage: round(of[stage]["peak_mb"] / found["old"][stage]["peak_mb"], 3) for stage in of}
         for name, of in found.items()
@@ -215,12 +218,14 @@ def memory(given: Settings) -> dict[str, Any]:
     return {"stages": found, "over_old": over_old}
 
 
-def stages(given: Settings, name: str, old: bool, *arguments: str) -> dict[str, dict[str, float]]:
+def stages(
+    given: Settings, name: str, old: bool, *arguments: str, chains: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of the stages chains and answer, each a fresh command; GGUF files are made anew."""
     shutil.rmtree(given.work / "cache" / "mote" / "gguf", ignore_errors=True)
     out = str(given.work / f"stages-{name.replace(' ', '-')}")
     found = {}
-    for stage, more in (("chains", CHAINS), ("answer", ["--adapter", str(given.adapter)])):
+    for stage, more in (("chains", chains), ("answer", ["--adapter", str(given.adapter)])):
         cpu, wall, peak = command(given, old, stage, *more, *arguments, "--out", out)
         found[stage] = {"cpu": round(cpu, 1), "wall": round(wall, 1), "peak_mb": round(peak)}
     return found

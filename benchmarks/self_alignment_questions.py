@@ -65,6 +65,11 @@ def wrapped(question: Question, name: str, text: str) -> Question:
     )
 
 
+def spread(questions: list[Question], rng: random.Random) -> list[tuple[float, Question]]:
+    """The questions with places from 0 to 1, evenly spread in their order."""
+    return [((place + rng.random()) / len(questions), question) for place, question in enumerate(questions)]
+
+
 def overlaps(questions: list[Question], file: str) -> list[str]:
     """The questions that share an n-gram with a row of an evaluation file, or are nearly one."""
     rows = load_questions(file, None, 20_000)
@@ -94,11 +99,11 @@ def main() -> None:
             mixed = own + [wrapped(one, *framing) for one, framing in zip(chosen, cycle(framings), strict=False)]
             rng.shuffle(mixed)
             plain += own
-            rows += [((place + rng.random()) / len(mixed), question) for place, question in enumerate(mixed)]
+            rows += spread(mixed, rng)
     ours = load_questions("mote:train", None)
     hidden = [row for row in ours if row.kind == "harmful" and row.id not in LOOKED_AT]
     plain += hidden
-    rows += [((place + rng.random()) / len(hidden), question) for place, question in enumerate(hidden)]
+    rows += spread(hidden, rng)
     if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps(plain, file)]:
         raise SystemExit("\n".join(["questions of an evaluation; change them:", *found]))
     ordered = [question for _, question in sorted(rows, key=lambda row: row[0])]
