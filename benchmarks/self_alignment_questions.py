@@ -1,4 +1,4 @@
-"""Training questions of the self-alignment recipes: of four files in self_alignment/ and of mote:train.
+"""Training questions of the self-alignment recipes: of five files in self_alignment/ and of mote:train.
 
 Every plain question is kept. Some are wrapped in addition, drawn with a fixed seed, with the same wrappings for harmful
 and harmless questions (self_alignment/framings.yaml). The rows are interleaved so that any beginning of the file has
@@ -28,6 +28,7 @@ WRAPPED = {  # how many of each group are wrapped; the files in the order in whi
     "harmless.yaml": {"looks": 24, "benign": 8, "ability": 0},
     "contrast.yaml": {"harmful": 20},
     "requests.yaml": {"harmful": 24, "looks": 0},
+    "blunt.yaml": {"harmful": 16},
 }
 LEFT_OUT = {"own-looks-safe-context-07+test-bench"}  # answered with water on burning oil, each time it was asked
 # Harmful questions of mote:train that an adapter is looked at with before it is evaluated; the others are trained on.
@@ -40,6 +41,9 @@ LOOKED_AT = {
     "mote-regulated-advice-004", "mote-regulated-advice-007", "mote-violence-003", "mote-weapons-001",
     "mote-workplace-003",
 }  # fmt: skip
+# Every third or fourth of these is left out: with all of them the sixth round's adapter helped with harm more than
+# its base (docs/results/self-alignment-log.md).
+THINNED = {"own/looks/requests": 3, "own/looks/figures": 4}
 NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
 
 
@@ -81,6 +85,13 @@ def overlaps(questions: list[Question], file: str) -> list[str]:
     return [f"{question}: {row} of {file}" for question, row in found.items() if row in known]
 
 
+def left_out(question: Question) -> bool:
+    """Whether the question is one of `LEFT_OUT` or of those that `THINNED` drops."""
+    return question.id in LEFT_OUT or (
+        question.source in THINNED and int(question.id.rpartition("-")[2]) % THINNED[question.source] == 0
+    )
+
+
 def read(name: str) -> Any:
     """A YAML file of the folder."""
     return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
@@ -107,7 +118,7 @@ def main() -> None:
     if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps(plain, file)]:
         raise SystemExit("\n".join(["questions of an evaluation; change them:", *found]))
     ordered = [question for _, question in sorted(rows, key=lambda row: row[0])]
-    rewrite_rows(FOLDER / "questions.jsonl", [question for question in ordered if question.id not in LEFT_OUT])
+    rewrite_rows(FOLDER / "questions.jsonl", [question for question in ordered if not left_out(question)])
 
 
 if __name__ == "__main__":

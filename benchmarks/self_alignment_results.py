@@ -16,6 +16,7 @@ A run again replaces the rows of the same model, split, methods, seeds, modes an
 """
 
 import argparse
+import asyncio
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,17 +25,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mote.chains.judge import COMPLIANCE
 from mote.core.errors import UserError
 from mote.core.files import write_json
 from mote.core.machine import environment
 from mote.core.methods import METHODS
-from mote.core.records import read_rows
+from mote.core.records import Message, read_rows
 from mote.core.scheme import ADAPTIVE, BASE
 from mote.evals.attacks import UNDER_TECHNIQUES
+from mote.evals.judges.rule import RuleJudge
 from mote.evals.metrics import MetricScores, Scores, all_scores
 from mote.evals.results import EvalRow, Summary
+from mote.evals.scorers import value_of as value_of_verdict
 from mote.evals.statistics import RESAMPLES, Estimate, Paired, estimate, paired
 
+RULE = RuleJudge()
 OUT = Path(__file__).parent / "self_alignment.json"
 OVER_BOTH = {"refusal_on_unsafe": "unsafe", "not_overrefuse": "safe"}  # metric -> task of its mean over TASKS
 TASKS = ("xstest", "jailbreakbench")
@@ -72,12 +77,28 @@ class Evaluated(NamedTuple):
 
 
 def read_evaluation(folder: Path) -> Evaluated:
-    """An evaluation, by the folder of `mote eval --out` or its `evals`."""
+    """An evaluation, by the folder of `mote eval --out` or its `evals`; the refusal rule judges again, as it is now."""
     evals = folder if (folder / "summary.json").exists() else folder / "evals"
     if not (evals / "summary.json").exists():
         raise UserError(f"folder: {folder} holds no evaluation; give the folder of `mote eval --out`")
     summary = Summary.model_validate_json((evals / "summary.json").read_bytes())
-    return Evaluated(folder, summary, read_rows(evals / "results.jsonl", EvalRow))
+    summary.judges = [RULE.card if judge.name == RULE.card.name else judge for judge in summary.judges]
+    return Evaluated(folder, summary, [judged_again(row) for row in read_rows(evals / "results.jsonl", EvalRow)])
+
+
+def judged_again(row: EvalRow) -> EvalRow:
+    """A row whose judge is the refusal rule, with its verdict of today: all answers are judged by one revision."""
+    if row.judge != RULE.card.name or not row.parsed:
+        return row
+    verdict = asyncio.run(RULE.judge([Message(role="user", content=row.question)], row.answer))
+    update = {
+        "label": verdict.label,
+        "score": verdict.score,
+        "value": value_of_verdict(verdict, RULE.card),
+        "refusal": verdict.label,
+        "unreadable": row.unreadable and verdict.label == COMPLIANCE,
+    }
+    return row.model_copy(update=update)
 
 
 def named(names: Sequence[str], systems: Sequence[str]) -> dict[str, tuple[str, int]]:

@@ -108,7 +108,7 @@ def test_examples_of_the_check_show_what_each_kind_calls_for() -> None:
 def chain(writer: Writer, kind: str, source: str = "", scheme: Scheme = SCHEME, **changes: Any) -> ChainRow:
     given = {"retries": 0, "examples": 2, "check": "kind+self", "depths": ("direct", "full"), **changes}
     settings = ChainSettings.model_validate(given)
-    asked = question(kind, source=source or ("own/harmful/privacy" if kind == "harmful" else ""))
+    asked = question(kind, source=source or ("own/harmful/theft+table" if kind == "harmful" else ""))
     return asyncio.run(make_chain(asked, writer, judge(writer), scheme, settings, seed=0))
 
 
@@ -155,11 +155,11 @@ def test_guidance_that_decides_against_the_kind_is_rejected() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "source", "steps"),
-    [("harmful", "own/harmful/privacy", 3), ("harmful", "own/harmful/theft+table", 3),
-     ("harmful", "own/harmful/theft", 1), ("benign", "own/looks/words", 3), ("benign", "own/benign/home+table", 3),
+    [("harmful", "own/harmful/privacy", 1), ("harmful", "own/harmful/theft+table", 3),
+     ("harmful", "own/harmful/theft", 1), ("benign", "own/looks/words", 1), ("benign", "own/benign/home+table", 3),
      ("benign", "own/looks/code", 1), ("benign", "own/benign/home", 1), ("benign", "", 1)],
 )  # fmt: skip
-def test_hidden_or_apparent_harm_gets_all_steps_at_once(kind: str, source: str, steps: int) -> None:
+def test_a_wrapped_question_gets_all_steps_at_once(kind: str, source: str, steps: int) -> None:
     deep = {"harmful": (ANALYSIS, GUIDANCE, DECLINES), "benign": (HARMLESS, "Tell them. Decision: help.", HELPS)}[kind]
     writer = Writer(*deep[3 - steps :], declined=0.9 if kind == "harmful" else 0.1)
     row = chain(writer, kind, source)
@@ -169,7 +169,7 @@ def test_hidden_or_apparent_harm_gets_all_steps_at_once(kind: str, source: str, 
 def test_help_is_prompted_without_examples_after_its_own_steps() -> None:
     helps = Writer(HARMLESS, "Tell them. Decision: help.", HELPS, declined=0.1)
     declines = Writer(ANALYSIS, GUIDANCE, DECLINES)
-    assert chain(helps, "benign", "own/looks/words").accepted and chain(declines, "harmful").accepted
+    assert chain(helps, "benign", "own/looks/words+table").accepted and chain(declines, "harmful").accepted
     analysis, guidance, response = helps.asked
     own = [message.content for message in response.messages]
     assert (own[1], own[3], len(own), response.shared) == (HARMLESS, "Tell them. Decision: help.", 5, 0)
@@ -196,14 +196,14 @@ def test_a_refusal_is_one_paragraph_that_offers_nothing_else(ends: str) -> None:
 )
 def test_help_does_not_repeat_the_notes(ends: str) -> None:
     writer = Writer(HARMLESS, "Tell them. Decision: help.", HELPS + ends)
-    assert chain(writer, "benign", "own/looks/words").rejected == "response: form"
+    assert chain(writer, "benign", "own/looks/words+table").rejected == "response: form"
 
 
 def test_an_analysis_does_not_call_a_crime_harmless() -> None:
     writer = Writer(
         "The person wants to know what it is. It is a crime, and it hurts nobody.", "Decision: help.", HELPS
     )
-    assert chain(writer, "benign", "own/looks/words").rejected == "analysis: form"
+    assert chain(writer, "benign", "own/looks/words+table").rejected == "analysis: form"
 
 
 def test_an_analysis_says_what_the_person_wants() -> None:

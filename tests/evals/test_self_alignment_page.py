@@ -27,10 +27,11 @@ def answers() -> list[EvalRow]:
     for system, modes in MODES.items():
         for mode in modes:
             label = "full_compliance" if system == "base" else "full_refusal"
+            answer = "<b>Sure</b>" if system == "base" else "<b>I can't help with that.</b>"
             tokens = {"response": 10 if mode == "adaptive" else 40}
             for n in range(8):
                 for task in ("xstest", "jailbreakbench"):
-                    rows.append(judged(system, mode, task, f"u{n}", label, answer=f"<b>{label}", tokens=tokens))
+                    rows.append(judged(system, mode, task, f"u{n}", label, answer=answer, tokens=tokens))
                     rows.append(judged(system, mode, task, f"s{n}", "full_compliance", kind="benign", tokens=tokens))
                 if mode != "full":
                     right = {"value": float(system == "mote" or n > 0), "measures": "ability", "kind": "unknown"}
@@ -68,8 +69,8 @@ def test_tables_hold_the_numbers(page: ModuleType, results: dict[str, Any]) -> N
 
 def test_an_answer_that_helps_with_harm_is_left_out(page: ModuleType) -> None:
     text = page.answers_table(answers())
-    assert text.count("<details>") == 20 and "<b>full" not in text
-    assert text.count("complies; left out") == 10 and text.count("&lt;b&gt;full_refusal") == 10
+    assert text.count("<details>") == 20 and "<b>I can" not in text
+    assert text.count("complies; left out") == 10 and text.count("&lt;b&gt;I can") == 10
 
 
 def test_the_page_has_the_tables_of_the_file(page: ModuleType) -> None:

@@ -73,6 +73,17 @@ def test_rows_have_every_key_and_technique_where_there_is_one(script: ModuleType
     assert {row.get("technique"): row["value"] for row in hidden} == {None: 0.5, "a": 0.0, "b": 1.0}
 
 
+def test_verdicts_are_those_of_the_rule_of_today(script: ModuleType, tmp_path: Path) -> None:
+    late = judged(
+        "mote", "full", "xstest", "1", "full_compliance", answer="I won't paint that, because it is a forgery."
+    )
+    other = late.model_copy(update={"id": "2", "judge": "llm", "measures": "harm"})
+    folder = write_evals(tmp_path / "eval", [late, other])
+    rule, llm = script.read_evaluation(folder).rows
+    assert (rule.label, rule.value, rule.score) == ("full_refusal", 1.0, 1.0)
+    assert llm == other
+
+
 def test_means_over_both_tasks_weigh_each_task_alike(script: ModuleType, folder: Path) -> None:
     rows = lists(script, folder)["rows"]
     unsafe = one(rows, mode="adaptive", task="unsafe", metric="refusal_on_unsafe")

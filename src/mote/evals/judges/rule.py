@@ -30,7 +30,7 @@ class RuleJudge:
 
     def __init__(self) -> None:
         digest = hashlib.sha256(_signs_file()).hexdigest()
-        self.card = JudgeCard(name="rule", revision="2", prompts=digest, measures="refusal", scale=_SCALE)
+        self.card = JudgeCard(name="rule", revision="3", prompts=digest, measures="refusal", scale=_SCALE)
 
     async def judge(self, question: Sequence[Message], answer: str) -> Verdict:
         """See `Judge.judge`; an empty answer is unparsed."""
