@@ -2,9 +2,9 @@
 
 Every plain question is kept but those of `LEFT_OUT` and `THINNED`. Some are wrapped in addition, drawn with a fixed
 seed, with the same wrappings for harmful and harmless questions (self_alignment/framings.yaml). The rows are
-interleaved so that any beginning of the file has about the same mix. A question's source says whether it only looks harmful
-(`own/looks/...`) and how it is wrapped (`+name`). None may overlap with mote:test or with the evaluation files that are
-given.
+interleaved so that any beginning of the file has about the same mix. A question's source says whether it only looks
+harmful (`own/looks/...`) and how it is wrapped (`+name`). None may overlap with mote:test or with the evaluation
+files that are given.
 
     python benchmarks/self_alignment_questions.py [EVALUATION_FILE ...]   # writes self_alignment/questions.jsonl
 """
