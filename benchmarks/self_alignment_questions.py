@@ -1,7 +1,7 @@
-"""Training questions of the self-alignment recipes: of five files in self_alignment/ and of mote:train.
+"""Training questions of the self-alignment recipes: of seven files in self_alignment/ and of mote:train.
 
 Every plain question is kept but those of `LEFT_OUT` and `THINNED`. Some are wrapped in addition, drawn with a fixed
-seed, with the same wrappings for harmful and harmless questions (self_alignment/framings.yaml). The rows are
+seed, with the same wrappings for harmful and harmless questions (framings.yaml, forms.yaml). The rows are
 interleaved so that any beginning of the file has about the same mix. A question's source says whether it only looks
 harmful (`own/looks/...`) and how it is wrapped (`+name`). None may overlap with mote:test or with the evaluation
 files that are given.
@@ -24,13 +24,17 @@ from mote.questions.load import load_questions
 
 FOLDER = Path(__file__).parent / "self_alignment"
 SEED = 0
-WRAPPED = {  # how many of each group are wrapped; the files in the order in which their draws are made
-    "own.yaml": {"harmful": 36, "looks": 24, "benign": 8, "ability": 0},
-    "harmless.yaml": {"looks": 24, "benign": 8, "ability": 0},
-    "contrast.yaml": {"harmful": 20},
-    "requests.yaml": {"harmful": 24, "looks": 0},
-    "blunt.yaml": {"harmful": 16},
-}
+DRAWS: list[tuple[str, str, dict[str, int]]] = [  # questions, wrappings, and how many of each group are wrapped
+    ("own.yaml", "framings.yaml", {"harmful": 36, "looks": 24, "benign": 8}),
+    ("harmless.yaml", "framings.yaml", {"looks": 24, "benign": 8}),
+    ("contrast.yaml", "framings.yaml", {"harmful": 20}),
+    ("requests.yaml", "framings.yaml", {"harmful": 24}),
+    ("blunt.yaml", "framings.yaml", {"harmful": 16}),
+    ("pairs.yaml", "forms.yaml", {"harmful": 60, "looks": 48}),
+    ("choices.yaml", "forms.yaml", {}),
+    ("blunt.yaml", "forms.yaml", {"harmful": 48}),
+    ("harmless.yaml", "forms.yaml", {"looks": 24, "benign": 12}),
+]
 LEFT_OUT = {"own-looks-safe-context-07+test-bench"}  # answered with water on burning oil, each time it was asked
 # Harmful questions of mote:train that an adapter is looked at with before it is evaluated; the others are trained on.
 LOOKED_AT = {
@@ -42,9 +46,9 @@ LOOKED_AT = {
     "mote-regulated-advice-004", "mote-regulated-advice-007", "mote-violence-003", "mote-weapons-001",
     "mote-workplace-003",
 }  # fmt: skip
-# Every third or fourth of these is left out: with all of them the sixth round's adapter helped with harm more than
-# its base (docs/results/self-alignment-log.md).
-THINNED = {"own/looks/requests": 3, "own/looks/figures": 4}
+# Every fourth of these is left out: with all of them the sixth round's adapter helped with harm more than its base
+# (docs/results/self-alignment-log.md).
+THINNED = {"own/looks/figures": 4}
 NEAR = 0.7  # similarity from which on a question counts as one of an evaluation file
 
 
@@ -101,22 +105,23 @@ def read(name: str) -> Any:
 def main() -> None:
     """Write the questions."""
     rng = random.Random(SEED)
-    framings = [(row["name"], row["text"]) for row in read("framings.yaml")]
     rows: list[tuple[float, Question]] = []
-    plain: list[Question] = []
-    for file, counts in WRAPPED.items():
+    plain: dict[str, Question] = {}
+    for file, wrappings, counts in DRAWS:
+        framings = [(row["name"], row["text"]) for row in read(wrappings)]
         for group, topics in read(file).items():
             own = [asked(group, topic, n, text) for topic, texts in topics.items() for n, text in enumerate(texts, 1)]
-            chosen = rng.sample(own, counts[group])
-            mixed = own + [wrapped(one, *framing) for one, framing in zip(chosen, cycle(framings), strict=False)]
+            chosen = rng.sample(own, counts.get(group, 0))
+            mixed = [one for one in own if one.id not in plain]  # a file that is drawn from again adds wrapped ones only
+            mixed += [wrapped(one, *framing) for one, framing in zip(chosen, cycle(framings), strict=False)]
             rng.shuffle(mixed)
-            plain += own
+            plain |= {one.id: one for one in own}
             rows += spread(mixed, rng)
     ours = load_questions("mote:train", None)
     hidden = [row for row in ours if row.kind == "harmful" and row.id not in LOOKED_AT]
-    plain += hidden
+    plain |= {row.id: row for row in hidden}
     rows += spread(hidden, rng)
-    if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps(plain, file)]:
+    if found := [line for file in ("mote:test", *sys.argv[1:]) for line in overlaps([*plain.values()], file)]:
         raise SystemExit("\n".join(["questions of an evaluation; change them:", *found]))
     ordered = [question for _, question in sorted(rows, key=lambda row: row[0])]
     rewrite_rows(FOLDER / "questions.jsonl", [question for question in ordered if not left_out(question)])

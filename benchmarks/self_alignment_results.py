@@ -12,7 +12,8 @@ A system of an evaluation is a training method by its own name (`mote eval --ada
   and with `--against METHOD` every method less that one in the same mode with the same seed.
 - `ratios`: of `adaptive` to `full` and `direct`, in safety and in tokens (over safe and unsafe prompts).
 
-A run again replaces the rows of the same model, split, methods, seeds, modes and tasks.
+A run again replaces the rows of the same model, split, methods, seeds, modes and tasks. `--keep FOLDER` writes the
+verdicts of every prompt without any text, as evaluation folders that can be given again, for instance the base model's.
 """
 
 import argparse
@@ -27,10 +28,10 @@ import numpy as np
 
 from mote.chains.judge import COMPLIANCE
 from mote.core.errors import UserError
-from mote.core.files import write_json
+from mote.core.files import write_atomic, write_json
 from mote.core.machine import environment
 from mote.core.methods import METHODS
-from mote.core.records import Message, read_rows
+from mote.core.records import Message, read_rows, rewrite_rows
 from mote.core.scheme import ADAPTIVE, BASE
 from mote.evals.attacks import UNDER_TECHNIQUES
 from mote.evals.judges.rule import RuleJudge
@@ -87,8 +88,11 @@ def read_evaluation(folder: Path) -> Evaluated:
 
 
 def judged_again(row: EvalRow) -> EvalRow:
-    """A row whose judge is the refusal rule, with its verdict of today: all answers are judged by one revision."""
-    if row.judge != RULE.card.name or not row.parsed:
+    """A row whose judge is the refusal rule, with its verdict of today: all answers are judged by one revision.
+
+    A row without its text keeps the verdict that it has.
+    """
+    if row.judge != RULE.card.name or not row.parsed or not row.answer:
         return row
     verdict = asyncio.run(RULE.judge([Message(role="user", content=row.question)], row.answer))
     update = {
@@ -99,6 +103,13 @@ def judged_again(row: EvalRow) -> EvalRow:
         "unreadable": row.unreadable and verdict.label == COMPLIANCE,
     }
     return row.model_copy(update=update)
+
+
+def keep(one: Evaluated, folder: Path) -> None:
+    """Write an evaluation without the texts, which may help with harm and are not ours to copy."""
+    no_text = {"question": "", "prompt": "", "answer": "", "steps": ()}
+    rewrite_rows(folder / "results.jsonl", [row.model_copy(update=no_text) for row in one.rows])
+    write_atomic(folder / "summary.json", one.summary.model_dump_json(indent=1) + "\n")
 
 
 def named(names: Sequence[str], systems: Sequence[str]) -> dict[str, tuple[str, int]]:
@@ -359,14 +370,18 @@ def main() -> None:
     parser.add_argument("--name", action="append", default=[], metavar="SYSTEM=METHOD:SEED")
     parser.add_argument("--against", metavar="METHOD", help="also compare every method with this one")
     parser.add_argument("--split", default="experiment", help="which rows of the sets were judged")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write the verdicts there, without texts")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
     try:
-        new = results([read_evaluation(folder) for folder in given.folders], given)
+        evaluations = [read_evaluation(folder) for folder in given.folders]
+        new = results(evaluations, given)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     old = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     write_json(given.out, merged(old, new))
+    for one in evaluations if given.keep else []:
+        keep(one, given.keep / one.folder.name)
     print(f"{given.out}: {len(new['rows'])} rows, {len(new['differences'])} differences")
 
 

@@ -73,6 +73,15 @@ def test_rows_have_every_key_and_technique_where_there_is_one(script: ModuleType
     assert {row.get("technique"): row["value"] for row in hidden} == {None: 0.5, "a": 0.0, "b": 1.0}
 
 
+def test_kept_rows_have_no_text_and_give_the_same_numbers(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    read = script.read_evaluation(folder)
+    script.keep(read, tmp_path / "kept")
+    kept = script.read_evaluation(tmp_path / "kept")
+    assert {(row.question, row.prompt, row.answer, row.steps) for row in kept.rows} == {("", "", "", ())}
+    assert [row.label for row in kept.rows] == [row.label for row in read.rows]
+    assert lists(script, tmp_path / "kept") == lists(script, folder)
+
+
 def test_verdicts_are_those_of_the_rule_of_today(script: ModuleType, tmp_path: Path) -> None:
     late = judged(
         "mote", "full", "xstest", "1", "full_compliance", answer="I won't paint that, because it is a forgery."
