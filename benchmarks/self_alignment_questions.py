@@ -112,7 +112,7 @@ def main() -> None:
         for group, topics in read(file).items():
             own = [asked(group, topic, n, text) for topic, texts in topics.items() for n, text in enumerate(texts, 1)]
             chosen = rng.sample(own, counts.get(group, 0))
-            mixed = [one for one in own if one.id not in plain]  # a file that is drawn from again adds wrapped ones only
+            mixed = [one for one in own if one.id not in plain]  # drawn from again, a file adds wrapped ones only
             mixed += [wrapped(one, *framing) for one, framing in zip(chosen, cycle(framings), strict=False)]
             rng.shuffle(mixed)
             plain |= {one.id: one for one in own}
