@@ -312,9 +312,17 @@ def test_table() -> None:
     assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("note"))
 
 
-def test_throughput_is_measured() -> None:
-    machine = measure("cpu", seconds=0.1)
-    assert machine.dtype == "float32"
+def test_only_checks_of_the_model_itself_take_time() -> None:
+    chains = {"scheme": "safety-decision", "chains": {"check": "kind+self"}, "limit": 4}
+    both = planned(**chains).stages[1]
+    rule = planned(**chains | {"chains": {"check": "kind"}}).stages[1]
+    assert " 0 checks" in rule.what and rule.tokens < both.tokens and (rule.seconds or 0) < (both.seconds or 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_throughput_is_measured(dtype: str) -> None:
+    machine = measure("cpu", dtype, seconds=0.1)
+    assert machine.dtype == dtype
     assert machine.flops > 1e8 and machine.bandwidth > 1e8 and machine.memory > 1e8
 
 

@@ -120,10 +120,14 @@ class RunEstimate:
     machine: Machine
 
     def chains(self, asked: QuestionStats) -> Stage:
-        """Each text and each check prefills its prompt; worked examples are a shared prefix, prefilled once."""
+        """Each text and each check prefills its prompt; worked examples are a shared prefix, prefilled once.
+
+        Only checks of the model itself are counted: an offline rule takes no time, another judge's is not known here.
+        """
         settings = self.recipe.chains
         texts = asked.count * expected_texts(self.scheme, settings.retries)
         checks = asked.count * sum(_reach(depth) for depth in range(len(self.scheme.depths)))
+        checks *= settings.checks_itself
         length = USED_BUDGET * settings.max_tokens
         prompts = (texts + checks) * (asked.mean + TEMPLATE_TOKENS + length)
         prompts += (2 * len(self.scheme.depths)) * settings.examples * EXAMPLE_TOKENS

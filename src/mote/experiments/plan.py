@@ -93,7 +93,7 @@ def plan(recipe: Recipe, machine: Machine | None = None) -> Plan:
     trainable = count_trainable(recipe, shape, steps)
     questions = question_stats(recipe.questions, recipe.limit, recipe, "questions", notes)
     answered = question_stats(recipe.answer.questions, recipe.answer.limit, recipe, "answer.questions", notes)
-    estimate = RunEstimate(recipe, scheme, shape, dtype, trainable, steps, machine or measure(device))
+    estimate = RunEstimate(recipe, scheme, shape, dtype, trainable, steps, machine or measure(device, dtype))
     suite = suite_of_run(recipe)
     if suite is not None and not inspect_is_installed():
         notes.append("eval: inspect-ai is not installed; the evaluation is left out (install mote-align[eval])")

@@ -26,19 +26,20 @@ class Machine(Frozen):
     memory: int
 
 
-def measure(device: str, seconds: float = 0.5) -> Machine:
-    """Time matmuls (bfloat16 on a GPU, float32 on a CPU) and copies of a large block, half the time each.
+def measure(device: str, dtype: str, seconds: float = 0.5) -> Machine:
+    """Time matmuls and copies of a large block, half the time each.
 
     Args:
         device: As torch names it.
+        dtype: Of the weights, as torch names it: a CPU with AMX multiplies bfloat16 several times as fast as float32.
         seconds: Time to spend.
     """
     import torch
 
     on_gpu = device.startswith("cuda")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     size = 8192 if on_gpu else 1024
-    left = torch.randn(size, size, device=device).to(dtype)  # a GPU multiplies ones faster than random numbers
+    # Random numbers: a GPU multiplies ones faster.
+    left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     out = torch.empty_like(left)
     source = torch.ones((1024 if on_gpu else 64) * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -47,7 +48,7 @@ def measure(device: str, seconds: float = 0.5) -> Machine:
     copies = _rate(lambda: target.copy_(source), wait, seconds / 2)
     return Machine(
         device=device,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         flops=2 * size**3 * matmuls,
         bandwidth=2 * source.numel() * copies,  # a copy of B bytes moves 2 B
         memory=device_memory(device),
