@@ -5,8 +5,6 @@ from pathlib import Path
 from mote.experiments.ablations.ablation_recipe import Ablations
 from mote.experiments.ablations.judged import check_tasks, suite_of
 from mote.experiments.plan import plan
-from mote.experiments.throughput import measure
-from mote.models.load import default_device
 
 
 def table(wanted: Ablations, judge: str, data: Path | None) -> str:
@@ -16,8 +14,7 @@ def table(wanted: Ablations, judge: str, data: Path | None) -> str:
         UserError: A setting cannot work.
     """
     check_tasks(wanted, judge, data)
-    machine = measure(default_device())
-    shared = plan(wanted.recipe, machine)
+    shared = plan(wanted.recipe)
     chains = next(stage for stage in shared.stages if stage.name == "chains")
     lines = [
         f"plan of '{wanted.name}' (times are rough estimates for this machine)",
@@ -30,7 +27,7 @@ def table(wanted: Ablations, judge: str, data: Path | None) -> str:
         recipes = [recipe for other, recipe in wanted.runs() if other == variant]
         row = f"{variant.name:<34}{variant.kind:<10}"
         if variant.kind == "trained":
-            own = plan(recipes[0], machine)
+            own = plan(recipes[0], shared.machine)
             training = next(stage.seconds for stage in own.stages if stage.name == "train") or 0.0
             row += f"{variant.method:<16}{len(recipes):>6}{own.trainable:>14,}{_hours(training * len(recipes)):>12}"
         lines.append(row.rstrip())
