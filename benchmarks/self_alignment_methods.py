@@ -2,16 +2,17 @@
 
     python benchmarks/self_alignment_methods.py --model FOLDER --data DATA --out runs/methods --dtype bfloat16
 
-Every method is trained for two epochs on the same 120 chains of the 1.5B model, drawn with a fixed seed; `mote` and
-`lora-x2` with three seeds, the others with one. `response-only` answers in the mode `direct`, since it learns no other
-step, and all others in `adaptive`. Trainings and evaluations that are done are kept, an interrupted one resumes.
+Every method is trained for two epochs on the same 120 chains of the 1.5B model, drawn with a fixed seed, half of them
+with all steps (of all its chains a sixth); `mote` and `lora-x2` with three seeds, the others with one. `response-only`
+answers in the mode `direct`, since it learns no other step, and all others in `adaptive`. Trainings and evaluations
+that are done are kept, an interrupted one resumes.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ RUNS = [
 DIRECT = ("response-only",)  # methods that answer in the mode `direct`
 DRAWN, HELD_OUT, EPOCHS = 120, 0.15, 2
 LOSSES = {"eval_loss": "loss", "eval_loss_response": "loss_response"}  # name in metrics.jsonl -> metric
+
+
+def drawn(rows: Sequence[ChainRow]) -> list[ChainRow]:
+    """The chains that are trained on, half with all steps: an answer alone shows no routing."""
+    whole = [row for row in rows if len(row.steps) > 1]
+    plain = [row for row in rows if len(row.steps) == 1]
+    return [*draw(whole, DRAWN // 2), *draw(plain, DRAWN // 2)]
 
 
 def train(given: argparse.Namespace, method: str, seed: int) -> Path:
@@ -89,7 +97,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="the first N trainings, to try it")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    rewrite_rows(given.out / "chains.jsonl", draw(read_rows(CHAINS, ChainRow), DRAWN))
+    rewrite_rows(given.out / "chains.jsonl", drawn(read_rows(CHAINS, ChainRow)))
     folders = [evaluate(given, "eval-base", BASE, {})]
     names = []
     losses: list[dict[str, Any]] = []

@@ -58,6 +58,7 @@ def test_methods_are_trained_and_compared(
 
 def test_the_chains_are_the_same_each_time(script: ModuleType) -> None:
     rows = script.read_rows(script.CHAINS, script.ChainRow)
-    chosen = script.draw(rows, script.DRAWN)
-    assert len(chosen) == script.DRAWN and chosen == script.draw(rows[::-1], script.DRAWN)
+    chosen = script.drawn(rows)
+    assert len(chosen) == script.DRAWN and chosen == script.drawn(rows[::-1])
+    assert sum(len(row.steps) == 3 for row in chosen) == script.DRAWN // 2
     assert {row.kind for row in chosen} == {"harmful", "benign"}
