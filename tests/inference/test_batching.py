@@ -76,6 +76,15 @@ def alone(model: Any, request: Request) -> list[int]:
     return found
 
 
+def random_model(family: str) -> Any:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    for name, parameter in model.named_parameters():  # else every random model writes one token over and over
+        if parameter.ndim > 1 and "norm" not in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    return model
+
+
 @pytest.fixture(scope="module")
 def model(tiny: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny).eval()
@@ -116,11 +125,7 @@ def test_slots_are_as_long_as_the_text_not_the_budget(model: Any) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_families_equal_plain_generation(family: str) -> None:
-    torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
-    for name, parameter in model.named_parameters():  # else every random model writes one token over and over
-        if parameter.ndim > 1 and "norm" not in name:
-            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    model = random_model(family)
     asked = requests(6)
     running = Batcher(model, 4)
     written = [future.result(60) for future in [running.submit(request) for request in asked]]
@@ -181,6 +186,53 @@ def test_following_requests_reuse_the_slots_cache(
     for number, future in enumerate(futures):
         assert future.result(60) == found[number], number
     assert running.tokens_computed == computed
+
+
+def later_stage(request: Request, written: list[int], seed: int) -> Request:
+    """The prompt of a chain's next stage: the one before, its text, and a few tokens more."""
+    ids = [*request.ids, *written, *random_ids(3 + seed % 4, seed)]
+    return Request(ids, request.grammar, 5 + seed % 3, request.shared, request.sampling)
+
+
+@pytest.mark.parametrize("kept", [0, 6, 1 << 13])
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_later_stages_go_on_from_what_ended_sequences_left(
+    monkeypatch: pytest.MonkeyPatch, family: str, slots: int, kept: int
+) -> None:
+    monkeypatch.setattr(batching, "_ENDED_TOKENS", kept)
+    monkeypatch.setattr(kv_slots, "_SLOT_STEP", 1)
+    model = random_model(family)
+    running = Batcher(model, slots)
+    asked = [replace(request, limit=request.limit + 2) for request in requests(12)]
+    computed = []
+    for stage in range(3):
+        before = running.tokens_computed
+        written = [future.result(60) for future in [running.submit(request) for request in asked]]
+        running.wait()
+        computed.append(running.tokens_computed - before)
+        assert written == [alone(model, request) for request in asked], stage
+        if stage == 0:
+            asked = [later_stage(one, text, n) for n, (one, text) in enumerate(zip(asked, written, strict=True))]
+        else:
+            asked = asked[::-1]  # once more, as a retry is asked
+    if kept > 6:  # of a retry only the prompt's last token is computed, and the new text
+        alone_ids = sum(len(one.ids) - 1 for one in asked if not one.shared)
+        assert computed[2] == alone_ids + sum(map(len, written)) < computed[0]
+
+
+def test_scores_and_words_after_an_ended_sequence(model: Any) -> None:
+    begin = random_ids(20, 5)
+    first = Request([*begin, *random_ids(9, 6)], FreeText([EOS]), 6, len(begin))
+    scored = [*first.ids, *random_ids(7, 8)]
+    fresh, running = Batcher(model, 2), Batcher(model, 2)
+    running.submit(first).result(60)
+    running.wait()
+    for request in (
+        Request(scored, FreeText([EOS]), 0, len(begin), scored=9),
+        Request([*first.ids, 3], FreeText([EOS]), 1, len(begin), words=(4, 9)),
+    ):
+        assert running.submit(request).result(60) == pytest.approx(fresh.submit(request).result(60), abs=1e-5)
 
 
 def test_frequency_penalty_counts_generated_tokens(model: Any) -> None:

@@ -7,7 +7,7 @@ the other. This module knows nothing of chains or chats: token ids in, token ids
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,23 @@ from mote.tokens.routing import Markers
 
 _CHUNK_TOKENS = 512  # prefill chunk size: larger raises throughput but delays decoding sequences
 _PREFIXES = 32  # shared prefixes that are kept
+_ENDED_TOKENS = 256  # tokens of ended sequences that are kept for each slot, beside their shared prefixes
+
+
+@dataclass(frozen=True, eq=False)
+class _Ended:
+    """What an ended sequence leaves behind: the next stage of its chain, and a retry, begin with its tokens.
+
+    Attributes:
+        ids: All tokens that are cached, those of the prefix included.
+        prefix: The shared prefix; there is one with the adapter and one without.
+        own: Keys and values after the prefix.
+    """
+
+    ids: list[int]
+    prefix: Prefix
+    own: Prefix
+
 
 _Chunks = list[tuple[RunningSequence, PrefillChunk]]
 
@@ -46,6 +63,7 @@ class Batcher(BatchLoop):
         self._cache = SlotCache(slots, model.config)
         self._cache_argument = cache_argument(model)
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self._ended: list[_Ended] = []  # the oldest first
         self._rope = LengthDependentRope(model)
         release_pool()  # the caller's thread loaded the model
 
@@ -67,6 +85,7 @@ class Batcher(BatchLoop):
             if 0 < sequence.request.shared < len(sequence.prompt) and self._is_short(len(sequence.prompt)):
                 sequence.prefix = self._prefix(sequence)
             self._prefilling.append(sequence)
+            self._resume(sequence)
 
     def _is_short(self, length: int) -> bool:
         return not self._rope or self._rope.is_short(length)
@@ -82,13 +101,39 @@ class Batcher(BatchLoop):
                 for start in range(0, tokens, _CHUNK_TOKENS):
                     stop = min(tokens, start + _CHUNK_TOKENS)
                     self._forward([], [(sequence, PrefillChunk(0, stop - start, 0, start, EMPTY))], None)
-                self._prefixes[key] = self._cache.prefix(tokens)
+                self._prefixes[key] = self._cache.copy(0, tokens)
             finally:
                 self._cache = slots
             while len(self._prefixes) > _PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
         return self._prefixes[key]
+
+    def _resume(self, sequence: RunningSequence) -> None:
+        """Take over what an ended sequence left of the prompt's beginning, if any did."""
+        if not sequence.prefix.length:
+            return
+        reusable = sequence.prompt[: len(sequence.prompt) - 1 - sequence.request.scored]  # the others are computed
+        alike = [one for one in self._ended if one.prefix is sequence.prefix]
+        source = max(alike, key=lambda one: common_length(one.ids, reusable), default=None)
+        tokens = common_length(source.ids, reusable) - sequence.prefix.length if source else 0
+        if source and tokens > 0:
+            slot = len(self._decoding) + len(self._prefilling) - 1
+            self._cache.paste(source.own, slot, tokens, sequence.capacity)
+            sequence.cached = tokens
+
+    def _leave(self, sequence: RunningSequence) -> None:
+        """Keep what a sequence that ends has cached, if it has a shared prefix: the stages of a chain do."""
+        if not sequence.prefix.length or self._rope:
+            return
+        prefix = sequence.prefix
+        ids = [*sequence.request.ids, *sequence.generated][: sequence.length]
+        own = self._cache.copy(self._decoding.index(sequence), sequence.cached)
+        # What the stage before had left is the beginning of this.
+        others = [one for one in self._ended if one.prefix is not prefix or one.ids != ids[: len(one.ids)]]
+        self._ended = [*others, _Ended(ids, prefix, own)]
+        while sum(one.own.length for one in self._ended) > _ENDED_TOKENS * self._cache.slots:
+            self._ended.pop(0)
 
     def _step(self) -> None:
         """One forward pass: a token of each decoding sequence, and as much of the waiting prompts as fits."""
@@ -115,7 +160,10 @@ class Batcher(BatchLoop):
         # Prefilled sequences become decoding ones: their slots come right after those, in order.
         self._decoding += [sequence for sequence, _ in done]
         self._prefilling = self._prefilling[len(done) :]
-        self._drop([sequence for sequence, result in results if not self._continues(sequence, result)])
+        ended = [sequence for sequence, result in results if not self._continues(sequence, result)]
+        for sequence in ended:
+            self._leave(sequence)
+        self._drop(ended)
 
     def _next_chunks(self) -> _Chunks:
         """The next tokens of the prompts that are prefilled, at most a chunk in all."""

@@ -158,13 +158,17 @@ class SlotCache(Cache):
         for layers, new in ((self.keys, key_states[0]), (self.values, value_states[0])):
             if layer_idx == len(layers):
                 layers.append(new.new_empty(0, new.shape[0], 0, new.shape[2]))
-            rows, _K, tokens, _D = layers[layer_idx].shape
-            if rows < self.rows or tokens < self.capacity:
-                grown = _zeros(new, (self.rows, new.shape[0], self.capacity, new.shape[2]))
-                grown[:rows, :, :tokens] = layers[layer_idx]
-                layers[layer_idx] = grown
+            self._grow(layers, layer_idx)
             self._write(layers[layer_idx], new, plan)
         return key_states, value_states
+
+    def _grow(self, layers: list[Tensor], index: int) -> None:
+        """Give a layer the reserved room."""
+        rows, heads, tokens, size = layers[index].shape
+        if rows < self.rows or tokens < self.capacity:
+            grown = _zeros(layers[index], (self.rows, heads, self.capacity, size))
+            grown[:rows, :, :tokens] = layers[index]
+            layers[index] = grown
 
     @staticmethod
     def _write(layer: Tensor, new: Tensor, plan: BatchPlan) -> None:
@@ -186,11 +190,19 @@ class SlotCache(Cache):
         for layer in (*self.keys, *self.values):
             layer[[one, other], :, :tokens] = layer[[other, one], :, :tokens]
 
-    def prefix(self, tokens: int) -> Prefix:
-        """A copy of the first slot's first tokens, to be shared."""
-        keys = tuple(layer[0, :, :tokens].clone() for layer in self.keys)
-        values = tuple(layer[0, :, :tokens].clone() for layer in self.values)
+    def copy(self, slot: int, tokens: int) -> Prefix:
+        """A copy of a slot's first tokens."""
+        keys = tuple(layer[slot, :, :tokens].clone() for layer in self.keys)
+        values = tuple(layer[slot, :, :tokens].clone() for layer in self.values)
         return Prefix(tokens, keys, values)
+
+    def paste(self, copied: Prefix, slot: int, tokens: int, limit: int) -> None:
+        """Write the first tokens of a copy to a slot that will hold at most `limit` tokens."""
+        self.reserve(slot + 1, tokens, limit)
+        for layers, parts in ((self.keys, copied.keys), (self.values, copied.values)):
+            for index, part in enumerate(parts):
+                self._grow(layers, index)
+                layers[index][slot, :, :tokens] = part[:, :tokens]
 
     @override
     def get_seq_length(self, layer_idx: int = 0, *_: Any, **__: Any) -> Any:
