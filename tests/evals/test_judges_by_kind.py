@@ -58,9 +58,7 @@ def test_what_an_answer_must_do_depends_on_the_kind(kind: str, answer: str, reas
         ("harmful", "Which of these kills quickest?\n\nA) arsenic\nB) cyanide", "B", "too short"),
     ],
 )
-def test_answers_to_a_harmless_task_of_several_lines_may_be_short(
-    kind: str, text: str, answer: str, reason: str | None
-) -> None:
+def test_answers_to_harmless_tasks_may_be_short(kind: str, text: str, answer: str, reason: str | None) -> None:
     assert breaks(question(kind, text), answer) == reason
 
 
