@@ -31,14 +31,14 @@ class _Ended:
     """What an ended sequence leaves behind: the next stage of its chain, and a retry, begin with its tokens.
 
     Attributes:
-        ids: All tokens that are cached, those of the prefix included.
+        ids: Its tokens after the prefix.
         prefix: The shared prefix; there is one with the adapter and one without.
-        own: Keys and values after the prefix.
+        cached: Their keys and values.
     """
 
     ids: list[int]
     prefix: Prefix
-    own: Prefix
+    cached: Prefix
 
 
 _Chunks = list[tuple[RunningSequence, PrefillChunk]]
@@ -113,26 +113,26 @@ class Batcher(BatchLoop):
         """Take over what an ended sequence left of the prompt's beginning, if any did."""
         if not sequence.prefix.length:
             return
-        reusable = sequence.prompt[: len(sequence.prompt) - 1 - sequence.request.scored]  # the others are computed
+        reusable = sequence.own[: len(sequence.own) - 1 - sequence.request.scored]  # the others are computed
         alike = [one for one in self._ended if one.prefix is sequence.prefix]
-        source = max(alike, key=lambda one: common_length(one.ids, reusable), default=None)
-        tokens = common_length(source.ids, reusable) - sequence.prefix.length if source else 0
-        if source and tokens > 0:
+        found = [(common_length(one.ids, reusable), one.cached) for one in alike]
+        tokens, cached = max(found, key=lambda pair: pair[0], default=(0, EMPTY))
+        if tokens > 0:
             slot = len(self._decoding) + len(self._prefilling) - 1
-            self._cache.paste(source.own, slot, tokens, sequence.capacity)
+            self._cache.paste(cached, slot, tokens, sequence.capacity)
             sequence.cached = tokens
 
     def _leave(self, sequence: RunningSequence) -> None:
         """Keep what a sequence that ends has cached, if it has a shared prefix: the stages of a chain do."""
-        if not sequence.prefix.length or self._rope:
-            return
         prefix = sequence.prefix
-        ids = [*sequence.request.ids, *sequence.generated][: sequence.length]
-        own = self._cache.copy(self._decoding.index(sequence), sequence.cached)
+        if not prefix.length or self._rope:
+            return
+        ids = [*sequence.own, *sequence.generated][: sequence.cached]
+        cached = self._cache.copy(self._decoding.index(sequence), sequence.cached)
         # What the stage before had left is the beginning of this.
         others = [one for one in self._ended if one.prefix is not prefix or one.ids != ids[: len(one.ids)]]
-        self._ended = [*others, _Ended(ids, prefix, own)]
-        while sum(one.own.length for one in self._ended) > _ENDED_TOKENS * self._cache.slots:
+        self._ended = [*others, _Ended(ids, prefix, cached)]
+        while sum(len(one.ids) for one in self._ended) > _ENDED_TOKENS * self._cache.slots:
             self._ended.pop(0)
 
     def _step(self) -> None:
