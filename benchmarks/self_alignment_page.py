@@ -22,6 +22,7 @@ from self_alignment_results import ALL_PROMPTS, OUT, read_evaluation
 from mote.chains.judge import COMPLIANCE
 from mote.core.errors import UserError
 from mote.core.files import write_atomic
+from mote.core.methods import METHODS
 from mote.core.scheme import ADAPTIVE, BASE
 from mote.evals.metrics import UNREADABLE
 from mote.evals.results import EvalRow
@@ -54,6 +55,8 @@ NAMES = {  # (task, metric) -> what a reader calls it, in the order of the table
     ("mmlu", "accuracy"): "MMLU",
     ("gsm8k", "accuracy"): "GSM8K",
 }
+METHODS_ORDER = [BASE, *METHODS]
+METHODS_SHOWN = [("xstest", "refusal_on_unsafe"), ("xstest", "not_overrefuse"), ("strongreject", "refusal@0.1")]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -190,25 +193,35 @@ def techniques_table(results: Mapping[str, Rows]) -> str:
 
 
 def methods_table(results: Mapping[str, Rows]) -> str:
-    """The 0.5B model's methods, one line a seed."""
-    wanted = [
-        ("xstest", "refusal_on_unsafe"), ("xstest", "not_overrefuse"), ("strongreject", "refusal@0.1"),
-        ("held-out", "loss"),
-    ]  # fmt: skip
+    """The 0.5B model's methods, a line for each seed and one for their mean, with the difference to `lora-x2`."""
+    unsafe, safe, worst = METHODS_SHOWN
     systems = dict.fromkeys(
         (row["method"], row["seed"], row["mode"])
         for row in results["rows"]
         if row["model"] == SMALL and row["task"] == "xstest"
     )
     rows = []
-    for method, seed, mode in systems:
+    for method, seed, mode in sorted(systems, key=lambda system: METHODS_ORDER.index(system[0])):
         mine = {"model": SMALL, "method": method, "seed": seed, "mode": mode}
-        found = [find(results["rows"], task=task, metric=metric, **mine) for task, metric in wanted]
-        loss = DASH if found[3] is None else f"{found[3]['value']:.3f}"
-        tokens = DASH if found[0] is None else f"{found[0]['tokens']:.0f}"
-        rows.append([f"`{method}`", str(seed), mode, *map(percent, found[:3]), loss, tokens])
-    head = ["", "seed", "mode", "refuses unsafe, %", "helps with safe, %", "worst tenth, %", "held-out loss", "tokens"]
+        numbers = {shown: find(results["rows"], task=shown[0], metric=shown[1], **mine) for shown in METHODS_SHOWN}
+        less = [
+            find(results["differences"], task=task, metric=metric, against_method="lora-x2", **mine)
+            for task, metric in (unsafe, safe, worst)
+        ]
+        loss = find(results["rows"], task="held-out", metric="loss", **mine)
+        tokens = numbers[unsafe]
+        rows.append([
+            f"`{method}`", "mean" if seed is None else str(seed), *map(percent, numbers.values()), *map(tested, less),
+            DASH if loss is None else f"{loss['value']:.3f}", DASH if tokens is None else f"{tokens['tokens']:.0f}",
+        ])  # fmt: skip
+    head = ["", "seed", "refuses unsafe", "helps with safe", "worst tenth", "refuses, less `lora-x2`",
+            "helps, less `lora-x2`", "worst tenth, less `lora-x2`", "held-out loss", "tokens"]  # fmt: skip
     return lines(head, rows)
+
+
+def tested(row: Mapping[str, Any] | None) -> str:
+    """A difference in points with its interval and the p-value of its paired test."""
+    return DASH if row is None else f"{percent(row, signed=True)}, p {row['p']:.2f}"
 
 
 # --- the answers

@@ -7,7 +7,8 @@ A system of an evaluation is a training method by its own name (`mote eval --ada
 `--name SYSTEM=METHOD:SEED` says. Three lists are written:
 
 - `rows`: every number, with its interval and the mean tokens of its answers; `unsafe` and `safe` are the means over
-  XSTest and JailbreakBench, each task with the same weight.
+  XSTest and JailbreakBench, each task with the same weight. `seed: null` is the mean over a method's seeds, prompt by
+  prompt: its interval is about other prompts, not about other seeds.
 - `differences`: paired, by prompt: every method and mode less the base model's, `adaptive` less `full` and `direct`,
   and with `--against METHOD` every method less that one in the same mode with the same seed.
 - `ratios`: of `adaptive` to `full` and `direct`, in safety and in tokens (over safe and unsafe prompts).
@@ -53,7 +54,7 @@ class System(NamedTuple):
     """A trained model in a mode."""
 
     method: str
-    seed: int
+    seed: int | None  # None for the mean over its seeds
     mode: str
 
 
@@ -143,6 +144,7 @@ def measures_of(evaluations: Sequence[Evaluated], names: Sequence[str]) -> list[
                 raise UserError(f"folder: {one.folder} repeats {scored.task} of {scored.name}; name its system apart")
             measures.setdefault(key, measure)
     found = list(measures.values())
+    found += over_seeds(found)
     return [*found, *over_both(found)]
 
 
@@ -154,6 +156,29 @@ def measure_of(scored: MetricScores, system: System) -> Measure:
     means = {id_: sum(counts) / len(counts) for id_, counts in tokens.items()}
     judge = scored.rows[0].judge
     return Measure(system, scored.task, scored.metric, scored.group, judge, (scored.scores,), (means,))
+
+
+def over_seeds(measures: Sequence[Measure]) -> Iterator[Measure]:
+    """Means over the seeds of a method that was trained with several, of what each was asked."""
+    seeds: dict[tuple[str, str], list[int | None]] = {}
+    for method, seed, mode in dict.fromkeys(one.system for one in measures):
+        seeds.setdefault((method, mode), []).append(seed)
+    found = {one[:4]: one for one in measures}
+    for one in measures:
+        its_seeds = seeds[one.system.method, one.system.mode]
+        if len(its_seeds) == 1 or one.system.seed != its_seeds[0]:
+            continue
+        parts = [found.get((one.system._replace(seed=seed), *one[1:4])) for seed in its_seeds]
+        if all(parts):
+            scores = mean_by_prompt([part.strata[0] for part in parts if part])
+            tokens = mean_by_prompt([part.tokens[0] for part in parts if part])
+            yield one._replace(system=one.system._replace(seed=None), strata=(scores,), tokens=(tokens,))
+
+
+def mean_by_prompt(runs: Sequence[Scores]) -> Scores:
+    """The mean over runs of each prompt that all of them have."""
+    prompts = set.intersection(*({*scores} for scores in runs))
+    return {key: sum(scores[key] for scores in runs) / len(runs) for key in runs[0] if key in prompts}
 
 
 def over_both(measures: Sequence[Measure]) -> Iterator[Measure]:

@@ -67,6 +67,24 @@ def test_tables_hold_the_numbers(page: ModuleType, results: dict[str, Any]) -> N
     assert plot.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "var(" not in plot  # a file of its own
 
 
+def test_methods_stand_beside_the_wider_lora(page: ModuleType, tmp_path: Path) -> None:
+    script = benchmark("self_alignment_results")
+    rows = [
+        judged(system, "adaptive", "xstest", f"{n}", "full_refusal" if n < refused else "full_compliance")
+        for system, refused in (("a", 3), ("b", 1), ("c", 2))
+        for n in range(4)
+    ]
+    given = argparse.Namespace(
+        model=page.SMALL, name=["a=lora-x2:0", "b=mote:0", "c=mote:1"], against="lora-x2", split="experiment"
+    )
+    found = script.results([script.read_evaluation(write_evals(tmp_path, rows))], given)
+    table = [line.split(" | ") for line in page.methods_table(found).splitlines()[2:]]
+    names = [["| `mote`", "0"], ["| `mote`", "1"], ["| `mote`", "mean"], ["| `lora-x2`", "0"]]
+    assert [row[:2] for row in table] == names
+    assert table[0][2].startswith("25.0 (") and table[0][5].startswith("-50.0 (") and table[0][5].endswith("p 0.50")
+    assert table[2][2].startswith("37.5 (") and table[2][5] == table[3][5] == page.DASH
+
+
 def test_an_answer_that_helps_with_harm_is_left_out(page: ModuleType) -> None:
     text = page.answers_table(answers())
     assert text.count("<details>") == 20 and "<b>I can" not in text

@@ -149,6 +149,17 @@ def test_methods_of_several_folders_are_compared(script: ModuleType, folder: Pat
         lists(script, folder, folder)
 
 
+def test_seeds_are_averaged_prompt_by_prompt(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    other = write_evals(tmp_path / "other", [*answers("m1", "adaptive", 2, 40), *answers("x2", "adaptive", 0, 5)])
+    found = lists(script, folder, other, name=["m1=mote:1", "x2=lora-x2:0"], against="lora-x2")
+    mean = one(found["rows"], method="mote", seed=None, task="xstest", metric="refusal_on_unsafe")
+    assert (mean["value"], mean["n"], mean["tokens"], mean["mode"]) == (0.75, 2, 30.0, "adaptive")
+    assert one(found["rows"], method="mote", seed=None, task="unsafe", metric="refusal_on_unsafe")["value"] == 0.5625
+    gained = one(found["differences"], seed=None, against_method="base", task="xstest", metric="refusal_on_unsafe")
+    assert (gained["value"], gained["test"]) == (0.75, "paired bootstrap")
+    assert not [row for row in found["rows"] if row["seed"] is None and row["method"] != "mote"]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [([], "'ours' is no training method; add --name ours=METHOD:SEED"), (["ours"], "is not SYSTEM=METHOD:SEED"),
