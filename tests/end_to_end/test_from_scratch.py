@@ -18,7 +18,7 @@ import mote
 from mote.core.records import ChainRow, ChainTokens, Message, StepText
 from mote.inference.model import Model
 from mote.tokens.encode import decode_steps, encode_chain, encode_prompt, encode_text
-from mote.tokens.masks import draw_visibility, positions, sdpa_mask, skip_probabilities
+from mote.tokens.masks import Layout, draw_visibility, positions, sdpa_mask, skip_probabilities
 from mote.tokens.routing import Markers, step_ids
 
 EXPERTS = ("analysis", "guidance", "response")
@@ -109,7 +109,7 @@ def test_masks_and_positions_agree(scratch: ModuleType, seed: int) -> None:
     visibility = draw_visibility([1, 2, 3], skip_probabilities(0.5, {}, EXPERTS), random.Random(seed))
     steps_T = torch.tensor(steps)
     documents = torch.zeros(1, len(steps), dtype=torch.long)
-    assert torch.equal(mask, sdpa_mask(steps_T[None], visibility[steps_T][None], documents))
+    assert torch.equal(mask, sdpa_mask(Layout(steps_T[None], visibility[steps_T][None], documents)))
     assert torch.equal(position[0], positions(steps_T, visibility))
 
 

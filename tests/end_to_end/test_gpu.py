@@ -26,7 +26,7 @@ from mote.inference.grammar import FreeText
 from mote.inference.request import Request
 from mote.models.load import load_base
 from mote.tokens.encode import IGNORED
-from mote.tokens.masks import block_mask, sdpa_mask, skip_probabilities
+from mote.tokens.masks import Layout, block_mask, sdpa_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import step_ids
 from mote.train import train
@@ -58,7 +58,7 @@ def weighted_loss(model: Any, batch: dict[str, Tensor], make_mask: Any, device: 
     inputs = {name: value.to(device) for name, value in batch.items()}
     weights = token_weights(inputs, torch.ones(4))
     labels = inputs.pop("labels")[:, 1:]
-    mask = make_mask(inputs.pop("segment_ids"), inputs.pop("visibility"), inputs["document_ids"])
+    mask = make_mask(Layout(inputs.pop("segment_ids"), inputs.pop("visibility"), inputs["document_ids"]))
     del inputs["weights"]
     logits = model(**inputs, attention_mask=mask, use_cache=False).logits[:, :-1].transpose(1, 2)
     losses = cross_entropy(logits.to(weights.dtype), labels, reduction="none", ignore_index=IGNORED)
@@ -146,11 +146,11 @@ def test_compiled_gradients_equal_those_of_the_cpu(dtype: torch.dtype, measure: 
 
 def test_masks_made_on_the_device_are_those_of_the_cpu() -> None:
     batch = packed(draws=2)
-    given = [batch[name] for name in ("segment_ids", "visibility", "document_ids")]
-    there = [value.to(DEVICE) for value in given]
-    wanted = sdpa_mask(*given)
-    assert torch.equal(sdpa_mask(*there).cpu(), wanted)
-    blocks = block_mask(*there)
+    given = Layout.of(batch)
+    there = Layout.of({name: value.to(DEVICE) for name, value in batch.items()})
+    wanted = sdpa_mask(given)
+    assert torch.equal(sdpa_mask(there).cpu(), wanted)
+    blocks = block_mask(there)
     length = torch.arange(wanted.shape[-1], device=DEVICE)
     row = torch.arange(len(wanted), device=DEVICE)[:, None, None]
     assert blocks.kv_num_blocks.device.type == DEVICE
@@ -163,17 +163,17 @@ def test_flex_attention_equals_masked_attention(
 ) -> None:
     """Output and gradients, with grouped heads, on rows of several blocks some of which have no edge."""
     batch = packed(row_length=600, count=40)
-    given = [batch[name] for name in ("segment_ids", "visibility", "document_ids")]
+    given = Layout.of(batch)
     rows, length = batch["input_ids"].shape
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(rows, n, length, 64, generator=generator).to(dtype) for n in (4, 2, 2)]
     upstream = torch.randn(rows, 4, length, 64, generator=generator).to(dtype)
     here = [head.double().requires_grad_() for head in heads]
     there = [head.to(DEVICE).requires_grad_() for head in heads]
-    blocks = block_mask(*(value.to(DEVICE) for value in given))
+    blocks = block_mask(Layout.of({name: value.to(DEVICE) for name, value in batch.items()}))
     assert blocks.sparsity() > 50
     found = with_flex(*there, block_mask=blocks, enable_gqa=True)
-    wanted = scaled_dot_product_attention(*here, attn_mask=sdpa_mask(*given), enable_gqa=True)
+    wanted = scaled_dot_product_attention(*here, attn_mask=sdpa_mask(given), enable_gqa=True)
     measure("output", found, wanted, limit=max(LIMITS[dtype], 1e-3))  # float32 scores are computed in TF32
     measure(
         "gradients",

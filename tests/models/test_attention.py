@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mote.models.attention import GROUPED_SDPA, DocumentMask, grouped_sdpa
 from mote.models.load import default_attention, load_base
-from mote.tokens.masks import document_mask
+from mote.tokens.masks import Layout, document_mask
 
 
 class Layer(torch.nn.Module):
@@ -68,7 +68,7 @@ def test_a_model_that_combines_masks_separates_documents(keep_window: int) -> No
     documents = torch.tensor([[0] * 7 + [1] * 9])
     positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
     visibility = torch.ones(1, 16, 4, dtype=torch.bool)
-    mask = document_mask(torch.zeros_like(ids), visibility, documents)
+    mask = document_mask(Layout(torch.zeros_like(ids), visibility, documents))
     assert type(mask) is DocumentMask and type(mask[:, :, :, :5]) is torch.Tensor
     with torch.no_grad():
         packed = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mote.models.attention import GROUPED_SDPA
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import block_mask, document_mask, draw_visibility, sdpa_mask, skip_probabilities
+from mote.tokens.masks import Layout, block_mask, document_mask, draw_visibility, sdpa_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, DrawnChain, collate, repeated_steps, unroll
 from mote.train.trainer import token_weights
 
@@ -27,7 +27,7 @@ def weighted_loss(model: Any, rows: list[list[DrawnChain]], mask: Any = sdpa_mas
     batch = collate(rows, pad_id=0)
     weights = token_weights(batch, torch.ones(4))
     labels = batch.pop("labels")[:, 1:]
-    seen = mask(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
+    seen = mask(Layout(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"]))
     del batch["weights"]
     logits = model(**batch, attention_mask=seen).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
@@ -58,7 +58,7 @@ def test_a_row_of_two_draws() -> None:
     drawn = ChainDataset([chain], HALF, 0, draws=2)[0]
     [first, second] = [drawn[0].visibility[[2, 3, 3], [1, 1, 2]], drawn[0].visibility[[5, 6, 6], [1, 1, 5]]]
     assert torch.equal(first, ~second)  # at one half the second draw hides what the first shows
-    mask = sdpa_mask(*(collate([drawn], 0)[name] for name in ("segment_ids", "visibility", "document_ids")))[0, 0]
+    mask = sdpa_mask(Layout.of(collate([drawn], 0)))[0, 0]
     assert not mask[10:, 5:10].any() and mask[:, :2].tril().sum() == mask[:, :2].sum() == 29
 
 
@@ -135,7 +135,7 @@ def test_all_masks_show_the_same_draws() -> None:
 def dense(form: Any, rows: list[list[DrawnChain]]) -> Tensor:
     """Any form of mask as a dense matrix over pairs of tokens."""
     batch = collate(rows, pad_id=0)
-    made = form(*(batch[name] for name in ("segment_ids", "visibility", "document_ids")))
+    made = form(Layout.of(batch))
     if isinstance(made, Tensor):
         return made[:, 0]
     length = torch.arange(batch["input_ids"].shape[1])

@@ -19,6 +19,7 @@ from mote.core.errors import UserError
 from mote.models.attention import GROUPED_SDPA, grouped_sdpa
 from mote.tokens.masks import (
     PADDING,
+    Layout,
     block_mask,
     document_mask,
     draw_visibility,
@@ -87,8 +88,8 @@ def batches(draw: st.DrawFn) -> list[Row]:
     return rows
 
 
-def tensors(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments of the masks."""
+def layout_of(rows: list[Row]) -> Layout:
+    """What the masks are made of."""
     steps = torch.tensor([[step for _, _, step in row.tokens] for row in rows])
     documents = torch.tensor([[document for document, _, _ in row.tokens] for row in rows])
     width = len(rows[0].chains[0].visibility)
@@ -99,7 +100,7 @@ def tensors(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
             for row in rows
         ]
     )
-    return steps, visibility, documents
+    return Layout(steps, visibility, documents)
 
 
 def slow_positions(chain: Chain) -> list[int]:
@@ -135,7 +136,7 @@ def flex_gradients_on_a_cpu() -> Any:
 @settings(deadline=None, max_examples=150)
 @given(batches())
 def test_edges_and_positions_equal_the_definition(rows: list[Row]) -> None:
-    edges = sdpa_mask(*tensors(rows))
+    edges = sdpa_mask(layout_of(rows))
     length = range(len(rows[0].tokens))
     assert edges[:, 0].tolist() == [[[row.may_see(q, k) for k in length] for q in length] for row in rows]
     for chain in (chain for row in rows for chain in row.chains):
@@ -147,7 +148,7 @@ def test_edges_and_positions_equal_the_definition(rows: list[Row]) -> None:
 def test_three_forms_have_the_same_outputs_and_gradients(rows: list[Row], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     length = len(rows[0].tokens)
-    arguments = tensors(rows)
+    layout = layout_of(rows)
     given_ = [
         torch.randn(len(rows), heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, 2, 2)
@@ -155,8 +156,8 @@ def test_three_forms_have_the_same_outputs_and_gradients(rows: list[Row], seed: 
     upstream = torch.randn(given_[0].shape, generator=generator, dtype=torch.float64)
     slow = slow_attention(rows, *given_)
     forms = (
-        scaled_dot_product_attention(*given_, attn_mask=sdpa_mask(*arguments), enable_gqa=True),
-        flex.flex_attention(*given_, block_mask=block_mask(*arguments), enable_gqa=True),
+        scaled_dot_product_attention(*given_, attn_mask=sdpa_mask(layout), enable_gqa=True),
+        flex.flex_attention(*given_, block_mask=block_mask(layout), enable_gqa=True),
     )
     for form in forms:
         torch.testing.assert_close(form, slow, atol=1e-10, rtol=0)
@@ -174,10 +175,10 @@ def test_attention_document_by_document_equals_the_whole_mask(rows: list[Row], s
     """Outputs and gradients, padding aside, through the CPU's attention with and without what it knows of documents."""
     generator = torch.Generator().manual_seed(seed)
     length = len(rows[0].tokens)
-    arguments = tensors(rows)
-    real = (arguments[2] != PADDING)[:, :, None, None]
+    layout = layout_of(rows)
+    real = (layout.documents_B_T != PADDING)[:, :, None, None]
     found = []
-    for mask in (sdpa_mask(*arguments), document_mask(*arguments)):
+    for mask in (sdpa_mask(layout), document_mask(layout)):
         generator.manual_seed(seed)
         given_ = [
             torch.randn(len(rows), heads, length, 8, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -195,7 +196,7 @@ def test_documents_that_see_everything_need_no_mask() -> None:
     rows = [
         Row(2, [Chain([3, 2, 0, 2], visibility_without(())), Chain([2, 1, 0, 1], visibility_without(((3, 1),)))], 1)
     ]
-    assert document_mask(*tensors(rows)).documents == [[(2, True), (7, True), (4, False), (1, True)]]
+    assert document_mask(layout_of(rows)).documents == [[(2, True), (7, True), (4, False), (1, True)]]
 
 
 def long_rows() -> list[Row]:
@@ -207,9 +208,9 @@ def long_rows() -> list[Row]:
 
 
 def test_blocks_without_an_edge_are_left_out() -> None:
-    arguments = tensors(long_rows())
-    blocks = block_mask(*arguments)
-    edges = sdpa_mask(*arguments)
+    layout = layout_of(long_rows())
+    blocks = block_mask(layout)
+    edges = sdpa_mask(layout)
     rows = edges.shape[0]
     count = blocks.kv_num_blocks.shape[-1]
     padded = torch.zeros(rows, 1, count * 128, count * 128, dtype=torch.bool)
@@ -258,7 +259,7 @@ def visibility_without(hidden: tuple[tuple[int, int], ...]) -> Tensor:
 
 def token_losses(model: Any, rows: list[list[DrawnChain]]) -> tuple[Tensor, dict[str, Tensor]]:
     batch = collate(rows, pad_id=0)
-    mask = sdpa_mask(batch["step_ids"], batch["visibility"], batch["document_ids"])
+    mask = sdpa_mask(Layout(batch["step_ids"], batch["visibility"], batch["document_ids"]))
     inputs = {key: batch[key] for key in batch if key not in ("labels", "visibility", "segment_ids", "weights")}
     logits = model(**inputs, attention_mask=mask).logits
     labels = batch["labels"][:, 1:]
@@ -338,14 +339,14 @@ def test_a_whole_model_is_the_same_with_all_masks() -> None:
         DrawnChain(chain_of(1, 3), visibility_without(((3, 1),)), 3),
     ]
     batch = collate([drawn[:2], drawn[2:]], pad_id=0)
-    arguments = [batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"]]
+    layout = Layout(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
     del batch["weights"]
     found = []
     masks = {"sdpa": sdpa_mask, "flex_attention": block_mask, GROUPED_SDPA: document_mask}
     for name, mask in masks.items():
         model.base_model.model.set_attn_implementation(name)
         model.zero_grad()
-        model(**batch, attention_mask=mask(*arguments)).loss.backward()
+        model(**batch, attention_mask=mask(layout)).loss.backward()
         found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert len(found[0]) > 10 and any(grad.abs().max() > 1e-3 for grad in found[0])
     for first, *others in zip(*found, strict=True):

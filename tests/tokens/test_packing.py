@@ -12,7 +12,7 @@ from support.adapters import adapted
 from support.chain_tokens import some_chains
 
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import PADDING, sdpa_mask, skip_probabilities
+from mote.tokens.masks import PADDING, Layout, sdpa_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate, pack
 
 STEPS = ("analysis", "guidance", "response")
@@ -48,7 +48,7 @@ def test_positions_and_steps_restart_in_each_packed_chain() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 5, 6, 7]]
     assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 0, 1, 1]]
-    mask = sdpa_mask(batch["step_ids"], batch["visibility"], batch["document_ids"])[0, 0].int().tolist()
+    mask = sdpa_mask(Layout(batch["step_ids"], batch["visibility"], batch["document_ids"]))[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -142,7 +142,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_rows() -> None:
         data = dataset(chains, 0.5, row_length=row_length)
         model = adapted().train()
         batch = collate([data[row] for row in range(len(data))], pad_id=0)
-        mask = sdpa_mask(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"])
+        mask = sdpa_mask(Layout(batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"]))
         del batch["weights"]
         loss = model(**batch, attention_mask=mask).loss
         loss.backward()
@@ -163,6 +163,8 @@ def test_visibility_across_documents_would_change_the_loss() -> None:
     visibility = batch.pop("visibility")
     documents = batch["document_ids"]
     del batch["segment_ids"], batch["weights"]
-    separate = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents)).loss
-    together = model(**batch, attention_mask=sdpa_mask(batch["step_ids"], visibility, documents.clamp_max(0))).loss
+    layout = Layout(batch["step_ids"], visibility, documents)
+    separate = model(**batch, attention_mask=sdpa_mask(layout)).loss
+    one_document = layout._replace(documents_B_T=documents.clamp_max(0))
+    together = model(**batch, attention_mask=sdpa_mask(one_document)).loss
     assert abs((separate - together).item()) > 1e-3

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mote.models.attention import GROUPED_SDPA
 from mote.models.layers import layers_of
-from mote.tokens.masks import eager_mask, mask_form, masks_for, sdpa_mask
+from mote.tokens.masks import Layout, eager_mask, mask_form, masks_for, sdpa_mask
 from mote.tokens.packing import ChainDataset, DrawnChain, collate
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -40,7 +40,7 @@ def masked_logits(model: Any, rows: Sequence[Sequence[DrawnChain]], attention: s
     model.set_attn_implementation(attention)
     batch = collate(rows, pad_id=0)
     make_masks = masks_for(model.config, mask_form(attention))
-    masks = make_masks(batch["segment_ids"], batch["visibility"], batch["document_ids"], batch["position_ids"])
+    masks = make_masks(Layout.of(batch))
     logits = model(
         input_ids=batch["input_ids"], attention_mask=masks, position_ids=batch["position_ids"], use_cache=False
     ).logits
@@ -79,7 +79,7 @@ def test_a_single_mask_would_lose_the_window(name: str) -> None:
     model = tiny_base(name)
     model.set_attn_implementation("eager")
     batch = collate([[drawn(without(), 1, 2, 3)]], pad_id=0)
-    mask = eager_mask(batch["segment_ids"], batch["visibility"], batch["document_ids"])
+    mask = eager_mask(Layout.of(batch))
     with torch.no_grad():
         lost = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits[0]
     assert (lost - plain_logits(model, chain(1, 2, 3).ids)).abs().max() > 1e-3
@@ -108,12 +108,12 @@ def test_draws_of_a_row_equal_draws_in_separate_rows(name: str, attention: str) 
 def test_windows_longer_than_the_row_need_no_second_mask() -> None:
     model = tiny_base("gemma3")
     batch = collate([[drawn(without(), 1, 2, 3)]], pad_id=0)
-    given = [batch[name] for name in ("segment_ids", "visibility", "document_ids", "position_ids")]
-    made = masks_for(model.config, sdpa_mask)(*given)
+    given = Layout.of(batch)
+    made = masks_for(model.config, sdpa_mask)(given)
     assert set(made) == {"full_attention", "sliding_attention"}
     assert made["full_attention"].sum() > made["sliding_attention"].sum()
     wide = type(model.config)(**{**model.config.to_dict(), "sliding_window": 29})
-    made = masks_for(wide, sdpa_mask)(*given)
+    made = masks_for(wide, sdpa_mask)(given)
     assert made["full_attention"] is made["sliding_attention"]
-    flex = masks_for(model.config, mask_form("flex_attention"))(*given)
+    flex = masks_for(model.config, mask_form("flex_attention"))(given)
     assert all(isinstance(mask, BlockMask) for mask in flex.values())

@@ -23,7 +23,7 @@ from mote.models.load import load_base
 from mote.models.shapes import ModelShape, count_trainable
 from mote.serve.export import export_steps
 from mote.tokens.encode import IGNORED, Tokens, add_markers
-from mote.tokens.masks import sdpa_mask, skip_probabilities
+from mote.tokens.masks import Layout, sdpa_mask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import NO_STEP
 from mote.train import check_settings, mote_config
@@ -55,7 +55,7 @@ def batch_of(rows: list[Tokens], steps: tuple[str, ...]) -> dict[str, Any]:
     data = ChainDataset(rows, torch.zeros_like(skip_probabilities(0, {}, steps)), seed=0)
     batch = collate([data[i] for i in range(len(rows))], pad_id=0)
     batch.pop("question_experts")
-    batch["attention_mask"] = sdpa_mask(batch["step_ids"], batch.pop("visibility"), batch["document_ids"])
+    batch["attention_mask"] = sdpa_mask(Layout(batch["step_ids"], batch.pop("visibility"), batch["document_ids"]))
     return batch
 
 

@@ -24,7 +24,7 @@ from mote.models import linear
 from mote.models.attention import GROUPED_SDPA, DocumentMask, grouped_sdpa
 from mote.models.linear import lay_out_by_columns, speed_up
 from mote.models.load import default_attention
-from mote.tokens.masks import block_mask, document_mask, sdpa_mask
+from mote.tokens.masks import Layout, block_mask, document_mask, sdpa_mask
 from mote.train.loss import plain_head, tiled_losses
 
 GPU = "meta"
@@ -75,7 +75,7 @@ def train_one_batch(model: Any, device: str) -> Tensor:
     documents = torch.arange(length, device=device).div(12, rounding_mode="floor").expand(rows, -1)
     visibility = torch.ones(rows, length, 4, dtype=torch.bool, device=device)
     make_mask = document_mask if default_attention("cpu" if device == "cpu" else "cuda") == GROUPED_SDPA else sdpa_mask
-    mask = make_mask(steps, visibility, documents)
+    mask = make_mask(Layout(steps, visibility, documents))
     inputs = {
         "input_ids": ids, "position_ids": ids, "step_ids": steps, "document_ids": documents, "attention_mask": mask,
         "question_experts": torch.ones_like(ids), "use_cache": False,
@@ -178,11 +178,12 @@ def test_running_batch_waits_only_for_its_tokens() -> None:
 
 def test_flex_attention_masks_wait_for_nothing() -> None:
     steps = torch.zeros(2, 300, dtype=torch.long, device=GPU)
-    made = block_mask(steps, torch.ones(2, 300, 4, dtype=torch.bool, device=GPU), torch.zeros_like(steps))
+    visibility = torch.ones(2, 300, 4, dtype=torch.bool, device=GPU)
+    made = block_mask(Layout(steps, visibility, torch.zeros_like(steps)))
     assert made.kv_num_blocks.device.type == GPU and tuple(made.shape) == (2, 1, 300, 300)
 
 
 def test_masks_of_a_gpu_know_no_documents() -> None:
-    given = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, 4, dtype=torch.bool), torch.zeros(1, 4)
-    assert type(sdpa_mask(*given)) is Tensor and default_attention("cuda:1") == "sdpa"
-    assert type(document_mask(*given)) is DocumentMask and grouped_sdpa.__name__ == default_attention("cpu")
+    given = Layout(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, 4, dtype=torch.bool), torch.zeros(1, 4))
+    assert type(sdpa_mask(given)) is Tensor and default_attention("cuda:1") == "sdpa"
+    assert type(document_mask(given)) is DocumentMask and grouped_sdpa.__name__ == default_attention("cpu")

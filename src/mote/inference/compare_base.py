@@ -20,7 +20,7 @@ from mote.models.capabilities import ABILITIES, Ability, Capabilities, capabilit
 from mote.models.load import reason, set_attention
 from mote.models.tiny_copy import VOCAB, tiny_config, tiny_model
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import mask_form, masks_for
+from mote.tokens.masks import Layout, mask_form, masks_for
 from mote.tokens.packing import DrawnChain, collate, repeated_steps, segment_visibility, unroll
 from mote.tokens.routing import QUESTION
 from mote.tuner.gguf.architectures import refusals
@@ -202,10 +202,11 @@ def _masked(copy: Copy, rows: Sequence[Sequence[DrawnChain]]) -> Tensor:
     """Logits (B, T, V) of rows under the masks and positions of training."""
     batch = collate(rows, 0)
     make = masks_for(copy.model.config, mask_form(copy.model.config._attn_implementation))
-    positions = batch["position_ids"]
-    mask = make(batch["segment_ids"], batch["visibility"], batch["document_ids"], positions)
     logits: Tensor = copy.model(
-        input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False
+        input_ids=batch["input_ids"],
+        attention_mask=make(Layout.of(batch)),
+        position_ids=batch["position_ids"],
+        use_cache=False,
     ).logits
     return logits
 

@@ -10,7 +10,7 @@ several (`mote.tokens.packing`).
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,31 @@ from mote.models.layers import Layer, masked_kinds
 PADDING = -1  # the document of padding
 WHOLE_ROW = Layer("full_attention", "full")
 Edge = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, query, key) -> whether the query may attend to the key
-MakeMask = Callable[[Tensor, Tensor, Tensor, Tensor], Any]  # segments, visibility, documents, positions -> masks
 
-MaskForm = Callable[..., Any]  # the arguments of `edge` -> the mask of one kind of layer
+
+class Layout(NamedTuple):
+    """Where each token of a batch stands, and what it may see.
+
+    Attributes:
+        segments_B_T: Segment of each token.
+        visibility_B_T_G: Which segments of its chain each token sees.
+        documents_B_T: The chain of its row that each token is in; `PADDING` for padding.
+        positions_B_T: Position of each token, for layers with a window or chunks, which count by it.
+    """
+
+    segments_B_T: Tensor
+    visibility_B_T_G: Tensor
+    documents_B_T: Tensor
+    positions_B_T: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> "Layout":
+        """The layout of a batch that `mote.tokens.packing.collate` made."""
+        return cls(batch["segment_ids"], batch["visibility"], batch["document_ids"], batch["position_ids"])
+
+
+MaskForm = Callable[[Layout, Layer], Any]  # -> the mask of one kind of layer
+MakeMask = Callable[[Layout], Any]  # -> the masks of a model
 
 
 def skip_probabilities(skip_p: float, pairs: Mapping[str, Mapping[str, float]], steps: tuple[str, ...]) -> Tensor:
@@ -91,25 +113,17 @@ def positions(segments_T: Tensor, visibility_G_G: Tensor) -> Tensor:
     return position_T
 
 
-def edge(
-    segments_B_T: Tensor,
-    visibility_B_T_G: Tensor,
-    documents_B_T: Tensor,
-    positions_B_T: Tensor | None = None,
-    layer: Layer = WHOLE_ROW,
-) -> Edge:
+def edge(layout: Layout, layer: Layer = WHOLE_ROW) -> Edge:
     """The rule from which every form of the mask is made; it takes indices or tensors of them.
 
     Args:
-        segments_B_T: Segment of each token.
-        visibility_B_T_G: Which segments of its chain each token sees.
-        documents_B_T: The chain of its row that each token is in; `PADDING` for padding.
-        positions_B_T: Position of each token, for layers with a window or chunks, which count by it.
+        layout: The batch.
         layer: The kind of layer that the mask is for.
 
     Returns:
         The rule. Every token sees itself, padding too, so that no softmax is empty.
     """
+    segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T = layout
 
     def may_see(row: Any, head: Any, query: Any, key: Any) -> Tensor:
         document = documents_B_T[row, query]
@@ -125,53 +139,35 @@ def edge(
     return may_see
 
 
-def sdpa_mask(
-    segments_B_T: Tensor,
-    visibility_B_T_G: Tensor,
-    documents_B_T: Tensor,
-    positions_B_T: Tensor | None = None,
-    layer: Layer = WHOLE_ROW,
-) -> Tensor:
-    """The mask for SDPA: (B, 1, T, T) bool, `[query, key]`. Arguments as in `edge`."""
-    rows, length = segments_B_T.shape
-    row = torch.arange(rows, device=segments_B_T.device)[:, None, None, None]
-    token = torch.arange(length, device=segments_B_T.device)
-    may_see = edge(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
+def sdpa_mask(layout: Layout, layer: Layer = WHOLE_ROW) -> Tensor:
+    """The mask for SDPA: (B, 1, T, T) bool, `[query, key]`."""
+    rows, length = layout.segments_B_T.shape
+    row = torch.arange(rows, device=layout.segments_B_T.device)[:, None, None, None]
+    token = torch.arange(length, device=layout.segments_B_T.device)
+    may_see = edge(layout, layer)
     return may_see(row, 0, token[:, None], token)
 
 
-def eager_mask(
-    segments_B_T: Tensor,
-    visibility_B_T_G: Tensor,
-    documents_B_T: Tensor,
-    positions_B_T: Tensor | None = None,
-    layer: Layer = WHOLE_ROW,
-) -> Tensor:
+def eager_mask(layout: Layout, layer: Layer = WHOLE_ROW) -> Tensor:
     """The mask for transformers' `eager` attention, which adds it to the scores: (B, 1, T, T) float32."""
-    mask = sdpa_mask(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
+    mask = sdpa_mask(layout, layer)
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
-def document_mask(
-    segments_B_T: Tensor,
-    visibility_B_T_G: Tensor,
-    documents_B_T: Tensor,
-    positions_B_T: Tensor | None = None,
-    layer: Layer = WHOLE_ROW,
-) -> DocumentMask:
-    """`sdpa_mask` with its documents, for attention on a CPU (`mote.models.attention`); arguments as in `edge`.
+def document_mask(layout: Layout, layer: Layer = WHOLE_ROW) -> DocumentMask:
+    """`sdpa_mask` with its documents, for attention on a CPU (`mote.models.attention`).
 
     A document whose steps all see everything, and which fits into the layer's window or first chunk, is marked as
     plainly causal.
     """
-    whole = sdpa_mask(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
+    whole = sdpa_mask(layout, layer)
     mask = whole.as_subclass(DocumentMask)
     mask.documents = []
-    seen_B_T = visibility_B_T_G.all(-1)
+    seen_B_T = layout.visibility_B_T_G.all(-1)
     if layer.reach is not None:
-        assert positions_B_T is not None
-        seen_B_T = seen_B_T & (positions_B_T < layer.reach)
-    for documents_T, seen_T in zip(documents_B_T, seen_B_T, strict=True):
+        assert layout.positions_B_T is not None
+        seen_B_T = seen_B_T & (layout.positions_B_T < layer.reach)
+    for documents_T, seen_T in zip(layout.documents_B_T, seen_B_T, strict=True):
         numbers, lengths = torch.unique_consecutive(documents_T, return_counts=True)
         mask.documents.append(
             [
@@ -182,17 +178,11 @@ def document_mask(
     return mask
 
 
-def block_mask(
-    segments_B_T: Tensor,
-    visibility_B_T_G: Tensor,
-    documents_B_T: Tensor,
-    positions_B_T: Tensor | None = None,
-    layer: Layer = WHOLE_ROW,
-) -> BlockMask:
-    """The mask for FlexAttention, which skips blocks without an edge. Arguments as in `edge`."""
-    rows, length = segments_B_T.shape
-    rule = edge(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, layer)
-    return create_block_mask(rule, rows, None, length, length, device=segments_B_T.device)
+def block_mask(layout: Layout, layer: Layer = WHOLE_ROW) -> BlockMask:
+    """The mask for FlexAttention, which skips blocks without an edge."""
+    rows, length = layout.segments_B_T.shape
+    rule = edge(layout, layer)
+    return create_block_mask(rule, rows, None, length, length, device=layout.segments_B_T.device)
 
 
 def mask_form(attention: str, compiled: bool = False) -> MaskForm:
@@ -220,14 +210,17 @@ def masks_for(config: Any, form: MaskForm) -> MakeMask:
     """
     kinds = masked_kinds(config) or (WHOLE_ROW,)
 
-    def make(segments_B_T: Tensor, visibility_B_T_G: Tensor, documents_B_T: Tensor, positions_B_T: Tensor) -> Any:
-        longest = int(positions_B_T.max()) + 1 if any(layer.reach is not None for layer in kinds) else 0
+    def make(layout: Layout) -> Any:
+        longest = 0
+        if any(layer.reach is not None for layer in kinds):
+            assert layout.positions_B_T is not None
+            longest = int(layout.positions_B_T.max()) + 1
         made: dict[Layer, Any] = {}  # a window that no token reaches the end of makes no second mask
         masks = {}
         for layer in kinds:
             bounded = layer if layer.reach is not None and layer.reach < longest else WHOLE_ROW
             if bounded not in made:
-                made[bounded] = form(segments_B_T, visibility_B_T_G, documents_B_T, positions_B_T, bounded)
+                made[bounded] = form(layout, bounded)
             masks[layer.name] = made[bounded]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 

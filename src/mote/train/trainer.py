@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from typing_extensions import override
 
 from mote.tokens.encode import IGNORED
-from mote.tokens.masks import PADDING, MakeMask
+from mote.tokens.masks import PADDING, Layout, MakeMask
 from mote.tokens.packing import ChainDataset
 from mote.tokens.routing import QUESTION, Markers
 from mote.train.loss import Head, plain_head, tiled_losses, token_losses
@@ -98,10 +98,8 @@ class MoteTrainer(Trainer):
             batch["attention_mask"] = (batch.pop("document_ids") != PADDING).long()
             return {name: batch[name] for name in batch if name not in ("segment_ids", "visibility", "position_ids")}
         # The mask is built on the device, so that no (T, T) matrix has to be copied there.
-        batch["attention_mask"] = self.make_mask(
-            batch.pop("segment_ids"), batch.pop("visibility"), batch["document_ids"], batch["position_ids"]
-        )
-        return batch
+        batch["attention_mask"] = self.make_mask(Layout.of(batch))
+        return {name: batch[name] for name in batch if name not in ("segment_ids", "visibility")}
 
     @override
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | None]:

@@ -14,7 +14,7 @@ from transformers import Cache
 from mote.models.kv_cache import given_cache
 from mote.models.layers import indexed_scaling, masked_kinds, stateful_layers
 from mote.models.rope import original_length
-from mote.tokens.masks import mask_form, masks_for
+from mote.tokens.masks import Layout, mask_form, masks_for
 
 
 def packed_documents(call: Mapping[str, Any]) -> Tensor | None:
@@ -138,7 +138,7 @@ def _chunked_masks(starts_B_T: Tensor, positions: Tensor, config: Any) -> Any:
     alike = torch.zeros_like(starts_B_T, dtype=torch.long)  # one segment, which every token sees
     visible = torch.ones_like(starts_B_T)[..., None]
     make_masks = masks_for(config, mask_form(config._attn_implementation))
-    return make_masks(alike, visible, starts_B_T.cumsum(1), positions.expand(len(starts_B_T), -1))
+    return make_masks(Layout(alike, visible, starts_B_T.cumsum(1), positions.expand(len(starts_B_T), -1)))
 
 
 def kept_positions(call: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mote.experiments.bench.measurements import synchronize
 from mote.experiments.bench.workload import STEPS
 from mote.tokens.encode import IGNORED, Tokens
-from mote.tokens.masks import MakeMask, skip_probabilities
+from mote.tokens.masks import Layout, MakeMask, skip_probabilities
 from mote.tokens.packing import ChainDataset, collate
 from mote.tokens.routing import QUESTION
 from mote.train.loss import plain_head, tiled_losses, token_losses
@@ -70,9 +70,7 @@ class Pass:
         if self.make_mask is None:
             del inputs["position_ids"]
         else:
-            inputs["attention_mask"] = self.make_mask(
-                batch["segment_ids"], batch["visibility"], batch["document_ids"], batch["position_ids"]
-            )
+            inputs["attention_mask"] = self.make_mask(Layout.of(batch))
         head = plain_head(self.model)
         if head is None:
             return token_losses(self.model(**inputs, use_cache=False).logits, batch["labels"])
