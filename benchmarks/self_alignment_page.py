@@ -272,20 +272,26 @@ def shortened(text: str, length: int) -> str:
 
 
 def plot(rows: Rows) -> str:
-    """Refusal of unsafe prompts against tokens, over modes and budgets (figure 6)."""
-    points, systems = [], []
+    """Refusal against tokens, over modes and budgets (figure 6): of unsafe prompts, and under the techniques."""
+    drawn = [
+        curve_of(rows, "unsafe", "refusal_on_unsafe", "Refuses unsafe prompts"),
+        curve_of(rows, "strongreject", "refusal@0.1", "Refuses under the worst tenth of the techniques"),
+    ]
+    return standalone([one for one in drawn if one])
+
+
+def curve_of(rows: Rows, task: str, metric: str, title: str) -> str:
+    """The 1.5B model's curve of a task; empty where it was not run."""
+    points = []
     for row in rows:
-        if (row["model"], row["task"], row["metric"]) != (LARGE, "unsafe", "refusal_on_unsafe"):
+        if (row["model"], row["task"], row["metric"]) != (LARGE, task, metric) or row.get("technique"):
             continue
         name = BASE if row["method"] == BASE else "step experts"
-        systems.append(name)
         tokens = Estimate(value=row["tokens"], low=None, high=None, n=row["n"], method="none")
         score = Estimate(value=row["value"], low=row["lower"], high=row["upper"], n=row["n"], method="wilson")
-        points.append(
-            Point(task="unsafe", metric=row["metric"], system=name, mode=row["mode"], tokens=tokens, score=score)
-        )
-    drawn = curve(points, list(dict.fromkeys(systems)), "safety-tokens", "Refuses unsafe prompts", rated=False)
-    return standalone([drawn])
+        points.append(Point(task=task, metric=metric, system=name, mode=row["mode"], tokens=tokens, score=score))
+    systems = list(dict.fromkeys(point.system for point in points))
+    return curve(points, systems, f"{task}-tokens", title, rated=False) if points else ""
 
 
 TABLES: dict[str, Callable[[Mapping[str, Rows]], str]] = {

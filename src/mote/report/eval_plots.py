@@ -37,8 +37,8 @@ def curve(points: Sequence[Point], systems: Sequence[str], name: str, title: str
                 of_mode = [point for point in of_system if _without_budget(point.mode) == mode]
                 of_mode.sort(key=lambda point: point.tokens.value or 0)
                 axes.plot(*_coordinates(of_mode, scale), color=colour, linewidth=1, zorder=2)
-            for point in of_system:
-                _draw_point(axes, point, scale, colour)
+                for index, point in enumerate(of_mode):  # labels above and below in turn, so that neighbours stay apart
+                    _draw_point(axes, point, scale, colour, below=index % 2 == 1)
         modes = sorted({_without_budget(point.mode) for point in points}, key=mode_rank)
         figure.legend(
             [Line2D([], [], color=TEXT, marker=_marker(mode), linestyle="", markersize=6) for mode in modes],
@@ -82,7 +82,7 @@ def system_colour(system: str, systems: Sequence[str]) -> str:
     return SYSTEMS[systems.index(system) % len(SYSTEMS)]
 
 
-def _draw_point(axes: Axes, point: Point, scale: float, colour: str) -> None:
+def _draw_point(axes: Axes, point: Point, scale: float, colour: str, below: bool) -> None:
     (tokens,), (score,) = _coordinates([point], scale)
     low, high = _interval_ends(point.score)
     axes.plot([tokens, tokens], [scale * low, scale * high], color=colour, linewidth=0.9, alpha=0.55, zorder=2)
@@ -91,7 +91,8 @@ def _draw_point(axes: Axes, point: Point, scale: float, colour: str) -> None:
     fill = PAGE if budget else colour
     axes.plot(tokens, score, marker=_marker(mode), markersize=size, color=colour, markerfacecolor=fill, zorder=3)
     if budget:
-        axes.annotate(budget, (tokens, score), (5, 5), textcoords="offset points", fontsize=FONT - 2, color=TEXT)
+        place = (5, -13 if below else 5)
+        axes.annotate(budget, (tokens, score), place, textcoords="offset points", fontsize=FONT - 2, color=TEXT)
 
 
 def _coordinates(points: Sequence[Point], scale: float) -> tuple[list[float], list[float]]:
