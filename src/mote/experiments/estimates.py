@@ -19,7 +19,7 @@ from mote.questions.load import load_questions
 
 REACH = (1.0, 0.715, 0.614)  # share of the paper's 6,000 questions that reach each depth (section 3.1)
 RETRIED = 0.1  # share of texts that each retry generates again; a guess
-USED_BUDGET = 0.5  # mean length of a text / its token budget; a guess that suits budgets near 256
+USED_BUDGET = 0.5  # mean length of a text / its token budget where no worked example shows one; a guess
 TEMPLATE_TOKENS = 100
 EXAMPLE_TOKENS = 150
 CHARS_PER_TOKEN = 4
@@ -95,6 +95,13 @@ def expected_texts(scheme: Scheme, retries: int) -> float:
     return texts * (1 + RETRIED * retries)
 
 
+def text_tokens(scheme: Scheme, examples: int, budget: int) -> float:
+    """Mean tokens of a text: those of the worked examples that the model imitates, at most its budget."""
+    shown = [text for example in scheme.first_examples(examples) for text in example.steps.values()]
+    mean = sum(map(len, shown)) / len(shown) / CHARS_PER_TOKEN if shown else USED_BUDGET * budget
+    return min(mean, budget)
+
+
 def _answers_to(task: SuiteTask, recipe: Recipe) -> tuple[int | None, list[str]]:
     """Questions of a task (None if neither the suite nor the recipe limits them) and the modes they are asked in."""
     modes = [mode for mode in recipe.answer.modes if task.modes is None or mode in task.modes]
@@ -128,11 +135,11 @@ class RunEstimate:
         texts = asked.count * expected_texts(self.scheme, settings.retries)
         checks = asked.count * sum(_reach(depth) for depth in range(len(self.scheme.depths)))
         checks *= settings.checks_itself
-        length = USED_BUDGET * settings.max_tokens
+        length = self._text_tokens(settings.max_tokens)
         prompts = (texts + checks) * (asked.mean + TEMPLATE_TOKENS + length)
         prompts += (2 * len(self.scheme.depths)) * settings.examples * EXAMPLE_TOKENS
         local = self.recipe.engine == "transformers"
-        seconds = self._prefill(prompts) + self._decoding(texts, settings.batch_size, settings.max_tokens)
+        seconds = self._prefill(prompts) + self._decoding(texts * length, settings.batch_size)
         return Stage(
             name="chains",
             what=f"{asked.count} chains of {expected_steps(self.scheme, ADAPTIVE):.1f} steps: {texts:.0f} texts and "
@@ -150,7 +157,7 @@ class RunEstimate:
         rows = max(1, round(asked.count * (1 - settings.held_out)))
         steps = expected_steps(self.scheme, ADAPTIVE)
         texts = 1 + (steps - 1) * settings.skip_views  # all draws share the first step
-        length = min(settings.max_length, asked.mean + texts * (USED_BUDGET * self.recipe.chains.max_tokens + 2))
+        length = min(settings.max_length, asked.mean + texts * (self._text_tokens(self.recipe.chains.max_tokens) + 2))
         together = settings.max_length / length if settings.packing else 1  # chains per row
         batch = round(settings.per_device_train_batch_size * settings.gradient_accumulation_steps * together)
         tokens = rows * length * settings.num_train_epochs
@@ -169,11 +176,12 @@ class RunEstimate:
         texts = asked.count * sum(expected_steps(self.scheme, mode) for mode in settings.modes)
         prompts = asked.count * len(settings.modes) * asked.mean
         slower = 1 + self.trainable / active_parameters(self.shape)
-        decoding = self._decoding(texts, settings.batch_size, settings.max_step_tokens)
+        written = texts * self._text_tokens(settings.max_step_tokens)
+        decoding = self._decoding(written, settings.batch_size)
         return Stage(
             name="answer",
             what=f"{asked.count} from {settings.questions} in {len(settings.modes)} modes: {', '.join(settings.modes)}",
-            tokens=round(texts * USED_BUDGET * settings.max_step_tokens + prompts),
+            tokens=round(written + prompts),
             seconds=slower * (self._prefill(prompts) + decoding),
         )
 
@@ -183,26 +191,29 @@ class RunEstimate:
         known = [(count, modes) for count, modes in counts if count is not None]
         texts = sum(count * expected_steps(self.scheme, mode) for count, modes in known for mode in modes)
         answers = sum(count * len(modes) for count, modes in known)
-        seconds = self._prefill(answers * UNKNOWN_TOKENS) + self._decoding(
-            texts, suite.batch_size, suite.max_step_tokens
-        )
+        written = texts * self._text_tokens(suite.max_step_tokens)
+        seconds = self._prefill(answers * UNKNOWN_TOKENS) + self._decoding(written, suite.batch_size)
         complete = len(known) == len(counts)
         return Stage(
             name="eval",
             what=f"suite {suite.name}: " + (f"{answers} judged answers" if complete else "all questions of its tasks"),
-            tokens=round(texts * USED_BUDGET * suite.max_step_tokens + answers * UNKNOWN_TOKENS) if complete else 0,
+            tokens=round(written + answers * UNKNOWN_TOKENS) if complete else 0,
             seconds=seconds if complete else None,
         )
 
-    def _decoding(self, texts: float, batch: int, tokens: int) -> float:
-        """Seconds to generate texts in batches; a batch takes as long as its longest text, assumed at the budget.
+    def _text_tokens(self, budget: int) -> float:
+        """Mean tokens of a step, in chains and in the answers of the model that is trained on them."""
+        return text_tokens(self.scheme, self.recipe.chains.examples, budget)
+
+    def _decoding(self, tokens: float, batch: int) -> float:
+        """Seconds to generate tokens in a batch that stays full: a text enters as another one ends.
 
         A decoding step takes the largest of: weights / bandwidth, 2 W * batch / reached FLOP/s, Python overhead of
         the layers.
         """
         weights = active_parameters(self.shape) * BYTES[self.dtype] / self.machine.bandwidth
         matmuls = self._prefill(batch)
-        return texts / batch * tokens * max(weights, matmuls, self.shape.layers * LAYER_OVERHEAD)
+        return tokens / batch * max(weights, matmuls, self.shape.layers * LAYER_OVERHEAD)
 
     def _prefill(self, tokens: float) -> float:
         """Seconds at 2 W FLOPs per token."""
