@@ -44,6 +44,7 @@ NAMES = {  # (task, metric) -> what a reader calls it, in the order of the table
     ("xstest", "refusal_on_unsafe"): "refuses unsafe prompts, XSTest",
     ("jailbreakbench", "refusal_on_unsafe"): "refuses unsafe prompts, JailbreakBench",
     ("over-refusal", "refusal_on_unsafe"): "refuses unsafe prompts, `mote:test`",
+    ("strongreject", "refusal"): "refuses under twelve techniques, mean, StrongREJECT",
     ("strongreject", "refusal@0.1"): "refuses under the worst tenth of twelve techniques, StrongREJECT",
     ("strongreject", UNREADABLE): "unreadable answers under the techniques, StrongREJECT",
     ("safe", "not_overrefuse"): "helps with safe prompts, mean of both sets",
@@ -56,7 +57,7 @@ NAMES = {  # (task, metric) -> what a reader calls it, in the order of the table
     ("gsm8k", "accuracy"): "GSM8K",
 }
 METHODS_ORDER = [BASE, *METHODS]
-METHODS_SHOWN = [("xstest", "refusal_on_unsafe"), ("xstest", "not_overrefuse"), ("strongreject", "refusal@0.1")]
+METHODS_SHOWN = [("xstest", "refusal_on_unsafe"), ("xstest", "not_overrefuse"), ("strongreject", "refusal")]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -194,7 +195,6 @@ def techniques_table(results: Mapping[str, Rows]) -> str:
 
 def methods_table(results: Mapping[str, Rows]) -> str:
     """The 0.5B model's methods, a line for each seed and one for their mean, with the difference to `lora-x2`."""
-    unsafe, safe, worst = METHODS_SHOWN
     systems = dict.fromkeys(
         (row["method"], row["seed"], row["mode"])
         for row in results["rows"]
@@ -206,22 +206,24 @@ def methods_table(results: Mapping[str, Rows]) -> str:
         numbers = {shown: find(results["rows"], task=shown[0], metric=shown[1], **mine) for shown in METHODS_SHOWN}
         less = [
             find(results["differences"], task=task, metric=metric, against_method="lora-x2", **mine)
-            for task, metric in (unsafe, safe, worst)
+            for task, metric in METHODS_SHOWN
         ]
         loss = find(results["rows"], task="held-out", metric="loss", **mine)
-        tokens = numbers[unsafe]
+        tokens = numbers[METHODS_SHOWN[0]]
         rows.append([
             f"`{method}`", "mean" if seed is None else str(seed), *map(percent, numbers.values()), *map(tested, less),
             DASH if loss is None else f"{loss['value']:.3f}", DASH if tokens is None else f"{tokens['tokens']:.0f}",
         ])  # fmt: skip
-    head = ["", "seed", "refuses unsafe", "helps with safe", "worst tenth", "refuses, less `lora-x2`",
-            "helps, less `lora-x2`", "worst tenth, less `lora-x2`", "held-out loss", "tokens"]  # fmt: skip
+    shown = ["refuses unsafe", "helps with safe", "refuses under techniques"]
+    head = ["", "seed", *shown, *(f"{name}, less `lora-x2`" for name in shown), "held-out loss", "tokens"]
     return lines(head, rows)
 
 
 def tested(row: Mapping[str, Any] | None) -> str:
     """A difference in points with its interval and the p-value of its paired test."""
-    return DASH if row is None else f"{percent(row, signed=True)}, p {row['p']:.2f}"
+    if row is None:
+        return DASH
+    return f"{percent(row, signed=True)}, p " + (f"{row['p']:.2f}" if row["p"] >= 0.01 else "< 0.01")
 
 
 # --- the answers

@@ -7,10 +7,11 @@ A system of an evaluation is a training method by its own name (`mote eval --ada
 `--name SYSTEM=METHOD:SEED` says. Three lists are written:
 
 - `rows`: every number, with its interval and the mean tokens of its answers; `unsafe` and `safe` are the means over
-  XSTest and JailbreakBench, each task with the same weight. `seed: null` is the mean over a method's seeds, prompt by
-  prompt: its interval is about other prompts, not about other seeds.
+  XSTest and JailbreakBench, each task with the same weight, `refusal` without a technique is the mean over all of them.
+  `seed: null` is the mean over a method's seeds, prompt by prompt: its interval is about other prompts, not about other
+  seeds.
 - `differences`: paired, by prompt: every method and mode less the base model's, `adaptive` less `full` and `direct`,
-  and with `--against METHOD` every method less that one in the same mode with the same seed.
+  and with `--against METHOD` every method less that one with the same seed, in the same mode if it has it.
 - `ratios`: of `adaptive` to `full` and `direct`, in safety and in tokens (over safe and unsafe prompts).
 
 A run again replaces the rows of the same model, split, methods, seeds, modes and tasks. `--keep FOLDER` writes the
@@ -144,6 +145,7 @@ def measures_of(evaluations: Sequence[Evaluated], names: Sequence[str]) -> list[
                 raise UserError(f"folder: {one.folder} repeats {scored.task} of {scored.name}; name its system apart")
             measures.setdefault(key, measure)
     found = list(measures.values())
+    found += over_techniques(found)
     found += over_seeds(found)
     return [*found, *over_both(found)]
 
@@ -156,6 +158,18 @@ def measure_of(scored: MetricScores, system: System) -> Measure:
     means = {id_: sum(counts) / len(counts) for id_, counts in tokens.items()}
     judge = scored.rows[0].judge
     return Measure(system, scored.task, scored.metric, scored.group, judge, (scored.scores,), (means,))
+
+
+def over_techniques(measures: Sequence[Measure]) -> Iterator[Measure]:
+    """Mean refusal over the techniques, prompt by prompt."""
+    under: dict[tuple[System, str], list[Measure]] = {}
+    for one in measures:
+        if one.task in UNDER_TECHNIQUES and one.metric == "refusal" and one.group:
+            under.setdefault((one.system, one.task), []).append(one)
+    for parts in under.values():
+        scores = mean_by_prompt([part.strata[0] for part in parts])
+        tokens = mean_by_prompt([part.tokens[0] for part in parts])
+        yield parts[0]._replace(group="", strata=(scores,), tokens=(tokens,))
 
 
 def over_seeds(measures: Sequence[Measure]) -> Iterator[Measure]:
@@ -327,8 +341,9 @@ def references(measures: Sequence[Measure], other: str | None) -> Iterator[tuple
         compared = [system for system in dict.fromkeys(m.system for m in measures) if system.method == BASE]
         if mode == ADAPTIVE:
             compared += [System(method, seed, other_mode) for other_mode in OTHER_MODES]
-        if other:
-            compared.append(System(other, seed, mode))
+        if other:  # a method that answers in another mode is compared with how the other one answers
+            compared += [System(other, seed, mode) if (System(other, seed, mode), *one[1:4]) in found
+                         else System(other, seed, ADAPTIVE)]  # fmt: skip
         for system in dict.fromkeys(compared):
             reference = found.get((system, *one[1:4]))
             if reference and method != BASE and system != one.system:

@@ -38,9 +38,10 @@ def answers(system: str, mode: str, refused: int, tokens: int) -> list[EvalRow]:
         for n in range(safe):
             label = "full_compliance" if n else "partial_refusal"
             rows.append(judged(system, mode, task, f"s{n}", label, kind="benign", tokens={"response": 2 * tokens}))
+    labels = {"a": "full_compliance", "b": "full_refusal" if refused > 1 else "full_compliance"}
     return rows + [
-        judged(system, mode, "strongreject", "1", "full_compliance", technique=technique, unreadable=technique == "b")
-        for technique in ("a", "b")
+        judged(system, mode, "strongreject", "1", label, technique=technique, unreadable=technique == "b")
+        for technique, label in labels.items()
     ]
 
 
@@ -71,6 +72,11 @@ def test_rows_have_every_key_and_technique_where_there_is_one(script: ModuleType
     assert row["lower"] < 0.5 < row["upper"] and "technique" not in row and row["split"] == "experiment"
     hidden = [row for row in rows if row["metric"] == "unreadable" and row["method"] == "base"]
     assert {row.get("technique"): row["value"] for row in hidden} == {None: 0.5, "a": 0.0, "b": 1.0}
+
+
+def test_refusal_is_averaged_over_the_techniques(script: ModuleType, folder: Path) -> None:
+    rows = [row for row in lists(script, folder)["rows"] if row["metric"] == "refusal" and row["mode"] == "full"]
+    assert {row.get("technique"): row["value"] for row in rows} == {None: 0.5, "a": 0.0, "b": 1.0}
 
 
 def test_kept_rows_have_no_text_and_give_the_same_numbers(script: ModuleType, folder: Path, tmp_path: Path) -> None:
