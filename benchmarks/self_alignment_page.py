@@ -57,7 +57,11 @@ NAMES = {  # (task, metric) -> what a reader calls it, in the order of the table
     ("gsm8k", "accuracy"): "GSM8K",
 }
 METHODS_ORDER = [BASE, *METHODS]
-METHODS_SHOWN = [("xstest", "refusal_on_unsafe"), ("xstest", "not_overrefuse"), ("strongreject", "refusal")]
+UNSAFE = ("xstest", "refusal_on_unsafe")
+METHODS_SHOWN = {
+    UNSAFE: "refuses unsafe", ("xstest", "not_overrefuse"): "helps with safe",
+    ("strongreject", "refusal"): "refuses under techniques",
+}  # fmt: skip
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -203,18 +207,20 @@ def methods_table(results: Mapping[str, Rows]) -> str:
     rows = []
     for method, seed, mode in sorted(systems, key=lambda system: METHODS_ORDER.index(system[0])):
         mine = {"model": SMALL, "method": method, "seed": seed, "mode": mode}
-        numbers = {shown: find(results["rows"], task=shown[0], metric=shown[1], **mine) for shown in METHODS_SHOWN}
+        numbers = {
+            (task, metric): find(results["rows"], task=task, metric=metric, **mine) for task, metric in METHODS_SHOWN
+        }
         less = [
             find(results["differences"], task=task, metric=metric, against_method="lora-x2", **mine)
             for task, metric in METHODS_SHOWN
         ]
         loss = find(results["rows"], task="held-out", metric="loss", **mine)
-        tokens = numbers[METHODS_SHOWN[0]]
+        tokens = numbers[UNSAFE]
         rows.append([
             f"`{method}`", "mean" if seed is None else str(seed), *map(percent, numbers.values()), *map(tested, less),
             DASH if loss is None else f"{loss['value']:.3f}", DASH if tokens is None else f"{tokens['tokens']:.0f}",
         ])  # fmt: skip
-    shown = ["refuses unsafe", "helps with safe", "refuses under techniques"]
+    shown = [*METHODS_SHOWN.values()]
     head = ["", "seed", *shown, *(f"{name}, less `lora-x2`" for name in shown), "held-out loss", "tokens"]
     return lines(head, rows)
 
@@ -286,7 +292,7 @@ def curve_of(rows: Rows, task: str, metric: str, title: str) -> str:
     """The 1.5B model's curve of a task; empty where it was not run."""
     points = []
     for row in rows:
-        if (row["model"], row["task"], row["metric"]) != (LARGE, task, metric) or row.get("technique"):
+        if (row["model"], row["task"], row["metric"]) != (LARGE, task, metric):
             continue
         name = BASE if row["method"] == BASE else "step experts"
         tokens = Estimate(value=row["tokens"], low=None, high=None, n=row["n"], method="none")

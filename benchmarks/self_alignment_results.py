@@ -11,7 +11,8 @@ A system of an evaluation is a training method by its own name (`mote eval --ada
   `seed: null` is the mean over a method's seeds, prompt by prompt: its interval is about other prompts, not about other
   seeds.
 - `differences`: paired, by prompt: every method and mode less the base model's, `adaptive` less `full` and `direct`,
-  and with `--against METHOD` every method less that one with the same seed, in the same mode if it has it.
+  and with `--against METHOD` every method less that one with the same seed, in the same mode or in
+  `adaptive`.
 - `ratios`: of `adaptive` to `full` and `direct`, in safety and in tokens (over safe and unsafe prompts).
 
 A run again replaces the rows of the same model, split, methods, seeds, modes and tasks. `--keep FOLDER` writes the
@@ -22,6 +23,7 @@ import argparse
 import asyncio
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,38 +163,36 @@ def measure_of(scored: MetricScores, system: System) -> Measure:
 
 
 def over_techniques(measures: Sequence[Measure]) -> Iterator[Measure]:
-    """Mean refusal over the techniques, prompt by prompt."""
+    """Mean refusal over the techniques."""
     under: dict[tuple[System, str], list[Measure]] = {}
     for one in measures:
         if one.task in UNDER_TECHNIQUES and one.metric == "refusal" and one.group:
             under.setdefault((one.system, one.task), []).append(one)
     for parts in under.values():
-        scores = mean_by_prompt([part.strata[0] for part in parts])
-        tokens = mean_by_prompt([part.tokens[0] for part in parts])
-        yield parts[0]._replace(group="", strata=(scores,), tokens=(tokens,))
+        yield averaged(parts)._replace(group="")
 
 
 def over_seeds(measures: Sequence[Measure]) -> Iterator[Measure]:
     """Means over the seeds of a method that was trained with several, of what each was asked."""
-    seeds: dict[tuple[str, str], list[int | None]] = {}
-    for method, seed, mode in dict.fromkeys(one.system for one in measures):
-        seeds.setdefault((method, mode), []).append(seed)
-    found = {one[:4]: one for one in measures}
+    trained = Counter(system._replace(seed=None) for system in {one.system for one in measures})
+    by_method: dict[tuple[Any, ...], list[Measure]] = {}
     for one in measures:
-        its_seeds = seeds[one.system.method, one.system.mode]
-        if len(its_seeds) == 1 or one.system.seed != its_seeds[0]:
-            continue
-        parts = [found.get((one.system._replace(seed=seed), *one[1:4])) for seed in its_seeds]
-        if all(parts):
-            scores = mean_by_prompt([part.strata[0] for part in parts if part])
-            tokens = mean_by_prompt([part.tokens[0] for part in parts if part])
-            yield one._replace(system=one.system._replace(seed=None), strata=(scores,), tokens=(tokens,))
+        by_method.setdefault((one.system._replace(seed=None), *one[1:4]), []).append(one)
+    for (system, *_), parts in by_method.items():
+        if len(parts) == trained[system] > 1:
+            yield averaged(parts)._replace(system=system)
 
 
-def mean_by_prompt(runs: Sequence[Scores]) -> Scores:
-    """The mean over runs of each prompt that all of them have."""
-    prompts = set.intersection(*({*scores} for scores in runs))
-    return {key: sum(scores[key] for scores in runs) / len(runs) for key in runs[0] if key in prompts}
+def averaged(parts: Sequence[Measure]) -> Measure:
+    """The first of the measures, with the mean over all of them of each prompt that they have in common."""
+
+    def mean(runs: Sequence[Scores]) -> Scores:
+        prompts = set.intersection(*({*scores} for scores in runs))
+        return {key: sum(scores[key] for scores in runs) / len(runs) for key in runs[0] if key in prompts}
+
+    scores = mean([part.strata[0] for part in parts])
+    tokens = mean([part.tokens[0] for part in parts])
+    return parts[0]._replace(strata=(scores,), tokens=(tokens,))
 
 
 def over_both(measures: Sequence[Measure]) -> Iterator[Measure]:
@@ -341,9 +341,9 @@ def references(measures: Sequence[Measure], other: str | None) -> Iterator[tuple
         compared = [system for system in dict.fromkeys(m.system for m in measures) if system.method == BASE]
         if mode == ADAPTIVE:
             compared += [System(method, seed, other_mode) for other_mode in OTHER_MODES]
-        if other:  # a method that answers in another mode is compared with how the other one answers
-            compared += [System(other, seed, mode) if (System(other, seed, mode), *one[1:4]) in found
-                         else System(other, seed, ADAPTIVE)]  # fmt: skip
+        if other:
+            same = System(other, seed, mode)  # a method that answers in another mode is compared with `adaptive`
+            compared.append(same if (same, *one[1:4]) in found else same._replace(mode=ADAPTIVE))
         for system in dict.fromkeys(compared):
             reference = found.get((system, *one[1:4]))
             if reference and method != BASE and system != one.system:

@@ -155,6 +155,13 @@ def test_methods_of_several_folders_are_compared(script: ModuleType, folder: Pat
         lists(script, folder, folder)
 
 
+def test_a_method_without_the_mode_is_compared_with_adaptive(script: ModuleType, tmp_path: Path) -> None:
+    folder = write_evals(tmp_path, [*answers("alone", "direct", 2, 5), *answers("x2", "adaptive", 0, 5)])
+    found = lists(script, folder, name=["alone=response-only", "x2=lora-x2"], against="lora-x2")
+    row = one(found["differences"], method="response-only", task="xstest", metric="refusal_on_unsafe")
+    assert (row["value"], row["mode"], row["against_mode"]) == (1.0, "direct", "adaptive")
+
+
 def test_seeds_are_averaged_prompt_by_prompt(script: ModuleType, folder: Path, tmp_path: Path) -> None:
     other = write_evals(tmp_path / "other", [*answers("m1", "adaptive", 2, 40), *answers("x2", "adaptive", 0, 5)])
     found = lists(script, folder, other, name=["m1=mote:1", "x2=lora-x2:0"], against="lora-x2")

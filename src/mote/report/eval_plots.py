@@ -33,7 +33,7 @@ def curve(points: Sequence[Point], systems: Sequence[str], name: str, title: str
         for system in dict.fromkeys(point.system for point in points):
             colour = system_colour(system, systems)
             of_system = [point for point in points if point.system == system and point.score.value is not None]
-            for mode in {_without_budget(point.mode) for point in of_system}:
+            for mode in dict.fromkeys(_without_budget(point.mode) for point in of_system):
                 of_mode = [point for point in of_system if _without_budget(point.mode) == mode]
                 of_mode.sort(key=lambda point: point.tokens.value or 0)
                 axes.plot(*_coordinates(of_mode, scale), color=colour, linewidth=1, zorder=2)
