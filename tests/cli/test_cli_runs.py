@@ -30,6 +30,11 @@ def test_folder_with_another_recipe(fails: Fails, recipe: Path, done: Path) -> N
     assert {name: (done / name).read_bytes() for name in files(done)} == before
 
 
+def test_a_mistyped_setting_is_no_other_recipe(fails: Fails, recipe: Path, done: Path) -> None:
+    message = fails(*command(recipe, done, "train.num_train_epoch=2"))
+    assert message == "recipe: unknown setting 'train.num_train_epoch'; did you mean 'train.num_train_epochs'?"
+
+
 def test_missing_chains(fails: Fails, tmp_path: Path) -> None:
     out = tmp_path / "out"
     message = fails("train", "--out", out)

@@ -71,6 +71,7 @@ class Run:
 
         recipe = self.recipe
         self._check_modes(steps_of(recipe, self.scheme))
+        check_settings(recipe, self.scheme, self.folder)  # before the folder: a mistyped setting is no other recipe
         path = self.folder / "recipe.yaml"
         text = dump_recipe(recipe)
         if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -82,7 +83,6 @@ class Run:
                     "folder with --out, or remove that one"
                 )
         load_questions(recipe.answer.questions, recipe.answer.limit, recipe.chains.max_question_chars)
-        check_settings(recipe, self.scheme, self.folder)
         self._check_base()
         if suite_of_run(recipe) is not None and not inspect_is_installed():
             print(
